@@ -1,0 +1,68 @@
+# make train   install into .venv, then run the main job (ARGS="--training.steps 100" overrides any key)
+# make test    install into .venv, then run the tests
+# Both re-use .venv; it is brought up to date when pyproject.toml changes.
+
+PYTHON ?= python3
+CONFIG ?= configs/transformer_debug.toml
+ARGS ?=
+# Without a GPU, set this to PyTorch's package index for CPU builds and several GB are not fetched.
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# Without this torchrun warns and gives every rank one thread.
+CORES = $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+OMP_NUM_THREADS ?= $(shell expr $(CORES) / $(NPROC) \| 1)
+
+# With PYTHONSAFEPATH set, torchrun cannot import parallel/ and checkpoint/ beside train.py.
+unexport PYTHONSAFEPATH
+
+.PHONY: train test test-all lint format bench clean
+.DEFAULT_GOAL := test
+
+# Settings are checked first: below a mistake that a rank reports, torchrun prints its own traceback.
+train: $(VENV)/installed
+	@WORLD_SIZE=$(NPROC) $(BIN)/python -m titan_shampoo.config --job.config_file $(CONFIG) $(ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) \
+		train.py --job.config_file $(CONFIG) $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --timeout=300 $(ARGS)
+
+# GPU tests take part where there is a GPU.
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest --timeout=600 -m "$(if $(filter-out 0,$(GPUS)),,not gpu)" $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff --version
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --version
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	@set -e; for file in $(sort $(wildcard benchmarks/bench_*.py)); do \
+		echo "== $$file"; OMP_NUM_THREADS=$(CORES) $(BIN)/python $$file $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# torch is resolved together with everything else, so that pip cannot install it twice; build/ is removed
+# because setuptools would package modules that are long deleted.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+		'titan-shampoo needs Python 3.11 or newer; $(PYTHON) is ' + sys.version.split()[0] + '; set PYTHON=python3.11')"
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	rm -rf build
+	$(BIN)/python -m pip install --disable-pip-version-check \
+		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable ".[dev]"
+	@touch $@

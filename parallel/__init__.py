@@ -1,0 +1,1 @@
+"""How each recipe's model is sharded over the mesh."""

@@ -1,0 +1,36 @@
+"""The Llama-style transformer under FSDP2, HSDP, DDP, tensor, context and pipeline parallelism.
+
+The plan is torchtitan's: attention and feed-forward column- then row-wise over ``tp``, one FSDP
+unit per block over ``dp_replicate x fsdp``. Ours: gradients are summed in a way that gloo can, and
+the initial weights do not depend on any of it.
+"""
+
+from torch import nn
+
+from parallel.gradients import sum_gradients
+from titan_shampoo.titan import (
+    JobConfig,
+    ParallelDims,
+    initialize_alike,
+    parallelize_llama,
+    pipeline_llm,
+    run_seed,
+)
+
+__all__ = ["parallelize", "pipeline"]
+
+pipeline = pipeline_llm
+
+
+def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    """Return ``model``, or a part of a pipeline, sharded as ``[parallelism]`` says.
+
+    Args:
+        model: On the meta device.
+        parallel_dims: The degrees and their meshes.
+        job_config: Also says how to compile, checkpoint activations and mix precisions.
+    """
+    model = parallelize_llama(model, parallel_dims, job_config)
+    sum_gradients(model)
+    initialize_alike(model, run_seed(job_config))
+    return model

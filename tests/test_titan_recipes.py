@@ -1,0 +1,80 @@
+"""A model, its tokenizer and its learning rates fit together, or one line says what to change."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from titan_shampoo.config import ConfigError
+from titan_shampoo.titan.config import JobConfig
+from titan_shampoo.titan.learning_rates import build_learning_rates
+from titan_shampoo.titan.recipes import RESNETS, TRANSFORMERS, build_tokenizer
+
+
+def job(flavor, folder=""):
+    config = JobConfig()
+    config.model = replace(config.model, flavor=flavor, hf_assets_path=str(folder))
+    return config
+
+
+def test_text_is_bytes_without_a_tokenizer_folder():
+    tokenizer = build_tokenizer(job("byte_debug"))
+    assert tokenizer.get_vocab_size() == TRANSFORMERS["byte_debug"].vocab_size
+
+
+def test_a_model_made_for_a_tokenizer_does_not_read_bytes():
+    with pytest.raises(ConfigError, match=r'"8B" has a vocabulary of 128256.*hf_assets_path'):
+        build_tokenizer(job("8B"))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"hf_assets_path = .*no tokenizer can be read"):
+        build_tokenizer(job("8B", tmp_path))
+
+
+def test_a_broken_tokenizer_is_named_in_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="no tokenizer can be read") as raised:
+        build_tokenizer(job("8B", tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_small_and_large_stems_exist_at_every_depth():
+    assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet50_small"} <= RESNETS.keys()
+
+
+def learning_rates(rates, *, num_steps=100):
+    optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=rate) for rate in rates]
+    config = replace(JobConfig().lr_scheduler, warmup_steps=10)
+    return optimizers, build_learning_rates(optimizers, config, num_steps)
+
+
+def rates_of(optimizers):
+    return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def advance(optimizers, schedules, num_steps):
+    for _ in range(num_steps):
+        for optimizer in optimizers:
+            optimizer.step()
+        schedules.step()
+
+
+def test_each_optimizer_resumes_with_its_own_learning_rate():
+    optimizers, schedules = learning_rates([0.1, 0.001])
+    advance(optimizers, schedules, 30)
+    resumed_optimizers, resumed = learning_rates([0.1, 0.001])
+    resumed.load_state_dict(schedules.state_dict())
+    assert rates_of(resumed_optimizers) == rates_of(optimizers)
+    advance(optimizers, schedules, 5)
+    advance(resumed_optimizers, resumed, 5)
+    assert rates_of(resumed_optimizers) == rates_of(optimizers)
+
+
+def test_a_learning_rate_changed_in_the_toml_file_wins_on_resume():
+    optimizers, schedules = learning_rates([0.1])
+    advance(optimizers, schedules, 30)
+    resumed_optimizers, resumed = learning_rates([0.2])
+    resumed.load_state_dict(schedules.state_dict())
+    assert rates_of(resumed_optimizers) == [2 * rate for rate in rates_of(optimizers)]

@@ -1,0 +1,90 @@
+"""torchtitan runs without an accelerator, and torch stays as it was."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._utils
+
+pytestmark = pytest.mark.skipif(
+    torch._utils._get_available_device_type() is not None, reason="has an accelerator"
+)
+
+INSTALL_TWICE = """
+import json, torch
+before = (torch._utils._get_available_device_type, torch._utils._get_device_module)
+attributes = dir(torch.cpu)
+
+from titan_shampoo.titan.runtime import install_cpu_runtime
+from torchtitan.tools import utils
+device = utils.device_module
+install_cpu_runtime()
+
+peaks = [device.memory_stats()["active_bytes.all.peak"]]
+ballast = torch.ones(75_000_000)
+peaks.append(device.memory_stats()["active_bytes.all.peak"])
+del ballast
+device.reset_peak_memory_stats()
+peaks.append(device.memory_stats()["active_bytes.all.peak"])
+
+print(json.dumps({
+    "device_type": utils.device_type,
+    "installed_once": utils.device_module is device,
+    "questions_as_before": before
+        == (torch._utils._get_available_device_type, torch._utils._get_device_module),
+    "torch_cpu_as_before": attributes == dir(torch.cpu),
+    "index": device.current_device(),
+    "name": device.get_device_name(),
+    "total": device.get_device_properties(0).total_memory,
+    "peaks": peaks,
+}))
+"""
+
+TORCHTITAN_FIRST = "import torchtitan.tools.utils, titan_shampoo.titan"
+
+
+def python(program):
+    """What a fresh interpreter does with ``program``."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+@pytest.fixture(scope="module")
+def installed():
+    finished = python(INSTALL_TWICE)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_torchtitan_settles_on_the_cpu_once(installed):
+    assert installed["device_type"] == "cpu"
+    assert installed["installed_once"]
+    assert installed["index"] == 0
+    assert installed["name"]
+
+
+def test_torch_is_not_left_patched(installed):
+    assert installed["questions_as_before"]
+    assert installed["torch_cpu_as_before"]
+
+
+def test_memory_numbers_are_those_of_the_process(installed):
+    at_first, with_ballast, after = installed["peaks"]
+    assert 0 < at_first < with_ballast < installed["total"]
+    assert with_ballast - at_first > 250e6  # of the 300 MB
+    assert after <= with_ballast
+
+
+def test_importing_torchtitan_first_is_refused_with_the_way_out():
+    refused = python(TORCHTITAN_FIRST)
+    assert refused.returncode != 0
+    assert "import titan_shampoo.titan before torchtitan" in refused.stderr

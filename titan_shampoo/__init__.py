@@ -1,0 +1,25 @@
+"""Second-order optimizers for torch, on plain, DDP, FSDP2, HSDP and tensor-parallel parameters.
+
+The public names are imported on first use, so that a configuration can be checked by
+``titan_shampoo.config`` before torch is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from titan_shampoo.optimizers import Shampoo
+
+__all__ = ["Shampoo"]
+
+
+def __getattr__(name: str) -> object:
+    """The public class ``name`` of ``titan_shampoo.optimizers``."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("titan_shampoo.optimizers"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a shell."""
+    return __all__

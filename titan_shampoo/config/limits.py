@@ -1,0 +1,116 @@
+"""Which values a setting may take beyond its type: steps are positive, decays lie in [0, 1], ..."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Limit(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _at_least(least: int) -> Limit:
+    return Limit(f"at least {least}", lambda value: value >= least)
+
+
+def _off_or_at_least(off: int, least: int) -> Limit:
+    return Limit(f"{off} or at least {least}", lambda value: value == off or value >= least)
+
+
+_POSITIVE = Limit("greater than 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE = Limit("0 or greater", lambda value: 0 <= value < math.inf)
+_AVERAGING = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
+_FRACTION = Limit("between 0 and 1", lambda value: 0 <= value <= 1)
+_NOT_EMPTY = Limit("not empty", bool)
+_SHARE = Limit("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+_BETAS = Limit(
+    "two numbers, the first from 0 to below 1, the second greater than 0 and at most 1",
+    lambda betas: len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] <= 1,
+)
+_BLOCK_SIZE = Limit(
+    "at least 1, or two such numbers",
+    lambda size: (
+        len(size) == 2 and min(size) >= 1
+        if isinstance(size, list)
+        else size is not None and size >= 1
+    ),
+)
+
+LIMITS: Mapping[str, Limit] = {
+    "activation_checkpoint.memory_budget": _FRACTION,
+    "activation_checkpoint.selective_ac_option": Limit(
+        '"op" or a whole number of layers in quotes',
+        lambda option: option == "op" or (option.isdecimal() and int(option) > 0),
+    ),
+    "checkpoint.folder": _NOT_EMPTY,
+    "checkpoint.interval": _at_least(1),
+    "checkpoint.keep_latest_k": _off_or_at_least(0, 2),
+    "checkpoint.load_step": _at_least(-1),
+    "comm.init_timeout_seconds": _at_least(1),
+    "comm.train_timeout_seconds": _at_least(1),
+    "comm.trace_buf_size": _at_least(0),
+    "debug.seed": _at_least(0),
+    "job.dump_folder": _NOT_EMPTY,
+    "lr_scheduler.decay_ratio": _FRACTION,
+    "lr_scheduler.min_lr_factor": _FRACTION,
+    "lr_scheduler.total_steps": _at_least(1),
+    "lr_scheduler.warmup_steps": _at_least(0),
+    "metrics.log_freq": _at_least(1),
+    "model.flavor": _NOT_EMPTY,
+    "optimizer.beta1": _AVERAGING,
+    "optimizer.beta2": Limit("greater than 0 and below 1", lambda value: 0 < value < 1),
+    "optimizer.eps": _POSITIVE,
+    "optimizer.lr": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.groups.lr": _POSITIVE,
+    "optimizer.groups.pattern": _NOT_EMPTY,
+    "optimizer.groups.weight_decay": _NOT_NEGATIVE,
+    "optimizer.sgd.dampening": _FRACTION,
+    "optimizer.sgd.momentum": _AVERAGING,
+    "optimizer.shampoo.beta3": _SHARE,
+    "optimizer.shampoo.betas": _BETAS,
+    "optimizer.shampoo.block_size": _BLOCK_SIZE,
+    "optimizer.shampoo.dampening": _FRACTION,
+    "optimizer.shampoo.eps": _POSITIVE,
+    "optimizer.shampoo.eps_relative": _SHARE,
+    "optimizer.shampoo.exponent": _POSITIVE,
+    "optimizer.shampoo.grafting_beta2": _SHARE,
+    "optimizer.shampoo.grafting_eps": _POSITIVE,
+    "optimizer.shampoo.lr": _POSITIVE,
+    "optimizer.shampoo.momentum": _AVERAGING,
+    "optimizer.shampoo.precondition_frequency": _at_least(1),
+    "optimizer.shampoo.start_step": _at_least(1),
+    "optimizer.shampoo.weight_decay": _NOT_NEGATIVE,
+    "parallelism.context_parallel_degree": _at_least(1),
+    "parallelism.data_parallel_replicate_degree": _at_least(1),
+    "parallelism.data_parallel_shard_degree": _off_or_at_least(-1, 1),
+    "parallelism.expert_parallel_degree": _at_least(1),
+    "parallelism.expert_tensor_parallel_degree": _at_least(1),
+    "parallelism.pipeline_parallel_degree": _at_least(1),
+    "parallelism.pipeline_parallel_first_stage_less_layers": _at_least(0),
+    "parallelism.pipeline_parallel_last_stage_less_layers": _at_least(0),
+    "parallelism.pipeline_parallel_layers_per_stage": _at_least(1),
+    "parallelism.pipeline_parallel_microbatch_size": _at_least(1),
+    "parallelism.tensor_parallel_degree": _at_least(1),
+    "profiling.profile_freq": _at_least(1),
+    "profiling.profiler_active": _at_least(1),
+    "profiling.profiler_warmup": _at_least(0),
+    "training.dataloader.num_workers": _at_least(0),
+    "training.dataloader.prefetch_factor": _at_least(1),
+    "training.dataset": _NOT_EMPTY,
+    "training.gc_freq": _at_least(1),
+    "training.global_batch_size": _off_or_at_least(-1, 1),
+    "training.local_batch_size": _at_least(1),
+    "training.max_norm": Limit("greater than 0", lambda value: value > 0),  # inf: no clipping
+    "training.seq_len": _at_least(1),
+    "training.steps": _at_least(1),
+    "validation.dataloader.num_workers": _at_least(0),
+    "validation.dataloader.prefetch_factor": _at_least(1),
+    "validation.freq": _at_least(1),
+    "validation.local_batch_size": _at_least(1),
+    "validation.seq_len": _at_least(1),
+    "validation.steps": _off_or_at_least(-1, 1),
+}

@@ -1,0 +1,178 @@
+"""The tables and keys that this project adds to torchtitan's, and the defaults that it changes.
+
+``JobConfig`` has the form that torchtitan merges into its own: a key that both have is ours. The
+text under a key is what ``--help`` prints. None means: not set.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Method = Literal["Shampoo", "AdamW", "SGD"]
+
+
+@dataclass
+class Shampoo:
+    """Keys of ``[optimizer.shampoo]``; the library decides what is set neither here nor above."""
+
+    lr: float | None = None
+    """Learning rate; not set: optimizer.lr"""
+
+    betas: list[float] | None = None
+    """Averaging of [gradient, factors]; not set: [optimizer.beta1, optimizer.beta2]"""
+
+    eps: float | None = None
+    """Damping added to the factors; not set: 1e-12"""
+
+    weight_decay: float | None = None
+    """Weight decay; not set: optimizer.weight_decay"""
+
+    eps_relative: float | None = None
+    """Damping relative to the largest eigenvalue of each factor, instead of eps"""
+
+    beta3: float | None = None
+    """Averaging of the gradient in the step itself; not set: betas[0]"""
+
+    weight_decay_type: Literal["l2", "decoupled", "corrected", "independent"] | None = None
+    """How weight decay enters; not set: decoupled"""
+
+    momentum: float | None = None
+    """Heavy-ball momentum of the preconditioned direction; not set: 0"""
+
+    dampening: float | None = None
+    """Dampening of the momentum; not set: 0"""
+
+    nesterov: bool | None = None
+    """Nesterov form of the momentum; not set: false"""
+
+    block_size: int | list[int] | None = None
+    """Largest edge of a block, or [rows, columns]; not set: 1024"""
+
+    merge: Literal["matrix", "paper", "none"] | None = None
+    """How the dims of a tensor become those of a matrix; not set: matrix"""
+
+    precondition_frequency: int | None = None
+    """Steps between two refreshes of a block's roots; not set: 10"""
+
+    start_step: int | None = None
+    """First step that refreshes; not set: precondition_frequency"""
+
+    refresh: Literal["staggered", "together"] | None = None
+    """Spread the refreshes over the period, or do all in one step; not set: staggered"""
+
+    grafting: Literal["none", "sgd", "adagrad", "rmsprop", "adam"] | None = None
+    """Method whose step length each block takes; not set: adam"""
+
+    grafting_beta2: float | None = None
+    """Averaging of the grafting second moment; not set: betas[1]"""
+
+    grafting_eps: float | None = None
+    """Epsilon of the grafting method; not set: optimizer.eps"""
+
+    exponent: float | None = None
+    """Exponent of the inverse root; not set: 1/4 for a matrix, 1/2 for a vector"""
+
+    bias_correction: bool | None = None
+    """Correct the averages for their start at zero; not set: true"""
+
+    root_method: Literal["auto", "eigh", "newton"] | None = None
+    """How inverse roots are computed; not set: auto"""
+
+    factor_dtype: Literal["float32", "float64"] | None = None
+    """Precision of factors and roots; not set: float32, or the parameter's if that is float64"""
+
+
+@dataclass
+class SGD:
+    """Keys of ``[optimizer.sgd]``."""
+
+    momentum: float = 0.0
+    """Heavy-ball momentum"""
+
+    nesterov: bool = False
+    """Nesterov form of the momentum"""
+
+    dampening: float = 0.0
+    """Dampening of the momentum"""
+
+
+@dataclass
+class Group:
+    """One ``[[optimizer.groups]]``; a parameter belongs to the first whose pattern it matches."""
+
+    pattern: str
+    """Regular expression, searched in the parameter's name"""
+
+    optimizer: Method | None = None
+    """Method for these parameters; not set: optimizer.name"""
+
+    lr: float | None = None
+    """Learning rate for these parameters; not set: the method's"""
+
+    weight_decay: float | None = None
+    """Weight decay for these parameters; not set: the method's"""
+
+
+@dataclass
+class Optimizer:
+    """Keys of ``[optimizer]`` beside torchtitan's."""
+
+    name: Method = "Shampoo"
+    """Method for every parameter that no group claims"""
+
+    shampoo: Shampoo = field(default_factory=Shampoo)
+    """Shampoo's own keys"""
+
+    sgd: SGD = field(default_factory=SGD)
+    """SGD's own keys"""
+
+    groups: list[Group] = field(default_factory=list)
+    """Parameters with a method, learning rate or weight decay of their own"""
+
+
+@dataclass
+class Model:
+    """Keys of ``[model]`` that differ from torchtitan's."""
+
+    name: Literal["llama3", "resnet"] = "llama3"
+    """Which model to train"""
+
+    hf_assets_path: str = ""
+    """Folder of a Hugging Face tokenizer; empty: one token per byte"""
+
+
+@dataclass
+class Training:
+    """Keys of ``[training]`` that differ from torchtitan's."""
+
+    dataset: str = "python_stdlib"
+    """
+    "python_stdlib" (the source text of this Python's standard library), a .txt or .jsonl file, a
+    folder of text files, or a name for the datasets library; for images "digits" or a folder
+    """
+
+
+@dataclass
+class Validation:
+    """Keys of ``[validation]`` that differ from torchtitan's."""
+
+    dataset: str = ""
+    """As training.dataset; empty: the held-out part of the training dataset"""
+
+
+@dataclass
+class Checkpoint:
+    """Keys of ``[checkpoint]`` that differ from torchtitan's."""
+
+    last_save_model_only: bool = False
+    """Save only the model at the end; the run can then not be resumed or extended"""
+
+
+@dataclass
+class JobConfig:
+    """What torchtitan's ``JobConfig`` is merged with."""
+
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)

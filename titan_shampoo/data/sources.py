@@ -1,0 +1,244 @@
+"""Where documents come from: files on this machine or a data set of the Hugging Face hub.
+
+Every source becomes rows ``{"text": str, "held_out": bool}`` of the ``datasets`` library. About 5%
+is held out for validation, and what is held out never depends on order, rank or run: whole files by
+a hash of their relative path, rows by a hash of their text, the end of a text that is alone.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from titan_shampoo.data import DataError
+
+__all__ = ["PYTHON_STDLIB", "Corpus", "Document", "open_corpus"]
+
+PYTHON_STDLIB = "python_stdlib"
+"""The source text of this Python's own standard library: real text on every machine."""
+
+_HELD_OUT_ONE_IN = 20
+
+_logger = logging.getLogger(__name__)
+
+
+class Document(TypedDict):
+    """One row of a corpus."""
+
+    text: str
+    held_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents, and a key that changes whenever they do."""
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    identity: str
+
+
+def open_corpus(source: str, *, key: str) -> Corpus:
+    """The documents of ``source``; reads nothing yet of those that lie on this machine.
+
+    Args:
+        source: "python_stdlib", a path of a text file, a .jsonl file (key "text") or a folder of
+            such files, or a hub data set as "name", "name:config" or "name:config:split".
+        key: The TOML key that holds ``source``, for messages.
+
+    Raises:
+        DataError: If there is no such thing, with the nearest name that exists.
+    """
+    if source == PYTHON_STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        sources = [file for file in _files(root) if file.suffix == ".py"]
+        # Its tests hold files in other encodings on purpose: nothing to warn about.
+        return _local_corpus(root, sources, skip_level=logging.DEBUG)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _local_corpus(path, _files(path))
+    if path.is_file():
+        return _local_corpus(path.parent, [path])
+    if _is_meant_as_path(source, path):
+        raise DataError(f'{key} = "{source}": no such file or folder{_nearest(path)}')
+    return _hub_corpus(source, key=key)
+
+
+def _files(root: Path) -> list[Path]:
+    """All files below ``root`` by relative path, without hidden ones and installed packages."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and name not in ("site-packages", "dist-packages")
+        ]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = filter(Path.is_file, found)  # a dangling link is none
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _local_corpus(root: Path, files: list[Path], *, skip_level: int = logging.WARNING) -> Corpus:
+    """The documents of ``files``, known by path, size and time of change as in ``datasets``."""
+    # The root belongs to it: what is held out goes by the path below it.
+    digest = hashlib.sha256(f"{root.resolve()}\n".encode())
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    rows = datasets.IterableDataset.from_generator(
+        _documents, gen_kwargs={"root": root, "files": tuple(files), "skip_level": skip_level}
+    )
+    return Corpus(rows, digest.hexdigest())
+
+
+def _documents(root: Path, files: tuple[Path, ...], skip_level: int) -> Iterator[Document]:
+    """One document per text file, one per line of a JSON-lines file."""
+    skipped = []
+    for file in files:
+        if file.suffix == ".jsonl":
+            yield from _json_documents(file)
+        elif (text := _text_of(file)) is None:
+            skipped.append(file)
+        elif len(files) == 1:
+            yield from _head_and_tail(text)
+        elif text:
+            yield {"text": text, "held_out": _is_held_out(file.relative_to(root).as_posix())}
+    if skipped and len(skipped) == len(files):
+        raise DataError(f"{files[0]}: not UTF-8 text, nor is any other file given")
+    if skipped:
+        message = "%s: skipped %d of %d files that are not UTF-8 text, first %s"
+        _logger.log(skip_level, message, root, len(skipped), len(files), skipped[0])
+
+
+def _text_of(file: Path) -> str | None:
+    """What ``file`` says, or None if it is not UTF-8 text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _head_and_tail(text: str) -> Iterator[Document]:
+    """A single text in two documents, cut at the first line that starts in its last 5%."""
+    at_least = len(text) - len(text) // _HELD_OUT_ONE_IN
+    line_end = text.find("\n", at_least - 1, len(text) - 1)
+    cut = at_least if line_end < 0 else line_end + 1
+    yield {"text": text[:cut], "held_out": False}
+    yield {"text": text[cut:], "held_out": True}
+
+
+def _json_documents(file: Path) -> Iterator[Document]:
+    """The "text" of each line of a JSON-lines file; blank lines do not count."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield from _row_document(_json_row(line, file, number), f"{file}:{number}")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _json_row(line: bytes, file: Path, number: int) -> object:
+    """What one line of ``file`` holds."""
+    try:
+        return json.loads(line)
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise DataError(f"{file}:{number}: not JSON: {error}") from error
+
+
+def _hub_documents(rows: datasets.Dataset, source: str) -> Iterator[Document]:
+    """The "text" of each row of a hub data set."""
+    for number, row in enumerate(rows):
+        yield from _row_document(row, f"{source}: row {number}")
+
+
+def _row_document(row: object, place: str) -> Iterator[Document]:
+    """The document of one row; none if its text is empty."""
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        keys = f"; its keys: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+        raise DataError(f'{place}: has no text under the key "text"{keys}')
+    if text:
+        yield {"text": text, "held_out": _is_held_out(text)}
+
+
+def _hub_corpus(source: str, *, key: str) -> Corpus:
+    """A data set of the hub, downloaded or from the cache of ``datasets``."""
+    try:
+        rows = _load_from_hub(*(*source.split(":", 2), "", "")[:3])
+    # The hub's client raises some twenty unrelated types.
+    except Exception as error:
+        raise DataError(
+            f'{key} = "{source}": no such file or folder, and not to be had as a hub data set '
+            f"({_first_line(error)}){_nearest(Path(source))}"
+        ) from error
+    documents = datasets.IterableDataset.from_generator(
+        _hub_documents, gen_kwargs={"rows": rows, "source": source}
+    )
+    return Corpus(documents, rows._fingerprint)
+
+
+def _load_from_hub(name: str, config: str, split: str) -> datasets.Dataset:
+    """A whole split, by default "train"; what was downloaded before needs no network."""
+    offline = datasets.config.HF_HUB_OFFLINE
+    # Without this, datasets tries an unreachable hub for 23 s, on every rank.
+    datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
+    try:
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked for ``name`` at all, if only to refuse."""
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return True
+    except Exception:  # its network layer's own errors, which differ between versions
+        return False
+    return True
+
+
+def _is_held_out(name: str) -> bool:
+    """Whether the document known by ``name`` belongs to the 5% kept for validation."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def _is_meant_as_path(source: str, path: Path) -> bool:
+    """Whether ``source``, which does not exist here, cannot be a name on the hub."""
+    name = source.partition(":")[0]
+    if source.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+    # Versions as in "name-v1.1" are no file suffixes.
+    has_suffix = Path(name).suffix[1:].isalpha()
+    return has_suffix or ("/" in name and path.parent.is_dir())
+
+
+def _nearest(path: Path) -> str:
+    """A question that names what may have been meant, or nothing."""
+    in_folder = {str(entry): entry for entry in _entries(path.parent)}
+    close = difflib.get_close_matches(str(path), [*in_folder, PYTHON_STDLIB], n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in ``folder``; nothing if it is not there."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _first_line(error: Exception) -> str:
+    """The error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,43 @@
+"""Text to integers: what a tokenizer must offer, and the byte-level one that needs no file.
+
+A tokenizer adds its own separators: ``encode`` is called once per document.
+"""
+
+from typing import Protocol
+
+__all__ = ["ByteTokenizer", "Tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """What the data needs of a tokenizer; torchtitan's and most others have it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one document, each in ``[0, get_vocab_size())``."""
+        ...
+
+    def get_vocab_size(self) -> int:
+        """The number of token ids."""
+        ...
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of the text, then a zero byte that ends the document.
+
+    Zero does not occur in text, so 256 ids suffice and the vocabulary divides evenly over
+    tensor-parallel ranks.
+    """
+
+    bos_id: int | None = None
+    eos_id: int | None = 0
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of ``text`` and the end of the document."""
+        return [*text.encode(), 0]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of ``token_ids`` without the ends of documents."""
+        return bytes(token for token in token_ids if token).decode(errors="replace")
+
+    def get_vocab_size(self) -> int:
+        """256."""
+        return 256

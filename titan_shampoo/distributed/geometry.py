@@ -1,0 +1,130 @@
+"""Which blocks a parameter consists of: a grid in the parameter's own, global coordinates.
+
+The grid depends on the parameter's shape and the configuration alone, never on a mesh, so that
+iterates and checkpoints are the same on every mesh. Merging and blocking follow Shi et al. 2023
+(arXiv 2309.06497, section 3).
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Merge = Literal["matrix", "paper", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How one parameter is merged into fewer dims and cut into blocks.
+
+    >>> grid = make_grid((512, 256, 3, 3), block_size=1024, merge="matrix")
+    >>> grid.merged_shape, grid.counts
+    ((512, 2304), (1, 3))
+    >>> grid.block_shape((0, 2))
+    (512, 256)
+    """
+
+    dim_groups: tuple[tuple[int, ...], ...]
+    """For each merged dim, the dims of the parameter that it consists of, in order."""
+    merged_shape: tuple[int, ...]
+    """Extent of each merged dim."""
+    block_size: tuple[int, ...]
+    """Distance of block edges along each merged dim; 1 along batch dims."""
+    batch_dims: int
+    """Leading merged dims that blocks do not extend over (expert stacks)."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of blocks along each merged dim."""
+        pairs = zip(self.merged_shape, self.block_size, strict=True)
+        return tuple(-(-extent // size) for extent, size in pairs)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the parameter."""
+        return math.prod(self.counts)
+
+    @property
+    def order(self) -> int:
+        """Number of dims of a block, batch dims not counted."""
+        return len(self.merged_shape) - self.batch_dims
+
+    def positions(self) -> "itertools.product[tuple[int, ...]]":
+        """Grid positions of all blocks, row-major: block ``k`` is the ``k``-th."""
+        return itertools.product(*map(range, self.counts))
+
+    def block_start(self, position: tuple[int, ...]) -> tuple[int, ...]:
+        """First index of a block along each merged dim."""
+        return tuple(p * size for p, size in zip(position, self.block_size, strict=True))
+
+    def block_extent(self, position: tuple[int, ...]) -> tuple[int, ...]:
+        """Extent of a block along each merged dim (1 along batch dims)."""
+        starts = self.block_start(position)
+        triples = zip(starts, self.block_size, self.merged_shape, strict=True)
+        return tuple(min(size, extent - start) for start, size, extent in triples)
+
+    def block_shape(self, position: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a block as the mathematics sees it, without batch dims."""
+        return self.block_extent(position)[self.batch_dims :]
+
+
+def make_grid(
+    shape: tuple[int, ...],
+    *,
+    block_size: int | tuple[int, int],
+    merge: Merge = "matrix",
+    batch_dims: int = 0,
+) -> Grid:
+    """The block grid of a parameter of ``shape``.
+
+    Args:
+        shape: Global shape of the parameter.
+        block_size: Distance of block edges, in elements; a pair for (first, other) merged dims.
+        merge: ``"matrix"``: first dim by all the others. ``"paper"``: from last to first, merge
+            the next dim into the current one while the product stays at most ``block_size``.
+            ``"none"``: as is. Dims of size 1 are dropped in every case.
+        batch_dims: Leading dims that are neither merged nor cut into ranges: one grid per slice.
+
+    Raises:
+        ValueError: If ``batch_dims`` leaves no dim to cut.
+    """
+    if not 0 <= batch_dims < max(len(shape), 1):
+        raise ValueError(f"batch_dims is {batch_dims}, but the parameter has shape {shape}; "
+                         f"set batch_dims to at most {max(len(shape) - 1, 0)}")  # fmt: skip
+    first, other = (block_size, block_size) if isinstance(block_size, int) else block_size
+    batch = [(dim,) for dim in range(batch_dims)]
+    groups = batch + _merge(shape, range(batch_dims, len(shape)), merge, max(first, other))
+    merged = tuple(math.prod(shape[dim] for dim in group) for group in groups)
+    sizes = (1,) * batch_dims + (first,) + (other,) * (len(groups) - batch_dims - 1)
+    return Grid(tuple(groups), merged, sizes, batch_dims)
+
+
+def _merge(
+    shape: tuple[int, ...], dims: range, merge: Merge, threshold: int
+) -> list[tuple[int, ...]]:
+    """Consecutive dims that become one; a dim of size 1 joins the group before it."""
+    kept = [dim for dim in dims if shape[dim] != 1]
+    if not kept:
+        return [tuple(dims)]
+    if merge == "matrix":
+        starts = kept[:2]
+    elif merge == "none":
+        starts = kept
+    else:
+        starts = _paper_starts(shape, kept, threshold)
+    edges = [dims.start, *starts[1:], dims.stop]
+    return [tuple(range(a, b)) for a, b in itertools.pairwise(edges)]
+
+
+def _paper_starts(shape: tuple[int, ...], kept: list[int], threshold: int) -> list[int]:
+    """First dim of each merged group under the rule of Shi et al. 2023."""
+    starts = [kept[-1]]
+    product = shape[kept[-1]]
+    for dim in reversed(kept[:-1]):
+        if product * shape[dim] <= threshold:
+            product *= shape[dim]
+            starts[0] = dim
+        else:
+            product = shape[dim]
+            starts.insert(0, dim)
+    return starts

@@ -1,0 +1,283 @@
+"""The step of every method that works on blocks: mathematics meets distribution.
+
+The plan says which blocks this rank owns and how they get here; the rule says what to do with a
+stack of them. State is allocated here, once; its keys name the block in global coordinates and
+never a rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from titan_shampoo.distributed.exchange import Exchange
+from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.distributed.plan import Block, Plan
+from titan_shampoo.distributed.state import BlockTensor
+from titan_shampoo.functional.rule import Rule, State, StateShape
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter that the engine works on, with the group that holds its options."""
+
+    name: str
+    param: Tensor
+    options: dict[str, Any]
+
+
+class Engine:
+    """State and step of the parameters that one rule preconditions.
+
+    Args:
+        members: Parameters in the plan's order.
+        rule: The mathematics.
+        plan: Blocks, owners and copies for ``members``.
+    """
+
+    def __init__(self, members: Sequence[Member], rule: Rule, plan: Plan) -> None:
+        self.members, self.rule, self.plan = members, rule, plan
+        self.device = members[0].param.device
+        self.step_count = torch.zeros(len(members), dtype=torch.int64, device=self.device)
+        """Steps that each parameter has taken; bias corrections count from it."""
+        self.cursor = torch.zeros(len(members), dtype=torch.int64)
+        """The same on the host, where the refresh schedule is decided without asking the device."""
+        self.states = [self._empty_state(number) for number in range(len(plan.stacks))]
+        self.momentum = [
+            torch.zeros_like(member.param) if member.options["momentum"] > 0 else None
+            for member in members
+        ]
+        self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
+        """Blocks that kept their last good roots since the start."""
+        self._indices: dict[bytes, Tensor] = {}
+        self._members_of = [
+            np.array([block.param for block in stack.blocks]) for stack in plan.stacks
+        ]
+
+    @torch.no_grad()
+    def step(self, grads: Mapping[int, Tensor]) -> None:
+        """One step for the parameters whose local gradients are given, by number."""
+        present = np.zeros(len(self.members), dtype=bool)
+        present[list(grads)] = True
+        self.cursor += torch.from_numpy(present)
+        self.step_count += torch.from_numpy(present).to(self.device, non_blocking=True)
+        grads = self._flat(self._decayed_gradients(grads))
+        stacks = {number: self._empty_stack(number) for number in range(len(self.plan.stacks))}
+        exchanges = [Exchange(bucket, self.device) for bucket in self.plan.buckets]
+        for exchange in exchanges:
+            exchange.gather(grads, stacks)
+        for bucket, exchange in zip(self.plan.buckets, exchanges, strict=True):
+            exchange.fill_stacks(stacks)
+            for number in bucket.stacks:
+                stacks[number] = self._directions(number, stacks[number], present).contiguous()
+            exchange.scatter(stacks)
+        directions = {number: torch.empty_like(grad) for number, grad in grads.items()}
+        for exchange in exchanges:
+            exchange.finish(directions, stacks)
+        self._apply(directions)
+
+    def _directions(self, number: int, grad: Tensor, present: NDArray[np.bool_]) -> Tensor:
+        """Directions of one stack; zero for the blocks of parameters without a gradient."""
+        here = present[self._members_of[number]]
+        if here.all():
+            return self._work(number, self.states[number], grad, slice(None))
+        direction = torch.zeros_like(grad)
+        if here.any():
+            chosen = self._index(here)
+            part = {name: value[chosen] for name, value in self.states[number].items()}
+            direction[chosen] = self._work(number, part, grad[chosen], here)
+            for name, value in part.items():
+                self.states[number][name][chosen] = value
+        return direction
+
+    def _work(
+        self, number: int, state: State, grad: Tensor, blocks: slice | NDArray[np.bool_]
+    ) -> Tensor:
+        """Accumulate, refresh what is due, and return the directions of the chosen blocks."""
+        stack = self.plan.stacks[number]
+        members = self._members_of[number][blocks]
+        options = self.members[members[0]].options
+        step = self.step_count[self._index(members)]
+        time = self.cursor.numpy()[members]
+        first, due = self._schedule(number, time, blocks, options)
+        self.rule.accumulate_(state, grad, step, options)
+        if due.any():
+            chosen = self._index(due)
+            new = self.rule.refresh(state, chosen, step[chosen], stack.shape, options)
+            self._take(state, chosen, new)
+        ready = time >= first
+        mask = (
+            bool(ready[0]) if ready.all() or not ready.any() else self._index(ready, as_mask=True)
+        )
+        return self.rule.direction(state, grad, step, mask, options)
+
+    def _schedule(
+        self,
+        number: int,
+        time: NDArray[np.int64],
+        blocks: slice | NDArray[np.bool_],
+        options: Mapping[str, Any],
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """First refresh of each block in its parameter's own steps, and whether it is due now."""
+        period = options["precondition_frequency"]
+        start = options["start_step"] or period
+        if options["refresh"] == "together":
+            return np.full_like(time, start), (time == start) | (
+                (time > start) & (time % period == 0)
+            )
+        turns = np.array([block.turn for block in self.plan.stacks[number].blocks])[blocks]
+        first = start + turns
+        return first, (time >= first) & ((time - first) % period == 0)
+
+    def _take(self, state: State, chosen: Tensor, new: State) -> None:
+        """Take refreshed state of the chosen blocks, but for blocks where it is not finite."""
+        good = torch.stack([v.isfinite().flatten(1).all(1) for v in new.values()]).all(0)
+        self.failed_refreshes += (~good).sum()
+        for name, value in new.items():
+            mask = good.view(-1, *[1] * (value.ndim - 1))
+            state[name][chosen] = torch.where(
+                mask, value.to(state[name].dtype), state[name][chosen]
+            )
+
+    def _decayed_gradients(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The gradients with coupled weight decay added, never in place."""
+        return {
+            number: torch.add(
+                grad, local_tensor(member.param), alpha=member.options["weight_decay"]
+            )
+            if member.options["weight_decay_type"] == "l2" and member.options["weight_decay"]
+            else grad
+            for number, grad in grads.items()
+            for member in [self.members[number]]
+        }
+
+    @staticmethod
+    def _flat(grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {number: grad.contiguous().view(-1) for number, grad in grads.items()}
+
+    def _apply(self, directions: Mapping[int, Tensor]) -> None:
+        """Weight decay, heavy ball and the parameter update, group by group."""
+        groups: dict[int, list[int]] = {}
+        for number in directions:
+            groups.setdefault(id(self.members[number].options), []).append(number)
+        for numbers in groups.values():
+            options = self.members[numbers[0]].options
+            params = [local_tensor(self.members[number].param) for number in numbers]
+            steps = [directions[n].view(p.shape) for n, p in zip(numbers, params, strict=True)]
+            decay = _decoupled_decay(options)
+            if decay:
+                torch._foreach_add_(steps, params, alpha=decay)
+            if options["momentum"] > 0:
+                steps = self._heavy_ball(numbers, steps, options)
+            torch._foreach_add_(params, steps, alpha=-float(options["lr"]))
+
+    def _heavy_ball(
+        self, numbers: list[int], steps: list[Tensor], options: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """``B <- mu B + (1 - d) P``; returns ``(1 - d) P + mu B`` (Nesterov) or ``B``."""
+        momentum, keep = options["momentum"], 1 - options["dampening"]
+        buffers = [local_tensor(self._momentum_of(number)) for number in numbers]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, steps, alpha=keep)
+        if not options["nesterov"]:
+            return buffers
+        torch._foreach_mul_(steps, keep)
+        torch._foreach_add_(steps, buffers, alpha=momentum)
+        return steps
+
+    def _momentum_of(self, number: int) -> Tensor:
+        buffer = self.momentum[number]
+        if buffer is None:
+            buffer = self.momentum[number] = torch.zeros_like(self.members[number].param)
+        return buffer
+
+    def _empty_stack(self, number: int) -> Tensor:
+        stack = self.plan.stacks[number]
+        dtype = self.plan.params[stack.blocks[0].param].dtype
+        return torch.empty(len(stack.blocks), *stack.shape, dtype=dtype, device=self.device)
+
+    def _empty_state(self, number: int) -> State:
+        stack = self.plan.stacks[number]
+        first = stack.blocks[0].param
+        dtype, options = self.plan.params[first].dtype, self.members[first].options
+        return {
+            shape.name: torch.zeros(
+                len(stack.blocks), *shape.shape, dtype=dtype, device=self.device
+            )
+            for shape in self.rule.state_shapes(stack.shape, options)
+        }
+
+    def _index(self, values: NDArray[Any], *, as_mask: bool = False) -> Tensor:
+        """``values`` on the device (a mask as positions); kept, as few different ones occur."""
+        if values.dtype == np.bool_ and not as_mask:
+            values = np.flatnonzero(values)
+        key = bytes([as_mask]) + values.tobytes()
+        if key not in self._indices:
+            self._indices[key] = torch.from_numpy(values.copy()).to(self.device)
+        return self._indices[key]
+
+    def block_state(self, number: int) -> dict[str, Tensor]:
+        """Views of the state of this rank's blocks of one parameter: ``"left.3"`` for block 3."""
+        return {f"{shape.name}.{block.index}": value for block, shape, value in self._owned(number)}
+
+    def sharded_state(self, number: int) -> dict[str, Tensor]:
+        """State of one parameter as global tensors, for distributed checkpoints.
+
+        Factors of extent ``d`` are one ``(blocks with that extent, d, d)`` tensor named
+        ``"left.<d>"``; state of the blocks' own shape is one tensor of the parameter's merged
+        shape.
+        """
+        grid, options = self.plan.params[number].grid, self.members[number].options
+        sizes: dict[str, tuple[int, ...]] = {}
+        chunks: dict[str, dict[tuple[int, ...], Tensor]] = {}
+        places: dict[tuple[str, int], tuple[int, ...]] = {}
+        for index, position in enumerate(grid.positions()):
+            for shape in self.rule.state_shapes(grid.block_shape(position), options):
+                key = _global_key(shape)
+                if shape.dim is None:
+                    sizes[key], places[key, index] = grid.merged_shape, grid.block_start(position)
+                else:
+                    count = sizes.get(key, (0,))[0]
+                    sizes[key] = (count + 1, *shape.shape)
+                    places[key, index] = (count, *[0] * len(shape.shape))
+        for block, shape, value in self._owned(number):
+            key = _global_key(shape)
+            extent = block.extent if shape.dim is None else (1, *shape.shape)
+            chunks.setdefault(key, {})[places[key, block.index]] = value.view(extent)
+        dtype = self.plan.params[number].dtype
+        return {key: BlockTensor(size, chunks.get(key, {}), dtype) for key, size in sizes.items()}
+
+    def common_state(self, number: int) -> dict[str, Tensor]:
+        """State of one parameter that every rank with a part of it holds."""
+        buffer = self.momentum[number]
+        state = {"step": self.step_count[number], "cursor": self.cursor[number]}
+        return state if buffer is None else state | {"momentum": buffer}
+
+    def _owned(self, number: int) -> Iterator[tuple[Block, StateShape, Tensor]]:
+        """Each piece of state of this rank's blocks of one parameter."""
+        options = self.members[number].options
+        for stack, state in zip(self.plan.stacks, self.states, strict=True):
+            for position, block in enumerate(stack.blocks):
+                if block.param == number:
+                    for shape in self.rule.state_shapes(stack.shape, options):
+                        yield block, shape, state[shape.name][position]
+
+
+def _global_key(shape: StateShape) -> str:
+    return shape.name if shape.dim is None else f"{shape.name}.{shape.shape[0]}"
+
+
+def _decoupled_decay(options: Mapping[str, Any]) -> float:
+    """Factor ``a`` of ``P <- P + a W`` (Loshchilov & Hutter 2019, and two variants)."""
+    decay, kind = float(options["weight_decay"]), options["weight_decay_type"]
+    if kind == "decoupled":
+        return decay
+    if kind == "corrected":
+        return decay * float(options["lr"]) / options["peak_lr"]
+    if kind == "independent":
+        return decay / options["peak_lr"]
+    return 0.0

@@ -1,0 +1,65 @@
+"""AdamW for the parameters that are not preconditioned, on the local shards.
+
+The arithmetic is torch's own; it is element-wise, so shards need no communication.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from titan_shampoo.distributed.layout import local_tensor
+
+NOT_MULTIPLIED = re.compile(
+    r"(^|[._])(embed\w*|\w+_embeddings?|wte|wpe|lm_head|output|router|gate)\.weight$"
+)
+"""Names of matrices whose rows are looked up or chosen rather than multiplied."""
+
+
+def falls_back(name: str, param: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether a parameter is left to the diagonal method: vectors, embeddings, heads, routers."""
+    if options["fallback"] is None:
+        return False
+    is_matrix = sum(size != 1 for size in param.shape[options["batch_dims"] :]) >= 2
+    return not is_matrix or NOT_MULTIPLIED.search(name) is not None
+
+
+def empty_state(param: Tensor) -> dict[str, Tensor]:
+    """Moments like the parameter, and the number of steps taken."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(param),
+        "exp_avg_sq": torch.zeros_like(param),
+    }
+
+
+def adamw_step(
+    params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
+) -> None:
+    """One AdamW step of the parameters that have a gradient (Loshchilov & Hutter 2019).
+
+    Args:
+        params: Parameters with a gradient.
+        states: What :func:`empty_state` made for each.
+        options: Parameter group; ``grafting_eps`` is AdamW's epsilon.
+    """
+    beta1, beta2 = options["betas"]
+    adamw(
+        [local_tensor(param) for param in params],
+        [local_tensor(param.grad) for param in params if param.grad is not None],
+        [local_tensor(state["exp_avg"]) for state in states],
+        [local_tensor(state["exp_avg_sq"]) for state in states],
+        [],
+        [state["step"] for state in states],
+        foreach=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        eps=options["grafting_eps"],
+        maximize=False,
+    )

@@ -1,0 +1,51 @@
+"""Grafting: the direction of the preconditioner with the length of a diagonal method's step.
+
+Anil et al. 2020 (arXiv 2002.09018), per block as in Shi et al. 2023 (arXiv 2309.06497, section
+2.4).
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
+
+
+def accumulate_squares_(squares: Tensor, grad: Tensor, method: Grafting, beta2: float) -> None:
+    """Second moments of the grafted method, in place.
+
+    Args:
+        squares: ``(n, *block)``.
+        grad: ``(n, *block)``.
+        method: Not ``"sgd"``, which has none.
+        beta2: Decay; AdaGrad sums and ignores it.
+    """
+    if method == "adagrad":
+        squares.addcmul_(grad, grad)
+    else:
+        squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+
+def grafted_direction(
+    filtered: Tensor,
+    squares: Tensor | None,
+    correction: Tensor,
+    *,
+    method: Grafting,
+    eps: float,
+) -> Tensor:
+    """Direction of the grafted method, ``(n, *block)``.
+
+    Args:
+        filtered: Filtered gradient, ``(n, *block)``.
+        squares: Second moments, ``(n, *block)``; None for ``"sgd"``.
+        correction: ``1 - beta2^t`` of each block, ``(n, 1, ...)``; only Adam uses it.
+        method: Whose direction.
+        eps: Added to the root of the second moments.
+    """
+    if squares is None:
+        return filtered
+    root = squares.sqrt()
+    if method == "adam":
+        root /= correction.sqrt()
+    return filtered / root.add_(eps)

@@ -1,0 +1,232 @@
+"""Residual networks for images (He et al. 2016), with torchvision's names and shapes.
+
+Equal names let weights interchange with torchvision both ways. As there, the stride of a bottleneck
+sits in its 3x3 convolution. ``small_stem`` starts with one 3x3 convolution of stride 1 and no
+pooling, for images of about 32x32. A model is built first and filled by ``init_weights`` later, so
+that it can be built on the meta device.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DEPTHS", "ResNet", "ResNetArgs", "flops_per_image", "num_parameters"]
+
+_STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+@dataclass(slots=True)
+class ResNetArgs:
+    """The shape of a residual network."""
+
+    depth: Literal[18, 34, 50, 101] = 50
+    """Number of layers with weights."""
+
+    num_classes: int = 1000
+    """Outputs of the last layer."""
+
+    small_stem: bool = False
+    """Start at full resolution, for images of about 32x32."""
+
+    zero_init_residual: bool = True
+    """Start every residual block as the identity (Goyal et al. 2017, section 5.1)."""
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        """Map ``in_channels`` to ``width`` channels at ``1 / stride`` of the resolution."""
+        super().__init__()
+        self.conv1 = _conv(in_channels, width, kernel_size=3, stride=stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, kernel_size=3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, width, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The layer that ends the residual branch."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``relu(residual(x) + shortcut(x))``, ``(n, width, h / stride, w / stride)``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two 1x1 ones, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        """Map ``in_channels`` to ``4 * width`` channels at ``1 / stride`` of the resolution."""
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = _conv(in_channels, width, kernel_size=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, kernel_size=3, stride=stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv(width, out_channels, kernel_size=1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The layer that ends the residual branch."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``relu(residual(x) + shortcut(x))``, ``(n, 4 * width, h / stride, w / stride)``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+Block = type[BasicBlock] | type[Bottleneck]
+
+DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+"""Kind of block and blocks per stage (He et al. 2016, table 1)."""
+
+
+class ResNet(nn.Module):
+    """Class scores of images."""
+
+    def __init__(self, model_args: ResNetArgs) -> None:
+        """Build the network; ``init_weights`` fills it.
+
+        Raises:
+            ValueError: If there is no network of this depth.
+        """
+        super().__init__()
+        if model_args.depth not in DEPTHS:
+            raise ValueError(f"depth: got {model_args.depth}, want one of {sorted(DEPTHS)}")
+        self.model_args = model_args
+        block, blocks_per_stage = DEPTHS[model_args.depth]
+        width = _STAGE_WIDTHS[0]
+        if model_args.small_stem:
+            self.conv1 = _conv(3, width, kernel_size=3)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = _conv(3, width, kernel_size=7, stride=2)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        stages = [
+            _stage(block, stage, num_blocks) for stage, num_blocks in enumerate(blocks_per_stage)
+        ]
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(_STAGE_WIDTHS[-1] * block.expansion, model_args.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores ``(n, num_classes)`` of ``images``, ``(n, 3, h, w)``."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Fill all parameters and buffers, whatever they hold.
+
+        Convolutions: normal with variance ``2 / fan_out`` (He et al. 2015). Batch norm: the
+        identity, or zero where it ends a residual branch. Last layer: as in ``nn.Linear``.
+
+        Args:
+            buffer_device: Where the buffers shall live; None means where they are.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                _place_buffers(module, buffer_device)
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
+                module.reset_parameters()
+        if self.model_args.zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, BasicBlock | Bottleneck):
+                    nn.init.zeros_(module.last_norm.weight)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """The number of trained scalars of ``model``; global counts for DTensors."""
+    return sum(param.numel() for param in model.parameters())
+
+
+def flops_per_image(args: ResNetArgs, image_size: int) -> int:
+    """Floating-point operations of forward and backward for one square image.
+
+    Counts convolutions and the last layer, a multiply-add as two, and the backward pass as twice
+    the forward.
+    """
+    with torch.device("meta"):
+        model = ResNet(args)
+        image = torch.empty(1, 3, image_size, image_size)
+    forward = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal forward
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        # A weight is used once for each output value of its own row.
+        forward += 2 * layer.weight.numel() * output.numel() // layer.weight.shape[0]
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    model.eval()(image)
+    return 3 * forward
+
+
+def _conv(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the resolution but for its stride; batch norm supplies the bias."""
+    return nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        bias=False,
+    )
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """A projection where the shape changes, else nothing: the identity."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    projection = _conv(in_channels, out_channels, kernel_size=1, stride=stride)
+    return nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+
+
+def _stage(block: Block, stage: int, num_blocks: int) -> nn.Sequential:
+    """The blocks of one resolution; all stages but the first begin by halving it."""
+    width = _STAGE_WIDTHS[stage]
+    if stage == 0:
+        in_channels, stride = width, 1
+    else:
+        in_channels, stride = _STAGE_WIDTHS[stage - 1] * block.expansion, 2
+    first = block(in_channels, width, stride)
+    others = [block(width * block.expansion, width, 1) for _ in range(num_blocks - 1)]
+    return nn.Sequential(first, *others)
+
+
+def _place_buffers(module: nn.BatchNorm2d, device: torch.device | None) -> None:
+    """Move the buffers of ``module``, whose values are to be overwritten, to ``device``."""
+    if device is None:
+        return
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, torch.empty_like(buffer, device=device))

@@ -1,0 +1,43 @@
+"""The training stack on torchtitan: the only package that imports it.
+
+The CPU runtime comes first, because torchtitan settles on a device while it is imported. What
+``parallel/``, ``checkpoint/`` and ``train.py`` need of torchtitan is re-exported here, so that a
+move to another version touches this package alone.
+"""
+
+# ruff: noqa: E402  (nothing of torchtitan may be imported before the CPU runtime is there)
+from titan_shampoo.titan.runtime import install_cpu_runtime
+
+install_cpu_runtime()
+
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.protocols.train_spec import TrainSpec
+
+from titan_shampoo.titan.console import log_plainly
+from titan_shampoo.titan.initialization import initialize_alike
+from titan_shampoo.titan.recipes import resnet, transformer
+from titan_shampoo.titan.seed import run_seed
+from titan_shampoo.titan.trainer import Trainer
+
+__all__ = [
+    "TORCH_DTYPE_MAP",
+    "AsyncMode",
+    "CheckpointManager",
+    "JobConfig",
+    "ParallelDims",
+    "TrainSpec",
+    "Trainer",
+    "apply_ac",
+    "initialize_alike",
+    "log_plainly",
+    "parallelize_llama",
+    "pipeline_llm",
+    "resnet",
+    "run_seed",
+    "transformer",
+]

@@ -1,0 +1,48 @@
+"""torchtitan's ``JobConfig`` with this project's tables, filled from settings that are checked.
+
+``titan_shampoo.config`` refuses every mistake before torch is imported; nothing is parsed here.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+
+from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as TorchtitanJobConfig
+
+from titan_shampoo.config import ConfigError, Settings, check_world, read_config, tables
+
+__all__ = [
+    "ConfigError",
+    "JobConfig",
+    "check_world",
+    "load_job_config",
+    "make_job_config",
+    "read_config",
+]
+
+# What torchtitan's parser does with `job.custom_config_module`, without its second look at the
+# command line.
+JobConfig: type[TorchtitanJobConfig] = ConfigManager._merge_configs(
+    TorchtitanJobConfig, tables.JobConfig
+)
+
+
+def load_job_config(args: Sequence[str]) -> TorchtitanJobConfig:
+    """The job configuration that a command line, without the program's name, asks for.
+
+    Raises:
+        ConfigError: If anything is unknown, of the wrong type, out of range or contradictory.
+    """
+    return make_job_config(read_config(args))
+
+
+def make_job_config(settings: Settings) -> TorchtitanJobConfig:
+    """The settings as torchtitan's nested dataclasses, with ``optimizer.groups`` as ``Group``s."""
+    job_config = JobConfig()
+    for name, setting in settings.explicit.items():
+        if "[" in name:  # the place of one key in a list of tables, not a setting
+            continue
+        *outer, key = name.split(".")
+        setattr(reduce(getattr, outer, job_config), key, setting.value)
+    job_config.optimizer.groups = [tables.Group(**group) for group in settings["optimizer.groups"]]
+    return job_config

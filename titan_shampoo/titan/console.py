@@ -1,0 +1,67 @@
+"""What a run says: its own lines as they are, warnings with their rank, the rest stays silent.
+
+torchtitan logs through the root logger some forty lines per rank that help nobody while a run goes
+well. Warnings of whatever origin are shown, but for a few about hardware which is not there.
+"""
+
+import logging
+import sys
+import warnings
+
+import torch.distributed as dist
+
+_OURS = ("titan_shampoo", "parallel", "checkpoint", "train")
+
+# Each is about a feature of torchtitan that this project does not show (utilisation of a GPU's
+# peak, its launch script) or a default that only nccl reads.
+_ABOUT_NOTHING = (
+    "Peak flops undefined for",
+    "Error running lspci",
+    "Pipeline Parallel loss is not visible",
+    "ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING]",
+)
+
+# Weights are drawn by titan_shampoo.titan.initialization; groups whose timeout cannot be set are
+# the fake ones that torchtitan makes for axes of size 1; float32 is not autocast's business.
+_WARNINGS_ABOUT_NOTHING = (
+    "DTensor random operators may not have complete support on cpu",
+    r"DTensor manual_seed\(\) may not have complete support on cpu",
+    "In CPU autocast, but the target dtype is not supported",
+    "Set timeout is now only supported for either nccl or gloo",
+)
+
+
+def log_plainly() -> None:
+    """Send this process's log to standard output, plainly; the second call changes nothing."""
+    root = logging.getLogger()
+    if any(isinstance(handler, _Console) for handler in root.handlers):
+        return
+    root.handlers.clear()
+    root.setLevel(logging.INFO)
+    root.addHandler(_Console())
+    for message in _WARNINGS_ABOUT_NOTHING:
+        warnings.filterwarnings("ignore", message)
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard output for people."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self.addFilter(_is_worth_reading)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message; a warning says that it is one, and whose if not rank 0's."""
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
+        if record.levelno < logging.WARNING:
+            return message
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return f"{record.levelname.lower()}{f' (rank {rank})' if rank else ''}: {message}"
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    if record.levelno < logging.WARNING:
+        return record.name.split(".")[0] in _OURS
+    return not any(text in record.getMessage() for text in _ABOUT_NOTHING)

@@ -1,0 +1,180 @@
+"""What a run reports while it goes: one line per interval, TensorBoard, and ``metrics.jsonl``.
+
+Rates are over all ranks together, and leave validation out. There is no "model FLOPS utilisation":
+torchtitan relates it to the peak of an A100 when it does not know the device.
+"""
+
+import logging
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import NoColor
+
+from titan_shampoo.titan.records import Record, RunRecords
+
+_logger = logging.getLogger(__name__)
+
+
+class Progress(MetricsProcessor):
+    """Reports a run on the one rank that knows its loss.
+
+    Args:
+        job_config: Intervals and folders.
+        parallel_dims: Which rank knows the loss, how many read data.
+        unit: What is counted: "tokens" or "images".
+    """
+
+    ntokens_since_last_log: int
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, *, unit: str) -> None:
+        """Open the logs, on the reporting rank."""
+        super().__init__(job_config, parallel_dims)
+        if not sys.stdout.isatty():
+            self.color = NoColor()
+        self._unit = unit
+        self._num_steps = int(job_config.training.steps)
+        self._num_readers = int(parallel_dims.dp_replicate * parallel_dims.dp_shard)
+        self._reports = dist.get_rank() == _get_metrics_rank(parallel_dims, job_config)
+        self._folder = Path(job_config.job.dump_folder)
+        self._records = RunRecords(self._folder)
+        self._first_step = 0
+        self._last_logged = 0
+        self._start = time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        """Count from ``step``, the last one that is done; called when the checkpoint is loaded."""
+        self._first_step = step
+        self._start = self.time_last_log = time.perf_counter()
+        self._last_logged = step
+        self.optimizers.take_step_seconds()
+        if not self._reports:
+            return
+        self._records.resume(step)
+        self.say(
+            f"resumed after step {step} of {self._num_steps}"
+            if step
+            else f"training for {self._num_steps} steps"
+        )
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Report the interval that ends with ``step``.
+
+        Args:
+            step: Counted from 1.
+            global_avg_loss: Mean over all labels of the step, before the update.
+            global_max_loss: The largest mean of any rank; not reported.
+            grad_norm: Of the mean loss, before clipping.
+            extra_metrics: ``lr`` and ``n_tokens_seen``.
+        """
+        seconds = time.perf_counter() - self.time_last_log
+        record: Record = {
+            "step": step,
+            "loss": global_avg_loss,
+            "grad_norm": grad_norm,
+            "lr": (extra_metrics or {})["lr"],
+            f"{self._unit}_per_second": self.ntokens_since_last_log * self._num_readers / seconds,
+            f"{self._unit}_seen": int((extra_metrics or {})["n_tokens_seen"]),
+            "optimizer_share": self.optimizers.take_step_seconds() / seconds,
+            "data_share": sum(self.data_loading_times) / seconds,
+            "seconds_per_step": seconds / max(step - self._last_logged, 1),
+            "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+        }
+        self._write(record)
+        self.say(self._line(record))
+        self._last_logged = step
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.device_memory_monitor.reset_peak_stats()
+        self.time_last_log = time.perf_counter()
+
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+    ) -> None:
+        """Report a validation.
+
+        Args:
+            loss: Mean over all validation labels.
+            step: The last step done.
+            extra_metrics: ``accuracy`` (0 to 1) if there is one, ``seconds`` it took.
+        """
+        extra = dict(extra_metrics or {})
+        self.time_last_log += extra.pop("seconds", 0.0)
+        record = {"step": step, "validation_loss": loss}
+        record |= {f"validation_{key}": value for key, value in extra.items()}
+        self._write(record)
+        accuracy = f"  accuracy {extra['accuracy']:.2%}" if "accuracy" in extra else ""
+        self.say(
+            f"{self._step(step)}  {self.color.yellow}validation loss {loss:.4f}"
+            f"{self.color.reset}{accuracy}"
+        )
+
+    def finish(self, checkpoints: Path | None) -> None:
+        """Draw the loss and say where everything lies.
+
+        Args:
+            checkpoints: Folder of the checkpoints, if the run saves any.
+        """
+        if not self._reports:
+            return
+        self._records.draw_loss(self.job_config.job.description)
+        config = self.job_config.metrics
+        places = {
+            "checkpoints": checkpoints,
+            "TensorBoard": config.enable_tensorboard and self._folder / config.save_tb_folder,
+            "metrics": self._records.file,
+            "loss plot": self._records.plot,
+        }
+        minutes = timedelta(seconds=round(time.perf_counter() - self._start))
+        self.say(f"done after {minutes}")
+        for name, place in places.items():
+            if place:
+                self.say(f"  {name:<12} {place}")
+
+    def say(self, line: str) -> None:
+        """Print one line, on the reporting rank."""
+        if self._reports:
+            _logger.info(line)
+
+    def _write(self, record: Record) -> None:
+        self.logger.log(
+            {key: value for key, value in record.items() if key != "step"}, record["step"]
+        )
+        if self._reports:
+            self._records.append(record)
+
+    def _line(self, record: Record) -> str:
+        color, step = self.color, record["step"]
+        rate = record[f"{self._unit}_per_second"]
+        return "  ".join(
+            (
+                self._step(step),
+                f"{color.green}loss {record['loss']:.4f}{color.reset}",
+                f"grad norm {record['grad_norm']:.4f}",
+                f"lr {record['lr']:.2e}",
+                f"{color.blue}{rate:,.0f} {self._unit}/s{color.reset}",
+                f"optimizer {record['optimizer_share']:.0%}",
+                f"{self._time_left(step)} left",
+            )
+        )
+
+    def _step(self, step: int) -> str:
+        width = len(str(self._num_steps))
+        return f"{self.color.red}step {step:>{width}}/{self._num_steps}{self.color.reset}"
+
+    def _time_left(self, step: int) -> timedelta:
+        per_step = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
+        return timedelta(seconds=round(per_step * (self._num_steps - step)))

@@ -1,0 +1,203 @@
+"""The optimizers of a run: every parameter has the method of the first group that matches its name.
+
+torchtitan's container knows one class for the whole model and saves state through an interface
+that casts and drops it. This one holds several optimizers per model part, and hands live tensors
+to the checkpoint, keyed by parameter name, which are loaded in place.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchtitan.components.optimizer import OptimizersContainer as TorchtitanContainer
+from torchtitan.distributed import ParallelDims
+
+from titan_shampoo.config import ConfigError, tables
+from titan_shampoo.optimizers import BlockOptimizer, Shampoo
+from titan_shampoo.titan.initialization import unwrapped_name
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class OptimizersContainer(TorchtitanContainer[Optimizer]):
+    """All optimizers of the model parts of this rank, as one.
+
+    Args:
+        model_parts: Parts of the model on this rank, sharded.
+        config: The ``[optimizer]`` table.
+        parallel_dims: Says which ranks hold plain tensors as replicas.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        config: Any,  # noqa: ANN401 - merged dataclass
+        parallel_dims: ParallelDims,
+    ) -> None:
+        self.model_parts = model_parts
+        self.optimizers = []
+        self._step_seconds = 0.0
+        replicas = _replica_group(parallel_dims)
+        for part in model_parts:
+            by_method = _grouped(part, config)
+            if not by_method:
+                raise ConfigError(
+                    "the model has no parameter that is trained; see optimizer.groups"
+                )
+            for method, groups in by_method.items():
+                self.optimizers.append(_build(method, groups, config, replicas))
+        params = [
+            p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
+        ]
+        self._post_init(params, {"lr": config.lr})
+
+    def step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as every optimizer's
+        """Step all of them, and count the seconds."""
+        start = time.perf_counter()
+        super().step(*args, **kwargs)
+        self._step_seconds += time.perf_counter() - start
+
+    def take_step_seconds(self) -> float:
+        """Seconds spent in :meth:`step` since the last call."""
+        seconds, self._step_seconds = self._step_seconds, 0.0
+        return seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Live state as ``"<parameter>.<name>"``; what is loaded into these tensors is loaded."""
+        return {
+            f"{name}.{key}": value
+            for optimizer in self.optimizers
+            for name, state in _state_by_name(optimizer)
+            for key, value in state.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Accept a state that was loaded in place into the tensors of :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is another state.
+        """
+        mine = self.state_dict().keys()
+        if mine != state_dict.keys():
+            differing = sorted(mine ^ state_dict.keys())
+            raise ValueError(
+                f"optimizer state: {len(differing)} entries differ: {', '.join(differing[:5])}"
+            )
+
+
+def build_optimizers(
+    model_parts: list[nn.Module],
+    config: Any,  # noqa: ANN401 - merged dataclass
+    parallel_dims: ParallelDims,
+) -> OptimizersContainer:
+    """Return the optimizers that the ``[optimizer]`` table asks for."""
+    return OptimizersContainer(model_parts, config, parallel_dims)
+
+
+def _replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
+    """Ranks that hold a plain tensor as replicas: DDP's, or each rank alone (pipelines)."""
+    if parallel_dims.world_size == 1:
+        return None
+    if parallel_dims.dp_replicate_enabled:
+        return parallel_dims.get_mesh("dp_replicate").get_group()
+    alone, _ = dist.new_subgroups(group_size=1)
+    return alone
+
+
+def _grouped(part: nn.Module, config: Any) -> dict[str, list[dict[str, Any]]]:  # noqa: ANN401 - merged dataclass
+    """Parameter groups by method: one per ``[[optimizer.groups]]``, and one for the rest."""
+    claims = [*config.groups, tables.Group(pattern="")]
+    members: list[NamedParameters] = [[] for _ in claims]
+    for wrapped_name, param in part.named_parameters():
+        name = unwrapped_name(wrapped_name)
+        if param.requires_grad:
+            index = next(i for i, claim in enumerate(claims) if re.search(claim.pattern, name))
+            members[index].append((name, param))
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for claim, params in zip(claims, members, strict=True):
+        if params:
+            own = {"lr": claim.lr, "weight_decay": claim.weight_decay}
+            group = {"params": params} | {
+                key: value for key, value in own.items() if value is not None
+            }
+            by_method.setdefault(claim.optimizer or config.name, []).append(group)
+    return by_method
+
+
+def _build(
+    method: str,
+    groups: list[dict[str, Any]],
+    config: Any,  # noqa: ANN401 - merged dataclass
+    replicas: dist.ProcessGroup | None,
+) -> Optimizer:
+    betas = (config.beta1, config.beta2)
+    if method == "Shampoo":
+        shared = {"lr": config.lr, "betas": betas, "weight_decay": config.weight_decay,
+                  "grafting_eps": config.eps}  # fmt: skip
+        return Shampoo(groups, **shared | _library_options(config.shampoo), process_group=replicas)
+    implementation = {
+        "fused": config.implementation == "fused",
+        "foreach": config.implementation == "foreach",
+    }
+    if method == "AdamW":
+        optimizer: Optimizer = torch.optim.AdamW(
+            groups, config.lr, betas, config.eps, config.weight_decay, **implementation
+        )
+    else:
+        own = config.sgd
+        optimizer = torch.optim.SGD(
+            groups,
+            config.lr,
+            own.momentum,
+            own.dampening,
+            config.weight_decay,
+            own.nesterov,
+            **implementation,
+        )
+    _allocate_state(optimizer)
+    return optimizer
+
+
+def _library_options(table: tables.Shampoo) -> dict[str, Any]:
+    """The keys of a method's own table that are set, as the library takes them."""
+    options = {key: value for key, value in vars(table).items() if value is not None}
+    for key in ("betas", "block_size"):
+        if isinstance(options.get(key), list):
+            options[key] = tuple(options[key])
+    if options.get("grafting") == "none":
+        options["grafting"] = None
+    if "factor_dtype" in options:
+        options["factor_dtype"] = getattr(torch, options["factor_dtype"])
+    return options
+
+
+def _allocate_state(optimizer: Optimizer) -> None:
+    """Give torch's optimizers the state of step zero: what is not there is silently not loaded."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if isinstance(optimizer, torch.optim.AdamW):
+                # As torch does: the fused kernel reads the step on the device, the others on the
+                # host.
+                device = param.device if group["fused"] else "cpu"
+                optimizer.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+            elif group["momentum"]:
+                optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+
+
+def _state_by_name(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """State of each parameter, by name."""
+    if isinstance(optimizer, BlockOptimizer):
+        yield from optimizer.sharded_state().items()
+        return
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            yield name, optimizer.state[param]

@@ -1,0 +1,271 @@
+"""The recipes: for each, a table of what torchtitan's trainer needs to train it.
+
+How a model is sharded is handed in (``parallel/``). Flavours without a vocabulary of their own
+("byte_...") read text as bytes; all others need the tokenizer they were made for.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs, llama3_args
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.train_spec import ParallelizeFunction, PipeliningFunction, TrainSpec
+
+from titan_shampoo.config.errors import ConfigError
+from titan_shampoo.data.images import ImageDataset
+from titan_shampoo.data.loader import EvaluationLoader, IndexedSamples, PositionedLoader
+from titan_shampoo.data.text import TextDataset
+from titan_shampoo.data.tokenizer import ByteTokenizer, Tokenizer
+from titan_shampoo.models.resnet import ResNet, ResNetArgs, flops_per_image, num_parameters
+from titan_shampoo.titan.learning_rates import build_learning_rates
+from titan_shampoo.titan.metrics import Progress
+from titan_shampoo.titan.optimizers import build_optimizers
+from titan_shampoo.titan.seed import run_seed
+from titan_shampoo.titan.validation import Validator
+
+TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
+    # 0.87 M parameters.
+    "byte_debug": TransformerModelArgs(
+        dim=128, n_layers=4, n_heads=4, vocab_size=256, multiple_of=32
+    ),
+    "27M": TransformerModelArgs(dim=512, n_layers=6, n_heads=8, vocab_size=8192),
+    **llama3_args,
+}
+
+
+def transformer(parallelize: ParallelizeFunction, pipeline: PipeliningFunction) -> TrainSpec:
+    """Return the recipe of a Llama-style transformer on text.
+
+    Args:
+        parallelize: Shards a model, or a part of a pipeline.
+        pipeline: Cuts a model into the parts of a pipeline.
+    """
+    return TrainSpec(
+        model_cls=Transformer,
+        model_args=copy.deepcopy(TRANSFORMERS),  # torchtitan writes the sequence length into it
+        parallelize_fn=parallelize,
+        pipelining_fn=pipeline,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_learning_rates,
+        build_dataloader_fn=_text_loader,
+        build_tokenizer_fn=build_tokenizer,
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=_text_validator,
+        build_metrics_processor_fn=partial(_progress, unit="tokens"),
+        state_dict_adapter=Llama3StateDictAdapter,
+    )
+
+
+@dataclass
+class ImageModelArgs:
+    """A residual network as torchtitan wants to be told about models."""
+
+    network: ResNetArgs
+    image_size: int = 224
+
+    def update_from_config(self, job_config: JobConfig, **_: object) -> None:
+        """Take the number of classes and the image size from the data."""
+        data = ImageDataset(job_config.training.dataset)
+        self.network.num_classes, self.image_size = data.num_classes, data.image_size
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Return the number of parameters and the operations per image, forward and backward."""
+        return num_parameters(model), flops_per_image(self.network, self.image_size)
+
+
+RESNETS: Mapping[str, ImageModelArgs] = {
+    f"resnet{depth}{suffix}": ImageModelArgs(ResNetArgs(depth=depth, small_stem=small_stem))
+    for depth in (18, 34, 50, 101)
+    for suffix, small_stem in (("", False), ("_small", True))
+}
+
+
+def resnet(parallelize: ParallelizeFunction) -> TrainSpec:
+    """Return the recipe of a residual network on images; ``_small`` flavours are for 32x32.
+
+    Args:
+        parallelize: Shards a model.
+    """
+    return TrainSpec(
+        model_cls=_build_resnet,
+        model_args=copy.deepcopy(RESNETS),
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_learning_rates,
+        build_dataloader_fn=_image_loader,
+        build_tokenizer_fn=None,
+        build_loss_fn=_build_class_loss,
+        build_validator_fn=_image_validator,
+        build_metrics_processor_fn=partial(_progress, unit="images"),
+    )
+
+
+def build_tokenizer(job_config: JobConfig) -> Tokenizer:
+    """Return the tokenizer in ``model.hf_assets_path``, or the byte-level one if that is empty.
+
+    Raises:
+        ConfigError: If the folder has no tokenizer, or one that does not fit the model.
+    """
+    folder, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    vocab_size = TRANSFORMERS[flavor].vocab_size
+    model = f'model.flavor = "{flavor}" has a vocabulary of {vocab_size}'
+    if not folder:
+        tokenizer = ByteTokenizer()
+        if tokenizer.get_vocab_size() != vocab_size:
+            raise ConfigError(
+                f"{model}, bytes one of {tokenizer.get_vocab_size()}; set model.hf_assets_path to "
+                'the folder of its tokenizer, or model.flavor = "byte_debug"'
+            )
+        return tokenizer
+    tokenizer = _read_tokenizer(folder)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ConfigError(
+            f"{model}, the tokenizer in model.hf_assets_path = {folder} one of "
+            f"{tokenizer.get_vocab_size()}; set another of the two"
+        )
+    return tokenizer
+
+
+def _read_tokenizer(folder: str) -> Any:  # noqa: ANN401 (torchtitan's, untyped)
+    if not Path(folder).is_dir():
+        raise ConfigError(f"model.hf_assets_path = {folder}: there is no such folder")
+    try:
+        return HuggingFaceTokenizer(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception for broken files
+        raise ConfigError(
+            f"model.hf_assets_path = {folder}: no tokenizer can be read from it "
+            f"({str(error).splitlines()[0]}); it should hold tokenizer.json"
+        ) from error
+
+
+def _text_loader(
+    *, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig
+) -> PositionedLoader:
+    training = job_config.training
+    data = TextDataset(training.dataset, tokenizer=tokenizer, seq_len=training.seq_len)
+    return _positioned(data, job_config, dp_world_size, dp_rank)
+
+
+def _image_loader(
+    *, dp_world_size: int, dp_rank: int, tokenizer: None, job_config: JobConfig
+) -> PositionedLoader:
+    data = ImageDataset(job_config.training.dataset)
+    return _positioned(data, job_config, dp_world_size, dp_rank)
+
+
+def _positioned(
+    data: IndexedSamples, job_config: JobConfig, dp_world_size: int, dp_rank: int
+) -> PositionedLoader:
+    loading = job_config.training.dataloader
+    return PositionedLoader(
+        data,
+        seed=run_seed(job_config),
+        local_batch_size=job_config.training.local_batch_size,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        num_workers=loading.num_workers,
+        prefetch_factor=loading.prefetch_factor,
+        pin_memory=loading.pin_memory,
+    )
+
+
+def _text_validator(
+    *,
+    job_config: JobConfig,
+    tokenizer: Tokenizer,
+    dp_world_size: int,
+    dp_rank: int,
+    **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
+) -> Validator:
+    _check_windows(job_config)
+    own = job_config.validation.dataset
+    data = TextDataset(
+        own or job_config.training.dataset,
+        tokenizer=tokenizer,
+        seq_len=job_config.validation.seq_len,
+        part="all" if own else "validation",
+    )
+    loader = _evaluation(data, job_config, dp_world_size, dp_rank)
+    return Validator(loader, job_config=job_config, **trainer)
+
+
+def _check_windows(job_config: JobConfig) -> None:
+    """Refuse validation windows that the model, built for those of training, cannot take."""
+    training, validation = job_config.training, job_config.validation
+    if validation.seq_len > training.seq_len:
+        raise ConfigError(
+            f"validation.seq_len = {validation.seq_len}: the model takes at most training.seq_len "
+            f"= {training.seq_len}; set validation.seq_len = {training.seq_len}"
+        )
+    if job_config.parallelism.pipeline_parallel_degree == 1:
+        return
+    for key in ("seq_len", "local_batch_size"):  # stages exchange tensors of one shape
+        got, wanted = getattr(validation, key), getattr(training, key)
+        if got != wanted:
+            raise ConfigError(
+                f"validation.{key} = {got}: a pipeline needs that of training; "
+                f"set validation.{key} = {wanted}"
+            )
+
+
+def _image_validator(
+    *,
+    job_config: JobConfig,
+    tokenizer: None,
+    dp_world_size: int,
+    dp_rank: int,
+    **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
+) -> Validator:
+    own = job_config.validation.dataset
+    data = ImageDataset(own or job_config.training.dataset, part="validation")
+    loader = _evaluation(data, job_config, dp_world_size, dp_rank)
+    return Validator(loader, job_config=job_config, with_accuracy=True, **trainer)
+
+
+def _evaluation(
+    data: IndexedSamples, job_config: JobConfig, dp_world_size: int, dp_rank: int
+) -> EvaluationLoader:
+    validation = job_config.validation
+    return EvaluationLoader(
+        data,
+        local_batch_size=validation.local_batch_size,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        max_batches=None if validation.steps == -1 else validation.steps,
+        num_workers=validation.dataloader.num_workers,
+    )
+
+
+def _build_resnet(model_args: ImageModelArgs) -> ResNet:
+    return ResNet(model_args.network)
+
+
+def _build_class_loss(job_config: JobConfig, **_: object) -> LossFunction:
+    """Return the cross entropy of class scores, summed over the images."""
+    compiled = job_config.compile.enable and "loss" in job_config.compile.components
+    return (
+        torch.compile(_class_loss, backend=job_config.compile.backend) if compiled else _class_loss
+    )
+
+
+def _class_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(
+        scores.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX
+    )
+
+
+def _progress(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: object, *, unit: str
+) -> Progress:
+    return Progress(job_config, parallel_dims, unit=unit)

@@ -1,0 +1,177 @@
+"""torchtitan's trainer, with the gradient of the mean loss on every mesh.
+
+torchtitan 0.2.2 divides the summed loss by the global number of labels and expects gradients to be
+*summed* over the ranks. Two layouts break that silently: pure DDP averages (too small by the number
+of replicas), and a pipeline differentiates the sum that was never divided (too large by the number
+of labels). AdamW with clipping hides both; damped methods are ruined by them.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+import torchtitan.train
+from torch import Tensor
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.config import JobConfig
+from torchtitan.protocols import train_spec
+from torchtitan.protocols.train_spec import LossFunction, TrainSpec
+
+from titan_shampoo.config.errors import ConfigError, nearest
+from titan_shampoo.titan.metrics import Progress
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Trainer(torchtitan.train.Trainer):
+    """Trains a recipe; what a run does is torchtitan's, how gradients are scaled is ours.
+
+    Args:
+        job_config: Checked; ``model.name`` names the recipe.
+        recipe: What is trained: model, data, loss, how it is sharded.
+        checkpoint_manager: Class that saves and resumes the run.
+
+    Raises:
+        ConfigError: If the recipe has no flavour of the wanted name.
+    """
+
+    metrics_processor: Progress
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        recipe: TrainSpec,
+        checkpoint_manager: type[CheckpointManager],
+    ) -> None:
+        """Build everything that the run needs."""
+        flavor = job_config.model.flavor
+        if flavor not in recipe.model_args:
+            raise ConfigError(
+                f'model.flavor = "{flavor}": {job_config.model.name} has no such flavour, only '
+                f"{', '.join(recipe.model_args)}{nearest(flavor, recipe.model_args)}"
+            )
+        self._pipeline_loss: DividedLoss | None = None
+        _register(job_config.model.name, self._adapted(recipe))
+        with _replaced(torchtitan.train, "CheckpointManager", checkpoint_manager):
+            super().__init__(job_config)
+
+    def _adapted(self, recipe: TrainSpec) -> TrainSpec:
+        """Give the pipeline a loss that can be divided, the validator this trainer's batches."""
+        validator = recipe.build_validator_fn
+        if validator is not None:
+            validator = partial(validator, prepare=self.post_dataloading_process)
+        pipelining = recipe.pipelining_fn
+        return replace(
+            recipe,
+            pipelining_fn=pipelining and partial(self._pipeline, pipelining),
+            build_validator_fn=validator,
+        )
+
+    def _pipeline(self, pipelining: Any, *args: Any) -> Any:  # noqa: ANN401 (torchtitan's)
+        *others, loss_fn = args
+        self._pipeline_loss = DividedLoss(loss_fn)
+        return pipelining(*others, self._pipeline_loss)
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor | float
+    ) -> Tensor:
+        """Return this rank's part of the mean loss; its gradients add up over the ranks.
+
+        Args:
+            input_dict: ``input``, of shape ``(batch, ...)``, on this rank.
+            labels: ``(batch, ...)``; -100 is ignored.
+            global_valid_tokens: Number of labels in the global batch, over all microbatches.
+        """
+        step = partial(super().forward_backward_step, input_dict=input_dict, labels=labels)
+        if self._pipeline_loss is not None:
+            # The schedule differentiates what the loss returns: it must be divided in there.
+            with self._pipeline_loss.divided_by(global_valid_tokens):
+                return step(global_valid_tokens=1.0)
+        num_replicas = self._num_averaged_replicas()
+        return step(global_valid_tokens=global_valid_tokens / num_replicas) / num_replicas
+
+    def _num_averaged_replicas(self) -> int:
+        """Over how many ranks gradients are averaged instead of summed: DDP's replicas."""
+        dims = self.parallel_dims
+        return 1 if dims.fsdp_enabled else int(dims.dp_replicate)
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        """Return the batches; torchtitan asks once, as soon as the checkpoint is loaded."""
+        self.metrics_processor.begin(self.step)
+        return super().batch_generator(data_iterable)
+
+    def train(self) -> None:
+        """Train to the last step, and say where everything lies."""
+        # torchtitan's rank 0 sleeps two seconds "for other ranks"; close() waits for them properly.
+        awake = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
+        with _replaced(torchtitan.train, "time", awake):
+            super().train()
+        self.metrics_processor.finish(
+            Path(self.checkpointer.folder) if self.checkpointer.enable else None
+        )
+
+    def run(self) -> None:
+        """Train, finish what is being written, and leave the process group with all other ranks."""
+        try:
+            self.train()
+        finally:
+            self.close()
+        # Without a barrier some ranks tear gloo down while others still talk to them, and abort.
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return step and number of labels seen by all ranks together, for any other world."""
+        return {"step": self.step, "num_labels_seen": self.ntokens_seen * self._batch_degree()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after the step of ``state_dict``."""
+        self.step = state_dict["step"]
+        self.ntokens_seen = state_dict["num_labels_seen"] // self._batch_degree()
+
+    def _batch_degree(self) -> int:
+        return int(self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard)
+
+
+class DividedLoss:
+    """A summed loss, divided by a number that changes from step to step; by 1 outside of steps."""
+
+    def __init__(self, summed: LossFunction) -> None:
+        """Divide ``summed`` by 1."""
+        self._summed = summed
+        self._divisor: Tensor | float = 1.0
+
+    def __call__(self, prediction: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of one microbatch."""
+        return self._summed(prediction, labels) / self._divisor
+
+    @contextmanager
+    def divided_by(self, divisor: Tensor | float) -> Iterator[None]:
+        """Divide by ``divisor`` in this block."""
+        self._divisor = divisor
+        try:
+            yield
+        finally:
+            self._divisor = 1.0
+
+
+def _register(name: str, recipe: TrainSpec) -> None:
+    """Make ``recipe`` the one that torchtitan finds under ``name``; its own is never used."""
+    train_spec._extra_train_specs.pop(name, None)
+    train_spec.register_train_spec(name, recipe)
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

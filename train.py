@@ -1,0 +1,58 @@
+"""One run: settings -> recipe -> trainer -> training.
+
+    torchrun --nproc_per_node=2 train.py --job.config_file configs/transformer_debug.toml
+
+Without torchrun it is one rank. Whatever a person can set wrong ends every rank with exit code 2
+and one line.
+"""
+
+import os
+import sys
+
+from titan_shampoo.config import ConfigError, check_world, read_config
+from titan_shampoo.data import DataError
+
+_ONE_RANK = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}
+
+
+def main(args: list[str]) -> None:
+    """Train as the command line says.
+
+    Raises:
+        ConfigError: If settings are wrong; before torch is imported, wherever that is possible.
+        DataError: If data, tokenizer or checkpoints cannot be used.
+    """
+    settings = read_config(args)
+    check_world(settings, int(os.environ["WORLD_SIZE"]))
+
+    from checkpoint import CheckpointManager  # noqa: PLC0415 (imports torch)
+    from parallel import resnet, transformer  # noqa: PLC0415
+    from titan_shampoo import titan  # noqa: PLC0415
+    from titan_shampoo.titan.config import make_job_config  # noqa: PLC0415
+
+    titan.log_plainly()
+    job_config = make_job_config(settings)
+    recipes = {
+        "llama3": titan.transformer(transformer.parallelize, transformer.pipeline),
+        "resnet": titan.resnet(resnet.parallelize),
+    }
+    trainer = titan.Trainer(job_config, recipes[job_config.model.name], CheckpointManager)
+    trainer.run()
+
+
+if __name__ == "__main__":
+    for name, value in _ONE_RANK.items():
+        os.environ.setdefault(name, value)
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError) as mistake:
+        if os.environ["LOCAL_RANK"] == "0":  # the ranks of one machine would all say the same
+            sys.stderr.write(f"{mistake}\n")
+        sys.exit(2)
