@@ -8,6 +8,9 @@ and one line.
 
 import os
 import sys
+import time
+from pathlib import Path
+from typing import NoReturn
 
 from titan_shampoo.config import ConfigError, check_world, read_config
 from titan_shampoo.data import DataError
@@ -47,12 +50,26 @@ def main(args: list[str]) -> None:
     trainer.run()
 
 
+def end_with(mistake: Exception) -> NoReturn:
+    """Say what is wrong, once per machine, and exit with code 2."""
+    recorded = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if recorded:  # torchtitan left a traceback there, for torchrun to print
+        Path(recorded).unlink(missing_ok=True)
+    # torchrun terminates all ranks when one exits: the others leave rank 0 the time to speak, and
+    # speak themselves if the mistake is theirs alone.
+    if os.environ["LOCAL_RANK"] != "0":
+        time.sleep(8)
+    sys.stdout.flush()
+    sys.stderr.write(f"{mistake}\n")
+    sys.stderr.flush()
+    # Not sys.exit: that would wait for what other ranks never send.
+    os._exit(2)
+
+
 if __name__ == "__main__":
     for name, value in _ONE_RANK.items():
         os.environ.setdefault(name, value)
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError) as mistake:
-        if os.environ["LOCAL_RANK"] == "0":  # the ranks of one machine would all say the same
-            sys.stderr.write(f"{mistake}\n")
-        sys.exit(2)
+        end_with(mistake)

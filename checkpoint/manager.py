@@ -15,6 +15,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
@@ -33,6 +34,18 @@ class CheckpointManager(titan.CheckpointManager):
 
     Args and attributes are torchtitan's.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (torchtitan's)
+        """Take over torchtitan's arguments.
+
+        Raises:
+            CheckpointError: If the way of saving needs hardware that is not there.
+        """
+        super().__init__(*args, **kwargs)
+        if self.enable_staging and not torch.accelerator.is_available():
+            raise CheckpointError(
+                'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU; set it to "async"'
+            )
 
     def load(self, step: int = -1) -> bool:
         """Load a checkpoint and return whether there was one.

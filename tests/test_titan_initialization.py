@@ -81,7 +81,7 @@ def initial_weights_of_all(layouts):
 @pytest.fixture(scope="module")
 def drawn():
     """By layout and precision, the weights that each rank sees."""
-    by_layout = {}
+    by_layout: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
     for world_size in (2, 3, 4):
         layouts = [name for name, (size, _, _) in LAYOUTS.items() if size == world_size]
         ranks = run_on_ranks(world_size, initial_weights_of_all, layouts)
@@ -110,9 +110,9 @@ def test_weights_have_the_wanted_distribution():
 
 def test_draws_differ_by_parameter_by_draw_and_by_seed():
     def draws(seed):
-        model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-        with DrawWhole(model, seed), torch.no_grad():
-            return [model[name].weight.normal_().clone() for name in ("a", "a", "b")]
+        a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+        with DrawWhole(nn.ModuleDict({"a": a, "b": b}), seed), torch.no_grad():
+            return [nn.init.normal_(layer.weight).clone() for layer in (a, a, b)]
 
     different = [*draws(0), *draws(1)]
     for i, first in enumerate(different):

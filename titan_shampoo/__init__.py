@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from titan_shampoo.optimizers import Shampoo
+    from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 
-__all__ = ["Shampoo"]
+__all__ = ["SOAP", "KLShampoo", "Shampoo"]
 
 
 def __getattr__(name: str) -> object:

@@ -18,7 +18,13 @@ from titan_shampoo.distributed.exchange import Exchange
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Block, Plan
 from titan_shampoo.distributed.state import BlockTensor
-from titan_shampoo.functional.rule import Rule, State, StateShape
+from titan_shampoo.functional.rule import Clock, Rule, State, StateShape
+
+CPU_TILE_NUMEL = 1 << 17
+"""Elements of gradient per thread that are worked on at once, so that they stay in caches."""
+
+MAX_KEPT = 10_000
+"""Index tensors that are kept on the device; patterns of missing gradients could be without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Engine:
         ]
         self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
         """Blocks that kept their last good roots since the start."""
-        self._indices: dict[bytes, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self._members_of = [
             np.array([block.param for block in stack.blocks]) for stack in plan.stacks
         ]
@@ -73,26 +79,36 @@ class Engine:
         for bucket, exchange in zip(self.plan.buckets, exchanges, strict=True):
             exchange.fill_stacks(stacks)
             for number in bucket.stacks:
-                stacks[number] = self._directions(number, stacks[number], present).contiguous()
+                self._replace_by_directions(number, stacks[number], present)
             exchange.scatter(stacks)
         directions = {number: torch.empty_like(grad) for number, grad in grads.items()}
         for exchange in exchanges:
             exchange.finish(directions, stacks)
         self._apply(directions)
 
-    def _directions(self, number: int, grad: Tensor, present: NDArray[np.bool_]) -> Tensor:
-        """Directions of one stack; zero for the blocks of parameters without a gradient."""
+    def _replace_by_directions(self, number: int, grad: Tensor, present: NDArray[np.bool_]) -> None:
+        """Gradients of one stack become directions; zero for parameters without a gradient."""
         here = present[self._members_of[number]]
-        if here.all():
-            return self._work(number, self.states[number], grad, slice(None))
-        direction = torch.zeros_like(grad)
-        if here.any():
+        if not here.all():
             chosen = self._index(here)
             part = {name: value[chosen] for name, value in self.states[number].items()}
-            direction[chosen] = self._work(number, part, grad[chosen], here)
+            direction = self._work(number, part, grad[chosen], here) if here.any() else 0
+            grad.zero_()[chosen] = direction
             for name, value in part.items():
                 self.states[number][name][chosen] = value
-        return direction
+            return
+        for tile in self._tiles(grad):
+            part = {name: value[tile] for name, value in self.states[number].items()}
+            grad[tile] = self._work(number, part, grad[tile], tile)
+
+    def _tiles(self, grad: Tensor) -> Iterator[slice]:
+        """Runs of blocks that are worked on together: all, or on a CPU what its caches hold."""
+        count = len(grad)
+        if self.device.type == "cpu":
+            room = CPU_TILE_NUMEL * torch.get_num_threads()
+            count = max(1, room // max(1, grad[0].numel()))
+        for start in range(0, len(grad), count):
+            yield slice(start, min(start + count, len(grad)))
 
     def _work(
         self, number: int, state: State, grad: Tensor, blocks: slice | NDArray[np.bool_]
@@ -107,13 +123,14 @@ class Engine:
         self.rule.accumulate_(state, grad, step, options)
         if due.any():
             chosen = self._index(due)
-            new = self.rule.refresh(state, chosen, step[chosen], stack.shape, options)
-            self._take(state, chosen, new)
-        ready = time >= first
-        mask = (
-            bool(ready[0]) if ready.all() or not ready.any() else self._index(ready, as_mask=True)
-        )
-        return self.rule.direction(state, grad, step, mask, options)
+            before = Clock(
+                step[chosen], self._mask((time > first)[due]), self._mask(first[due] == 1)
+            )
+            self._take(
+                state, chosen, self.rule.refresh(state, chosen, before, stack.shape, options)
+            )
+        clock = Clock(step, self._mask(time >= first), self._mask(first == 1))
+        return self.rule.direction(state, grad, clock, options)
 
     def _schedule(
         self,
@@ -135,6 +152,8 @@ class Engine:
 
     def _take(self, state: State, chosen: Tensor, new: State) -> None:
         """Take refreshed state of the chosen blocks, but for blocks where it is not finite."""
+        if not new:  # no dim of these blocks is preconditioned
+            return
         good = torch.stack([v.isfinite().flatten(1).all(1) for v in new.values()]).all(0)
         self.failed_refreshes += (~good).sum()
         for name, value in new.items():
@@ -204,21 +223,31 @@ class Engine:
         stack = self.plan.stacks[number]
         first = stack.blocks[0].param
         dtype, options = self.plan.params[first].dtype, self.members[first].options
-        return {
-            shape.name: torch.zeros(
-                len(stack.blocks), *shape.shape, dtype=dtype, device=self.device
-            )
-            for shape in self.rule.state_shapes(stack.shape, options)
-        }
+        state = {}
+        for shape in self.rule.state_shapes(stack.shape, options):
+            size = (len(stack.blocks), *shape.shape)
+            state[shape.name] = torch.zeros(size, dtype=dtype, device=self.device)
+            if shape.starts_as_identity:
+                state[shape.name].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return state
 
-    def _index(self, values: NDArray[Any], *, as_mask: bool = False) -> Tensor:
-        """``values`` on the device (a mask as positions); kept, as few different ones occur."""
-        if values.dtype == np.bool_ and not as_mask:
-            values = np.flatnonzero(values)
-        key = bytes([as_mask]) + values.tobytes()
-        if key not in self._indices:
-            self._indices[key] = torch.from_numpy(values.copy()).to(self.device)
-        return self._indices[key]
+    def _index(self, values: NDArray[Any]) -> Tensor:
+        """Positions (of a mask: where it is true) on the device; kept, as few of them occur."""
+        return self._on_device(np.flatnonzero(values) if values.dtype == np.bool_ else values)
+
+    def _mask(self, values: NDArray[np.bool_]) -> Tensor | bool:
+        """One answer if it is the same for all, else a mask on the device."""
+        if values.all() or not values.any():
+            return bool(values[0])
+        return self._on_device(values)
+
+    def _on_device(self, values: NDArray[Any]) -> Tensor:
+        key = values.dtype.str + values.tobytes().hex()
+        if key not in self._kept:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = torch.from_numpy(values.copy()).to(self.device)
+        return self._kept[key]
 
     def block_state(self, number: int) -> dict[str, Tensor]:
         """Views of the state of this rank's blocks of one parameter: ``"left.3"`` for block 3."""

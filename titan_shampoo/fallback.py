@@ -37,19 +37,23 @@ def empty_state(param: Tensor) -> dict[str, Tensor]:
 
 
 def adamw_step(
-    params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    options: Mapping[str, Any],
 ) -> None:
-    """One AdamW step of the parameters that have a gradient (Loshchilov & Hutter 2019).
+    """One AdamW step (Loshchilov & Hutter 2019).
 
     Args:
         params: Parameters with a gradient.
+        grads: This rank's part of the gradient of each.
         states: What :func:`empty_state` made for each.
-        options: Parameter group; ``grafting_eps`` is AdamW's epsilon.
+        options: Parameter group; ``grafting_eps`` is AdamW's epsilon, or ``eps`` without grafting.
     """
     beta1, beta2 = options["betas"]
     adamw(
         [local_tensor(param) for param in params],
-        [local_tensor(param.grad) for param in params if param.grad is not None],
+        list(grads),
         [local_tensor(state["exp_avg"]) for state in states],
         [local_tensor(state["exp_avg_sq"]) for state in states],
         [],
@@ -60,6 +64,6 @@ def adamw_step(
         beta2=beta2,
         lr=options["lr"],
         weight_decay=options["weight_decay"],
-        eps=options["grafting_eps"],
+        eps=options.get("grafting_eps", options.get("eps")),
         maximize=False,
     )

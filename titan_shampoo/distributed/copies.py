@@ -99,8 +99,10 @@ def _overlaps(
 def coalesce(copies: list[Copy]) -> list[Copy]:
     """Equivalent copies, as few as can be had by joining those at equal distances.
 
-    >>> row = [Copy(("a", 0), View((2,), (1,), 4 * i), ("b", 0), View((2,), (1,), 2 * i)) for i in
-    range(3)] >>> coalesce(row)[0].source_view
+    >>> source, target = View((2,), (1,), 0), View((2,), (1,), 0)
+    >>> moves = [Copy(("a", 0), source.shifted(4 * i), ("b", 0), target.shifted(2 * i))
+    ...          for i in range(3)]
+    >>> coalesce(moves)[0].source_view
     View(size=(3, 2), stride=(4, 1), offset=0)
     """
     families: dict[tuple[object, ...], list[Copy]] = defaultdict(list)

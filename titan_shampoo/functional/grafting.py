@@ -6,6 +6,7 @@ Anil et al. 2020 (arXiv 2002.09018), per block as in Shi et al. 2023 (arXiv 2309
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
@@ -45,7 +46,7 @@ def grafted_direction(
     """
     if squares is None:
         return filtered
-    root = squares.sqrt()
+    denominator = squares.sqrt()
     if method == "adam":
-        root /= correction.sqrt()
-    return filtered / root.add_(eps)
+        denominator.div_(correction.sqrt())
+    return torch.div(filtered, denominator.add_(eps), out=denominator)

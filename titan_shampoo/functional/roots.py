@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 RootMethod = Literal["auto", "eigh", "newton"]
+BasisMethod = Literal["eigh", "qr"]
 
 SMALLEST_DAMPING = 1e-30
 """Keeps the root of an all-zero factor finite under relative damping."""
@@ -33,9 +34,6 @@ def inverse_root(
         eps: Damping, absolute.
         eps_relative: Damping relative to the largest eigenvalue, used instead of ``eps`` if given.
         method: ``"newton"`` needs ``1 / exponent`` to be a whole number; ``"auto"`` is ``"eigh"``.
-
-    Raises:
-        ValueError: If ``method`` is ``"newton"`` and ``1 / exponent`` is not a whole number.
     """
     if method == "newton":
         return _newton(matrices, exponent, eps, eps_relative)
@@ -72,17 +70,12 @@ def _eigh_or_nan(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float | None) -> Tensor:
     """Coupled Newton iteration; each matrix stops when ``max|M - I|`` is below the tolerance."""
     order = round(1 / exponent)
-    if abs(order * exponent - 1) > 1e-9:
-        raise ValueError(f"exponent: got {exponent}, wanted 1 / a whole number with 'newton'; "
-                         "set root_method to 'eigh'")  # fmt: skip
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    damping: Tensor | float = eps
     if eps_relative is not None:
-        # The Frobenius norm bounds the largest eigenvalue; finding that itself is what Newton
-        # avoids.
-        norms = torch.linalg.matrix_norm(matrices, keepdim=True)
-        damped = matrices + (eps_relative * norms).clamp(min=SMALLEST_DAMPING) * identity
-    else:
-        damped = matrices + eps * identity
+        largest = torch.linalg.eigvalsh(matrices)[:, -1:, None]
+        damping = (eps_relative * largest).clamp(min=SMALLEST_DAMPING)
+    damped = matrices + damping * identity
     scale = (order + 1) / (2 * torch.linalg.matrix_norm(damped, keepdim=True))
     root, coupled = scale.pow(exponent) * identity, scale * damped
     for _ in range(NEWTON_ITERATIONS):
@@ -93,3 +86,28 @@ def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float |
         root = torch.where(active, root @ factor, root)
         coupled = torch.where(active, torch.linalg.matrix_power(factor, order) @ coupled, coupled)
     return torch.where(active, torch.nan, root)
+
+
+def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> Tensor:
+    """``A^(-exponent)`` with eigenvalues raised to ``floor`` times the largest, ``(n, d, d)``."""
+    values, vectors = _eigh(matrices)
+    smallest = (floor * values[:, -1:]).clamp(min=SMALLEST_DAMPING)
+    values = values.maximum(smallest)
+    return (vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT
+
+
+def eigenbasis(matrices: Tensor, previous: Tensor, *, method: BasisMethod) -> Tensor:
+    """Orthonormal eigenvectors of each matrix, in columns, ``(n, d, d)``.
+
+    Args:
+        matrices: Symmetric positive semi-definite, ``(n, d, d)``.
+        previous: Basis to start from, ``(n, d, d)``; only ``"qr"`` uses it.
+        method: ``"eigh"``, or ``"qr"`` for one step of orthogonal iteration, with columns in the
+            order of the eigenvalues that the previous basis sees.
+    """
+    if method == "eigh":
+        return _eigh(matrices)[1]
+    product = matrices @ previous
+    seen = (previous * product).sum(-2)
+    order = seen.argsort(dim=-1, descending=True).unsqueeze(-2)
+    return torch.linalg.qr(product.gather(-1, order.expand_as(product)))[0]

@@ -21,6 +21,19 @@ class StateShape(NamedTuple):
     shape: tuple[int, ...]
     dim: int | None = None
     """Dim of the block that a factor belongs to; None for state of the block's own shape."""
+    starts_as_identity: bool = False
+    """Whether a factor starts as the identity and not at zero."""
+
+
+class Clock(NamedTuple):
+    """Where each block of a stack is in its own time."""
+
+    step: Tensor
+    """Step of each block, counted from 1, ``(n,)`` int64."""
+    ready: Tensor | bool
+    """Which blocks have been refreshed once, ``(n,)`` bool, or one answer for all."""
+    starts_at_one: Tensor | bool
+    """Which blocks are refreshed in their very first step, likewise."""
 
 
 class Rule(Protocol):
@@ -29,7 +42,7 @@ class Rule(Protocol):
     name: str
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
-        """State of one block of ``shape``; all of it starts at zero."""
+        """State of one block of ``shape``."""
 
     def cost(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[float, float]:
         """Floating-point operations (in every step, in a refresh) for one block of ``shape``."""
@@ -43,7 +56,7 @@ class Rule(Protocol):
         self,
         state: State,
         due: Tensor,
-        step: Tensor,
+        clock: Clock,
         shape: tuple[int, ...],
         options: Mapping[str, Any],
     ) -> State:
@@ -53,8 +66,7 @@ class Rule(Protocol):
         self,
         state: State,
         grad: Tensor,
-        step: Tensor,
-        ready: Tensor | bool,
+        clock: Clock,
         options: Mapping[str, Any],
     ) -> Tensor:
         """Direction of each block, ``(n, *block)``."""

@@ -5,15 +5,29 @@ dim; the direction is the filtered gradient contracted with an inverse root of e
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from titan_shampoo.functional.factors import (
+    accumulate_factors_,
+    active_factors,
+    contract,
+    product_cost,
+    root_exponents,
+)
 from titan_shampoo.functional.grafting import accumulate_squares_, grafted_direction
 from titan_shampoo.functional.roots import inverse_root
-from titan_shampoo.functional.rule import State, StateShape, bias_correction, per_block, power
+from titan_shampoo.functional.rule import (
+    Clock,
+    State,
+    StateShape,
+    bias_correction,
+    per_block,
+    power,
+)
 
 TINY_NORM = 1e-16
 
@@ -28,7 +42,9 @@ class ShampooRule:
         shapes = []
         for dim, name in active_factors(shape, options):
             square = (shape[dim], shape[dim])
-            shapes += [StateShape(name, square, dim), StateShape(f"{name}_root", square, dim)]
+            # Should the very first refresh of a block fail, its direction is the grafted gradient.
+            root = StateShape(f"{name}_root", square, dim, starts_as_identity=True)
+            shapes += [StateShape(name, square, dim), root]
         if options["betas"][0] > 0:
             shapes.append(StateShape("exp_avg", shape))
         if options["grafting"] in ("adagrad", "rmsprop", "adam"):
@@ -38,13 +54,13 @@ class ShampooRule:
     def cost(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[float, float]:
         """Floating-point operations (in every step, in a refresh) for one block."""
         dims = [dim for dim, _ in active_factors(shape, options)]
-        step = sum(4.0 * math.prod(shape) * shape[dim] for dim in dims) + 20.0 * math.prod(shape)
+        step = 2 * product_cost(shape, dims) + 20.0 * math.prod(shape)
         return step, sum(25.0 * shape[dim] ** 3 for dim in dims)
 
     def accumulate_(
         self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
     ) -> None:
-        """``L_k <- beta2 L_k + (1 - beta2) unfold_k(G) unfold_k(G)^T`` for every dim ``k``.
+        """Add the gradient to the factor of every dim.
 
         Args:
             state: Tensors named by :meth:`state_shapes`, ``(n, ...)`` each.
@@ -52,17 +68,13 @@ class ShampooRule:
             step: Step of each block, counted from 1, ``(n,)`` int64.
             options: Parameter group.
         """
-        beta2 = options["betas"][1]
-        weight = 1.0 if beta2 == 1.0 else 1.0 - beta2
-        for dim, name in active_factors(grad.shape[1:], options):
-            unfolded = unfold(grad, dim).to(state[name].dtype)
-            state[name].baddbmm_(unfolded, unfolded.mT, beta=beta2, alpha=weight)
+        accumulate_factors_(state, grad, options)
 
     def refresh(
         self,
         state: State,
         due: Tensor,
-        step: Tensor,
+        clock: Clock,
         shape: tuple[int, ...],
         options: Mapping[str, Any],
     ) -> State:
@@ -71,7 +83,7 @@ class ShampooRule:
         Args:
             state: As for :meth:`accumulate_`.
             due: Positions of the blocks in the stack, ``(k,)`` int64.
-            step: Their steps, ``(k,)`` int64.
+            clock: Their steps, and which of them have roots already.
             shape: Shape of a block.
             options: Parameter group.
         """
@@ -81,7 +93,7 @@ class ShampooRule:
         for dim, name in active_factors(shape, options):
             factor = state[name][due]
             if options["bias_correction"] and beta2 < 1:
-                factor = factor / bias_correction(beta2, step, factor)
+                factor = factor / bias_correction(beta2, clock.step, factor)
             roots[f"{name}_root"] = inverse_root(
                 factor,
                 exponents[dim],
@@ -95,8 +107,7 @@ class ShampooRule:
         self,
         state: State,
         grad: Tensor,
-        step: Tensor,
-        ready: Tensor | bool,
+        clock: Clock,
         options: Mapping[str, Any],
     ) -> Tensor:
         """Preconditioned, grafted direction ``(n, *block)``; the grafted method's until ``ready``.
@@ -104,40 +115,46 @@ class ShampooRule:
         Args:
             state: As for :meth:`accumulate_`; filtered gradient and moments are updated in place.
             grad: ``(n, *block)``.
-            step: ``(n,)`` int64.
-            ready: Which blocks have roots, ``(n,)`` bool, or one answer for all.
+            clock: Steps, and which blocks have roots.
             options: Parameter group.
         """
-        filtered = self._filtered(state, grad, step, options)
-        graft = self._graft(state, grad, filtered, step, options)
-        if ready is False:
-            return filtered if graft is None else graft
-        direction = filtered
+        average, scale = self._filtered(state, grad, clock.step, options)
+        graft = self._graft(state, grad, average, clock.step, options)
+        fallback = average if graft is None else graft
+        if clock.ready is False:
+            return fallback * scale
+        direction = average
         for dim, name in active_factors(grad.shape[1:], options):
             direction = contract(direction, state[f"{name}_root"], dim)
+        length = scale
         if graft is not None:
-            direction = direction * (_norms(graft) / (_norms(direction) + TINY_NORM))
-        if ready is True:
-            return direction
-        return torch.where(per_block(ready, grad), direction, filtered if graft is None else graft)
+            length = scale * (scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
+        if clock.ready is True:
+            return direction * length
+        ready = per_block(clock.ready, grad)
+        return torch.where(ready, direction * length, fallback * scale)
 
     def _filtered(
         self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
-    ) -> Tensor:
-        """``Gbar``: the gradient averaged by beta1 (and beta3), bias-corrected."""
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient averaged by beta1 (and beta3), and the factor that corrects its bias.
+
+        The factor is applied to the direction, which saves a pass over memory.
+        """
         beta1, beta3 = options["betas"][0], options["beta3"]
+        one = per_block(torch.ones_like(step, dtype=grad.dtype), grad)
         if beta1 == 0:
-            return grad
+            return grad, one
         average = state["exp_avg"]
         if beta3 is None or beta3 == beta1:
             beta3 = beta1
-            filtered = average.mul_(beta1).add_(grad, alpha=1 - beta1)
+            filtered = average.lerp_(grad, 1 - beta1)
         else:
-            filtered = (average * beta3).add_(grad, alpha=1 - beta3)
-            average.mul_(beta1).add_(grad, alpha=1 - beta1)
+            filtered = torch.lerp(average, grad, 1 - beta3)
+            average.lerp_(grad, 1 - beta1)
         if not options["bias_correction"]:
-            return filtered
-        return filtered / (1 - beta3 * power(beta1, step - 1, grad))
+            return filtered, one
+        return filtered, 1 / (1 - beta3 * power(beta1, step - 1, grad))
 
     def _graft(
         self,
@@ -159,46 +176,6 @@ class ShampooRule:
         return grafted_direction(
             filtered, squares, correction, method=method, eps=options["grafting_eps"]
         )
-
-
-def active_factors(shape: Sequence[int], options: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Pairs (dim, name of its factor) of the dims that are preconditioned."""
-    exponents = root_exponents(shape, options)
-    names = ("left", "right") if len(shape) <= 2 else [f"factor{dim}" for dim in range(len(shape))]
-    return [(dim, name) for dim, (name, e) in enumerate(zip(names, exponents, strict=False)) if e]
-
-
-def root_exponents(shape: Sequence[int], options: Mapping[str, Any]) -> list[float]:
-    """Positive power of the inverse root for each dim: ``1 / (2 order)`` unless overridden."""
-    exponent = options["exponent"]
-    if exponent is None:
-        return [1 / (2 * len(shape))] * len(shape)
-    if isinstance(exponent, (int, float)):
-        return [float(exponent)] * len(shape)
-    return [float(e) for e in exponent][: len(shape)]
-
-
-def unfold(grad: Tensor, dim: int) -> Tensor:
-    """Blocks as matrices with ``dim`` as rows: ``(n, d_dim, product of the others)``."""
-    if grad.ndim == 2:
-        return grad.unsqueeze(-1)
-    return grad.movedim(dim + 1, 1).flatten(2)
-
-
-def contract(blocks: Tensor, matrices: Tensor, dim: int) -> Tensor:
-    """Each block multiplied by its symmetric matrix along ``dim``: ``(n, *block)``.
-
-    Args:
-        blocks: ``(n, *block)``.
-        matrices: ``(n, d_dim, d_dim)``, symmetric.
-        dim: Dim of the block.
-    """
-    matrices = matrices.to(blocks.dtype)
-    if blocks.ndim == 3 and dim == 1:
-        return blocks @ matrices
-    product = matrices @ unfold(blocks, dim)
-    rest = [size for d, size in enumerate(blocks.shape[1:]) if d != dim]
-    return product.reshape(*product.shape[:2], *rest).movedim(1, dim + 1)
 
 
 def _norms(blocks: Tensor) -> Tensor:

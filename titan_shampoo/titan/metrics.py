@@ -39,6 +39,8 @@ class Progress(MetricsProcessor):
         if not sys.stdout.isatty():
             self.color = NoColor()
         self._unit = unit
+        is_bytes = unit == "tokens" and not job_config.model.hf_assets_path
+        self._loss_unit = " nats per byte" if is_bytes else ""
         self._num_steps = int(job_config.training.steps)
         self._num_readers = int(parallel_dims.dp_replicate * parallel_dims.dp_shard)
         self._reports = dist.get_rank() == _get_metrics_rank(parallel_dims, job_config)
@@ -57,11 +59,12 @@ class Progress(MetricsProcessor):
         if not self._reports:
             return
         self._records.resume(step)
-        self.say(
-            f"resumed after step {step} of {self._num_steps}"
-            if step
-            else f"training for {self._num_steps} steps"
-        )
+        if step >= self._num_steps:
+            self.say(f"all {self._num_steps} steps are done; raise training.steps to go on")
+        elif step:
+            self.say(f"resumed after step {step} of {self._num_steps}")
+        else:
+            self.say(f"training for {self._num_steps} steps")
 
     def log(
         self,
@@ -119,7 +122,7 @@ class Progress(MetricsProcessor):
         accuracy = f"  accuracy {extra['accuracy']:.2%}" if "accuracy" in extra else ""
         self.say(
             f"{self._step(step)}  {self.color.yellow}validation loss {loss:.4f}"
-            f"{self.color.reset}{accuracy}"
+            f"{self._loss_unit}{self.color.reset}{accuracy}"
         )
 
     def finish(self, checkpoints: Path | None) -> None:

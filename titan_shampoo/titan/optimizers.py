@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer as TorchtitanContainer
 from torchtitan.distributed import ParallelDims
 
+from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
-from titan_shampoo.optimizers import BlockOptimizer, Shampoo
+from titan_shampoo.optimizers import Shampoo
 from titan_shampoo.titan.initialization import unwrapped_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]

@@ -1,0 +1,50 @@
+"""KL-Shampoo: every factor is built from the gradient preconditioned on all the other dims.
+
+``L <- beta2 L + w2 G R^-1 G^T / i`` and ``R`` likewise, both from I, power 1/2 on each side, the
+inverses being those of the last refresh. All else is Shampoo with its first refresh in step 1.
+"""
+
+import math
+
+import numpy as np
+
+from tests.reference import shampoo
+from tests.reference.blocks import Array, contract, unfold
+
+FLOOR = 1e-6  # relative to the largest eigenvalue
+
+
+class Block(shampoo.Block):
+    """A block of Shampoo with other factors and other roots."""
+
+    def __init__(self, weight: Array, options: shampoo.Options, turn: int) -> None:
+        super().__init__(weight, options, turn)
+        self.factors = [np.eye(d) for d in weight.shape]
+
+    def accumulate(self, grad: Array) -> None:
+        """All factors from the same, stored roots: neither sees what the other becomes."""
+        beta2 = self.options.betas[1]
+        new = 1.0 if beta2 == 1 else 1 - beta2
+        for dim in range(grad.ndim):
+            whitened = grad
+            for other in range(grad.ndim):
+                if other != dim:
+                    inverse = self.roots[other] @ self.roots[other].T
+                    whitened = contract(whitened, inverse, other)
+            columns = math.prod(grad.shape) // grad.shape[dim]
+            statistic = unfold(whitened, dim) @ unfold(grad, dim).T / columns
+            self.factors[dim] = beta2 * self.factors[dim] + new * statistic
+
+    def refresh(self, step: int) -> None:
+        """Inverse square roots with the eigenvalues floored; no damping, no bias correction."""
+        del step
+        for dim, factor in enumerate(self.factors):
+            values, vectors = np.linalg.eigh(factor)
+            values = np.maximum(values, FLOOR * values.max())
+            self.roots[dim] = vectors @ np.diag(values**-0.5) @ vectors.T
+
+
+class KLShampoo(shampoo.Shampoo):
+    """Use with ``start_step=1``: the rule refreshes first in step 1."""
+
+    block_type = Block

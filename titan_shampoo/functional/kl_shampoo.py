@@ -1,0 +1,71 @@
+"""KL-Shampoo (Lin et al. 2025): each factor collects the gradient whitened by the others.
+
+``L <- beta2 L + (1 - beta2) G R^-1 G^T / i``, and likewise R: the Gaussian with a
+Kronecker-structured covariance that is nearest in Kullback-Leibler divergence. The direction is
+``L^(-1/2) G R^(-1/2)``.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from titan_shampoo.functional.factors import active_factors, contract, product_cost, unfold
+from titan_shampoo.functional.roots import floored_inverse_root
+from titan_shampoo.functional.rule import Clock, State, StateShape
+from titan_shampoo.functional.shampoo import ShampooRule
+
+EIGENVALUE_FLOOR = 1e-6
+"""Smallest eigenvalue that counts, relative to the largest."""
+
+
+class KLShampooRule(ShampooRule):
+    """The mathematics of KL-Shampoo: other factors and roots than Shampoo's, the same direction."""
+
+    name = "kl_shampoo"
+
+    def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
+        """As Shampoo's, but factors and roots start as the identity."""
+        shapes = super().state_shapes(shape, options)
+        return [s._replace(starts_as_identity=s.dim is not None) for s in shapes]
+
+    def cost(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[float, float]:
+        """As Shampoo's, and the products that precondition the gradient for every other factor."""
+        step, refresh = super().cost(shape, options)
+        dims = [dim for dim, _ in active_factors(shape, options)]
+        return step + (len(dims) - 1) * product_cost(shape, dims), refresh
+
+    def accumulate_(
+        self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
+    ) -> None:
+        """``L_k <- beta2 L_k + (1 - beta2) U_k U_k^T / (elements of the other dims)``.
+
+        ``U_k`` is the gradient contracted with the roots ``L_j^(-1/2)`` of the last refresh along
+        all dims but ``k``, unfolded along ``k``.
+        """
+        beta2 = options["betas"][1]
+        shape = tuple(grad.shape[1:])
+        dims = active_factors(shape, options)
+        for dim, name in dims:
+            whitened = grad
+            for other, other_name in dims:
+                if other != dim:
+                    whitened = contract(whitened, state[f"{other_name}_root"], other)
+            unfolded = unfold(whitened, dim)
+            weight = (1.0 if beta2 == 1.0 else 1.0 - beta2) * shape[dim] / math.prod(shape)
+            state[name].baddbmm_(unfolded, unfolded.mT, beta=beta2, alpha=weight)
+
+    def refresh(
+        self,
+        state: State,
+        due: Tensor,
+        clock: Clock,
+        shape: tuple[int, ...],
+        options: Mapping[str, Any],
+    ) -> State:
+        """New roots ``L_k^(-1/2)`` of the blocks that are due, eigenvalues floored."""
+        return {
+            f"{name}_root": floored_inverse_root(state[name][due], 0.5, floor=EIGENVALUE_FLOOR)
+            for _, name in active_factors(shape, options)
+        }

@@ -1,0 +1,99 @@
+"""Which values the options of a parameter group may have.
+
+Every rank has the same options, so every rank refuses the same ones, before any collective.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def _listed(value: Any) -> Sequence[Any]:  # noqa: ANN401 - one number or several
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+Limit = tuple[Callable[[Any], bool], str]
+
+_OPEN: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
+_HALF: Limit = (lambda x: x is None or 0 < x <= 1, "in (0, 1]")
+_POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
+_STEPS: Limit = (lambda x: x is None or (isinstance(x, int) and x >= 1), "at least 1 step")
+
+LIMITS: dict[str, Limit] = {
+    "lr": (lambda x: x >= 0, "at least 0"),
+    "betas": (lambda x: 0 <= x[0] < 1 and 0 < x[1] <= 1, "[0, 1) and (0, 1]"),
+    "eps": _POSITIVE,
+    "eps_relative": _HALF,
+    "beta3": (lambda x: x is None or 0 <= x < 1, "in [0, 1)"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "momentum": _OPEN,
+    "dampening": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "block_size": (
+        lambda x: min(_listed(x)) >= 1 and (isinstance(x, int) or len(x) == 2),
+        "positive, one or one for rows and one for columns",
+    ),
+    "precondition_frequency": _STEPS,
+    "start_step": _STEPS,
+    "grafting_beta2": _HALF,
+    "grafting_eps": _POSITIVE,
+    "exponent": (
+        lambda x: x is None or min(_listed(x)) >= 0,
+        "at least 0, one or one per dim",
+    ),
+}
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_decay_type": ("l2", "decoupled", "corrected", "independent"),
+    "merge": ("matrix", "paper", "none"),
+    "refresh": ("staggered", "together"),
+    "grafting": (None, "sgd", "adagrad", "rmsprop", "adam"),
+    "root_method": ("auto", "eigh", "newton"),
+    "basis_method": ("eigh", "qr"),
+    "factor_dtype": (None, torch.float32, torch.float64),
+    "fallback": (None, "adamw"),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what is impossible, alone or with the others.
+
+    Args:
+        options: A parameter group; methods have different options.
+
+    Raises:
+        ValueError: Naming the option, what was got and what is wanted.
+    """
+    for key, (holds, wanted) in LIMITS.items():
+        if key in options and not holds(options[key]):
+            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
+    for key, choices in CHOICES.items():
+        if key in options and options[key] not in choices:
+            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
+    _check_pairs(options)
+    _check_newton(options)
+
+
+def _check_pairs(options: Mapping[str, Any]) -> None:
+    """Options that are possible alone but not together."""
+    for key in ("nesterov", "dampening"):
+        if options[key] and options["momentum"] == 0:
+            raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
+    size = options["block_size"]
+    if options["merge"] == "paper" and not isinstance(size, int):
+        raise ValueError(f"block_size: got {size!r}, wanted one number with merge='paper'")
+    if options.get("grafting") in ("adam", "rmsprop"):
+        beta2 = options["grafting_beta2"]
+        if (options["betas"][1] if beta2 is None else beta2) == 1:
+            raise ValueError("grafting_beta2: got 1 (betas[1] if None), wanted below 1; "
+                             "set it, or grafting='adagrad'")  # fmt: skip
+
+
+def _check_newton(options: Mapping[str, Any]) -> None:
+    """The coupled iteration finds roots of whole order."""
+    if options.get("root_method") != "newton" or options["exponent"] is None:
+        return
+    for exponent in _listed(options["exponent"]):
+        if exponent and abs(round(1 / exponent) * exponent - 1) > 1e-9:
+            raise ValueError(f"exponent: got {exponent}, wanted 1 / a whole number with "
+                             "root_method='newton'; set root_method='eigh'")  # fmt: skip
