@@ -10,10 +10,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _FORKS = multiprocessing.get_context("forkserver")
-# torch._dynamo is imported by the first FSDP2 or optimizer step: 2 s in every worker if not here.
-_FORKS.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
-)
+# What workers would each import for themselves; torch._dynamo comes with the first optimizer step.
+_FORKS.set_forkserver_preload(["torch._dynamo", "titan_shampoo.titan", "tests.titan_runs"])
 
 
 def run_on_ranks(

@@ -1,5 +1,6 @@
 """A mistake in the configuration is one line that says where, what and what instead."""
 
+import dataclasses
 import inspect
 import os
 import subprocess
@@ -9,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from titan_shampoo.config import ConfigError, check_world, nearest, read_config
+from titan_shampoo.config import ConfigError, check_world, nearest, read_config, tables
 from titan_shampoo.config.limits import LIMITS
 from titan_shampoo.config.schema import job_schema
-from titan_shampoo.config.tables import Shampoo as ShampooTable
+from titan_shampoo.config.values import choices
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.toml"))
@@ -71,12 +72,54 @@ WRONG_FILES = [
         ["remove one"],
     ),
     (
-        SHAMPOO + 'grafting = "none"\ngrafting_eps = 1e-8\n',
+        SHAMPOO + 'grafting = "none"\ngrafting_beta2 = 0.9\n',
         3,
-        "optimizer.shampoo.grafting_eps",
+        "optimizer.shampoo.grafting_beta2",
         ['grafting = "none"', "remove it"],
     ),
     (SHAMPOO + "nesterov = true\n", 2, "optimizer.shampoo.nesterov", ["momentum greater than 0"]),
+    (
+        "[optimizer.soap]\ndampening = 0.1\n",
+        2,
+        "optimizer.soap.dampening",
+        ["optimizer.soap.momentum greater than 0"],
+    ),
+    (SHAMPOO + "beta3 = 1\n", 2, "optimizer.shampoo.beta3", ["from 0 to below 1"]),
+    (SHAMPOO + "exponent = -0.5\n", 2, "optimizer.shampoo.exponent", ["0 or greater"]),
+    (SHAMPOO + "exponent = []\n", 2, "optimizer.shampoo.exponent", ["one for each dim"]),
+    (SHAMPOO + "exponent = [0.5, -1]\n", 2, "optimizer.shampoo.exponent", ["0 or greater"]),
+    (
+        SHAMPOO + 'exponent = [0.25, 0.3]\nroot_method = "newton"\n',
+        2,
+        "optimizer.shampoo.exponent",
+        ["got 0.3", 'optimizer.shampoo.root_method = "eigh"'],
+    ),
+    (
+        SHAMPOO + 'exponent = 0.2\nroot_method = "newton_schulz"\n',
+        2,
+        "optimizer.shampoo.exponent",
+        ["got 0.2", "1/2, 1/4, 1/8"],
+    ),
+    (
+        '[optimizer.soap]\nmerge = "paper"\nblock_size = [8, 4]\n',
+        3,
+        "optimizer.soap.block_size",
+        ["got [8, 4]", "one number"],
+    ),
+    (
+        "[optimizer.soap]\nbetas = [0.9, 1.0]\n",
+        2,
+        "optimizer.soap.betas",
+        ["two numbers from 0 to below 1"],
+    ),
+    ("[optimizer.soap]\ngrafting_eps = 1.0\n", 2, "optimizer.soap.grafting_eps", ["unknown key"]),
+    (
+        "[optimizer.kl_shampoo]\nbetas = [0.9, 1.0]\n",
+        2,
+        "optimizer.kl_shampoo.betas",
+        ["optimizer.kl_shampoo.grafting_beta2 = 0.99"],
+    ),
+    ("[optimizer.kl_shampoo]\nexponent = 0.5\n", 2, "optimizer.kl_shampoo.exponent", ["unknown"]),
     (SHAMPOO + "eps_relative = 2.0\n", 2, "optimizer.shampoo.eps_relative", ["at most 1"]),
     (
         SHAMPOO + "betas = [0.9, 1.0]\n",
@@ -140,7 +183,61 @@ WRONG_FILES = [
         "parallelism.tensor_parallel_degree",
         ["needs 1"],
     ),
+    (
+        '[model]\nname = "resnet"\n[training]\nseq_len = 64\n',
+        4,
+        "training.seq_len",
+        ['not read by model.name = "resnet"'],
+    ),
+    (
+        "[validation]\nenable = true\nseq_len = 64\n[training]\nseq_len = 32\n",
+        3,
+        "validation.seq_len",
+        ["got 64", "at most training.seq_len (32)"],
+    ),
+    (
+        '[checkpoint]\nexport_dtype = "bfloat16"\n',
+        2,
+        "checkpoint.export_dtype",
+        ["needs checkpoint.last_save_model_only = true"],
+    ),
+    (
+        "[checkpoint]\nlast_save_in_hf = true\n",
+        2,
+        "checkpoint.last_save_in_hf",
+        ["needs checkpoint.last_save_model_only = true"],
+    ),
+    (
+        "[checkpoint]\ninitial_load_in_hf = true\ninitial_load_model_only = false\n",
+        2,
+        "checkpoint.initial_load_in_hf",
+        ["needs checkpoint.initial_load_model_only = true"],
+    ),
     ('[job]\nconfig_file = "a"\n', 2, "job.config_file", ["on the command line only"]),
+]
+
+# Keys that torchtitan has and nobody reads here, each with a value that is not its default.
+NOT_READ = [
+    ("checkpoint.create_seed_checkpoint", "true"),
+    ("checkpoint.enable_ft_dataloader_checkpoints", "false"),
+    ("debug.moe_force_load_balance", "true"),
+    ("experimental.custom_args_module", '"a"'),
+    ("fault_tolerance.enable", "true"),
+    ("fault_tolerance.replica_id", "1"),
+    ("job.custom_config_module", '"a"'),
+    ("job.print_config", "true"),
+    ("memory_estimation.disable_fake_mode", "true"),
+    ("model.print_after_conversion", "true"),
+    ("model.tokenizer_path", '"a"'),
+    ("optimizer.early_step_in_backward", "true"),
+    ("parallelism.context_parallel_rotate_method", '"alltoall"'),
+    ("parallelism.expert_parallel_comm_backend", '"deepep"'),
+    ("training.dataloader.persistent_workers", "true"),
+    ("training.dataset_path", '"a"'),
+    ("validation.dataloader.persistent_workers", "true"),
+    ("validation.dataloader.pin_memory", "true"),
+    ("validation.dataloader.prefetch_factor", "2"),
+    ("validation.dataset_path", '"a"'),
 ]
 
 # Arguments, key, what else the message must say.
@@ -190,6 +287,41 @@ def test_a_mistake_in_the_file_is_one_line_with_place_key_and_way_out(
     assert message.startswith(f"{file}:{line}: {key}: ")
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_READ)
+def test_a_key_that_nobody_reads_is_refused(tmp_path, name, value):
+    table, _, key = name.rpartition(".")
+    file = tmp_path / "run.toml"
+    file.write_text(f"[{table}]\n{key} = {value}\n")
+    assert refusal(["--job.config_file", str(file)]).startswith(f"{file}:2: {name}: no")
+
+
+def test_a_key_that_nobody_reads_may_say_its_default(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        "[validation.dataloader]\npin_memory = false\n[fault_tolerance]\nenable = false\n"
+    )
+    assert read_config(["--job.config_file", str(file)])["fault_tolerance.enable"] is False
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "advice"),
+    [
+        ("--validation.local_batch_size=4", "local_batch_size", "training.local_batch_size (8)"),
+        ("--validation.seq_len=64", "seq_len", "training.seq_len (2048)"),
+    ],
+)
+def test_a_pipeline_validates_on_batches_of_the_shape_of_training(argument, key, advice):
+    args = ["--validation.enable", "--parallelism.pipeline_parallel_degree=2", argument]
+    message = refusal(args, 2)
+    assert message.startswith(f"command line: validation.{key}: ")
+    assert advice in message
+
+
+def test_a_pipeline_validates_with_the_sequence_length_of_training_by_default():
+    args = ["--validation.enable", "--parallelism.pipeline_parallel_degree=2"]
+    check_world(read_config([*args, "--training.seq_len=64"]), 2)
 
 
 @pytest.mark.parametrize(("args", "key", "fragments"), WRONG_ARGUMENTS)
@@ -262,7 +394,7 @@ def test_degrees_and_sizes_that_fit_pass(args, world_size):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_in_the_repository_is_valid_with_every_method(file):
-    for method in ("Shampoo", "AdamW"):
+    for method in ("Shampoo", "SOAP", "KLShampoo", "AdamW"):
         settings = read_config(["--job.config_file", str(file), "--optimizer.name", method])
         check_world(settings, 2)
         assert settings["optimizer.name"] == method
@@ -276,6 +408,11 @@ def test_every_config_in_the_repository_is_valid_with_every_method(file):
         (["--optimizer.shampoo.block-size", "64"], "optimizer.shampoo.block_size", 64),
         (["--optimizer.shampoo.block_size", "64,32"], "optimizer.shampoo.block_size", [64, 32]),
         (["--optimizer.shampoo.betas", "[0, 0.9]"], "optimizer.shampoo.betas", [0.0, 0.9]),
+        (["--optimizer.shampoo.exponent", "1"], "optimizer.shampoo.exponent", 1.0),
+        (["--optimizer.shampoo.exponent", "0.5,0"], "optimizer.shampoo.exponent", [0.5, 0.0]),
+        (["--optimizer.shampoo.grafting", "none"], "optimizer.shampoo.grafting", "none"),
+        (["--optimizer.name", "SOAP"], "optimizer.name", "SOAP"),
+        (["--optimizer.kl-shampoo.merge=none"], "optimizer.kl_shampoo.merge", "none"),
         (["--optimizer.shampoo.eps", "none"], "optimizer.shampoo.eps", None),
         (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
         (["--checkpoint.enable"], "checkpoint.enable", True),
@@ -301,6 +438,13 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path
     assert (settings["training.seq_len"], settings.place("training.seq_len")) == (64, f"{file}:3")
     assert settings["training.local_batch_size"] == 8
     assert not settings.is_set("training.local_batch_size")
+
+
+@pytest.mark.parametrize(("method", "exponent"), [("newton", 1 / 3), ("newton_schulz", 0.125)])
+def test_an_exponent_that_the_root_method_can_find_passes(method, exponent):
+    own = "--optimizer.shampoo."
+    settings = read_config([f"{own}root_method={method}", f"{own}exponent={exponent},0"])
+    assert settings["optimizer.shampoo.exponent"] == [exponent, 0.0]
 
 
 def test_a_shared_key_may_be_read_by_a_group_alone(tmp_path):
@@ -414,11 +558,23 @@ def test_settings_reach_the_job_config(tmp_path):
     assert job_config.checkpoint.last_save_model_only is False
 
 
-def test_every_option_of_the_library_is_a_key_and_every_key_an_option():
-    from titan_shampoo import Shampoo  # noqa: PLC0415 (imports torch)
+@pytest.mark.parametrize("method", ["Shampoo", "SOAP", "KLShampoo"])
+def test_every_option_of_the_library_is_a_key_and_every_key_an_option(method):
+    import titan_shampoo  # noqa: PLC0415 (imports torch)
 
-    options = set(inspect.signature(Shampoo).parameters) - LIBRARY_ONLY
-    assert set(inspect.get_annotations(ShampooTable)) == options
+    options = set(inspect.signature(getattr(titan_shampoo, method)).parameters) - LIBRARY_ONLY
+    assert {field.name for field in dataclasses.fields(getattr(tables, method))} == options
+
+
+@pytest.mark.parametrize("method", ["Shampoo", "SOAP", "KLShampoo"])
+def test_every_choice_of_the_library_is_one_of_the_file(method):
+    from titan_shampoo.options import CHOICES  # noqa: PLC0415 (imports torch)
+
+    for field in dataclasses.fields(getattr(tables, method)):
+        if field.name in CHOICES:
+            offered = {str(choice).removeprefix("torch.") for choice in CHOICES[field.name]}
+            # None is "none", or the key that is not set.
+            assert {"none", *choices(field.type)} == {"none", *offered - {"None"}}, field.name
 
 
 def _flat(values: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,7 +25,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "period of zero": ({"precondition_frequency": 0}, "precondition_frequency: got 0"),
     "nesterov alone": ({"nesterov": True}, "nesterov: got True with momentum 0"),
     "dampening alone": ({"dampening": 0.5}, "dampening: got 0.5 with momentum 0"),
-    "adam that forgets nothing": ({"betas": (0.9, 1.0)}, "grafting_beta2: got 1"),
+    "adam that forgets nothing": ({"betas": (0.9, 1.0)}, "betas: got 1 for second moments"),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.options import diagonal_beta2
 
 NOT_MULTIPLIED = re.compile(
     r"(^|[._])(embed\w*|\w+_embeddings?|wte|wpe|lm_head|output|router|gate)\.weight$"
@@ -50,7 +51,7 @@ def adamw_step(
         states: What :func:`empty_state` made for each.
         options: Parameter group; ``grafting_eps`` is AdamW's epsilon, or ``eps`` without grafting.
     """
-    beta1, beta2 = options["betas"]
+    beta1, beta2 = options["betas"][0], diagonal_beta2(options)
     adamw(
         [local_tensor(param) for param in params],
         list(grads),

@@ -54,12 +54,15 @@ class Shampoo(BlockOptimizer):
             in one step.
         grafting: Whose step length is used: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"`` or
             None.
-        grafting_beta2: Decay of the grafted method's second moments; None for ``betas[1]``.
+        grafting_beta2: Decay of second moments in grafting and in the fallback; None for
+            ``betas[1]``.
         grafting_eps: Added to the root of second moments, in grafting and in the fallback.
         exponent: Positive power of the inverse roots, one or one per dim (0 switches a dim off);
             None for ``1 / (2 * order)``.
         bias_correction: Whether averages are corrected for their start at zero.
-        root_method: ``"eigh"``, ``"newton"`` or ``"auto"``.
+        root_method: ``"eigh"``; ``"newton"`` (coupled); ``"newton_schulz"`` (matrix products only);
+            ``"qr"`` (one orthogonal iteration from the last basis, which is kept); ``"auto"``:
+            ``"newton_schulz"`` for large factors on accelerators, else ``"eigh"``.
         factor_dtype: Dtype of all state of preconditioned parameters; None for float32, or float64
             for float64 parameters.
         batch_dims: Leading dims that stack independent matrices, such as experts.

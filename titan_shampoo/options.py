@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from titan_shampoo.functional.roots import halvings
+
 
 def _listed(value: Any) -> Sequence[Any]:  # noqa: ANN401 - one number or several
     return value if isinstance(value, (tuple, list)) else (value,)
@@ -48,7 +50,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "merge": ("matrix", "paper", "none"),
     "refresh": ("staggered", "together"),
     "grafting": (None, "sgd", "adagrad", "rmsprop", "adam"),
-    "root_method": ("auto", "eigh", "newton"),
+    "root_method": ("auto", "eigh", "newton", "newton_schulz", "qr"),
     "basis_method": ("eigh", "qr"),
     "factor_dtype": (None, torch.float32, torch.float64),
     "fallback": (None, "adamw"),
@@ -71,7 +73,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if key in options and options[key] not in choices:
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
     _check_pairs(options)
-    _check_newton(options)
+    _check_exponents(options)
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
@@ -82,18 +84,33 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
     size = options["block_size"]
     if options["merge"] == "paper" and not isinstance(size, int):
         raise ValueError(f"block_size: got {size!r}, wanted one number with merge='paper'")
-    if options.get("grafting") in ("adam", "rmsprop"):
-        beta2 = options["grafting_beta2"]
-        if (options["betas"][1] if beta2 is None else beta2) == 1:
-            raise ValueError("grafting_beta2: got 1 (betas[1] if None), wanted below 1; "
-                             "set it, or grafting='adagrad'")  # fmt: skip
+    if diagonal_beta2(options) == 1 and _has_diagonal_average(options):
+        raise ValueError("betas: got 1 for second moments, wanted below 1; set grafting_beta2, "
+                         "or grafting='adagrad' and fallback=None")  # fmt: skip
 
 
-def _check_newton(options: Mapping[str, Any]) -> None:
-    """The coupled iteration finds roots of whole order."""
-    if options.get("root_method") != "newton" or options["exponent"] is None:
+def diagonal_beta2(options: Mapping[str, Any]) -> float:
+    """Decay of element-wise second moments: ``grafting_beta2``, or that of the factors."""
+    beta2 = options.get("grafting_beta2")
+    return float(options["betas"][1] if beta2 is None else beta2)
+
+
+def _has_diagonal_average(options: Mapping[str, Any]) -> bool:
+    """Whether second moments are averaged anywhere: in SOAP, in grafting or in the fallback."""
+    averages = options.get("grafting", "adam") in ("adam", "rmsprop")
+    return averages or options["fallback"] is not None
+
+
+def _check_exponents(options: Mapping[str, Any]) -> None:
+    """Iterations made of products find roots of whole order, or of powers of two, only."""
+    method, exponents = options.get("root_method"), options.get("exponent")
+    if exponents is None:
         return
-    for exponent in _listed(options["exponent"]):
-        if exponent and abs(round(1 / exponent) * exponent - 1) > 1e-9:
+    for exponent in _listed(exponents):
+        whole = not exponent or abs(round(1 / exponent) * exponent - 1) < 1e-9
+        if method == "newton" and not whole:
             raise ValueError(f"exponent: got {exponent}, wanted 1 / a whole number with "
                              "root_method='newton'; set root_method='eigh'")  # fmt: skip
+        if method == "newton_schulz" and exponent and not halvings(exponent):
+            raise ValueError(f"exponent: got {exponent}, wanted 1/2, 1/4, 1/8, ... with "
+                             "root_method='newton_schulz'; set root_method='eigh'")  # fmt: skip

@@ -1,7 +1,8 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors (arXiv 2409.11321), the bases rotated exactly.
 
 The first moment is kept outside the basis and the second inside it; when the basis changes, the
-second moment is mixed by the squares of the rotation. Step ``start`` only makes the basis.
+second moment is mixed by the squares of the rotation. Until step ``start`` the basis is the
+identity; if ``start`` is 1, that step only makes the basis and does not count.
 """
 
 from typing import Literal
@@ -22,10 +23,15 @@ class Block(shampoo.Block):
         self.bases = [np.eye(d) for d in weight.shape]
 
     def new_basis(self, dim: int, step: int) -> Array:
-        """All eigenvectors in the first step and for "eigh", else one orthogonal iteration."""
+        """All eigenvectors in step ``start`` and for "eigh", else one orthogonal iteration.
+
+        It starts from the old basis in the order of its Rayleigh quotients, the largest first.
+        """
+        factor, old = self.factors[dim], self.bases[dim]
         if step == self.start or self.method == "eigh":
-            return np.linalg.eigh(self.factors[dim])[1]
-        return np.linalg.qr(self.factors[dim] @ self.bases[dim])[0]
+            return np.linalg.eigh(factor)[1]
+        quotients = [column @ factor @ column for column in old.T]
+        return np.linalg.qr(factor @ old[:, np.argsort(quotients)[::-1]])[0]
 
     def rebase(self, step: int) -> None:
         """Line 4."""
@@ -35,7 +41,7 @@ class Block(shampoo.Block):
         self.bases = new
 
     def adam(self, grad: Array, age: int) -> Array:
-        """Lines 5 and 6; ``age`` counts the steps since the one that made the first basis."""
+        """Lines 5 and 6; ``age`` counts the gradients in the moments, this one too."""
         beta2 = self.options.betas[1]
         inside = contract_all(grad, self.bases, np.transpose)
         self.second_moment = beta2 * self.second_moment + (1 - beta2) * inside**2
@@ -52,9 +58,9 @@ class Block(shampoo.Block):
         self.accumulate(grad)
         if self.is_due(step, staggered=staggered):
             self.rebase(step)
-        if step <= self.start:
+        if step == self.start == 1:
             return
-        direction = self.adam(grad, step - self.start)
+        direction = self.adam(grad, step - 1 if self.start == 1 else step)
         direction = shampoo.decayed_direction(direction, weight, options, lr, peak_lr)
         if options.momentum > 0:
             direction, self.momentum = shampoo.heavy_ball(direction, self.momentum, options)

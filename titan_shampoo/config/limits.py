@@ -39,6 +39,49 @@ _BLOCK_SIZE = Limit(
     ),
 )
 
+_EXPONENT = Limit(
+    "0 or greater, one number or one for each dim",
+    lambda value: (
+        bool(value) and all(map(_NOT_NEGATIVE.holds, value))
+        if isinstance(value, list)
+        else _NOT_NEGATIVE.holds(value)
+    ),
+)
+_MOMENTS = Limit(
+    "two numbers from 0 to below 1, the second greater than 0",
+    lambda betas: len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1,
+)
+
+
+def _in(table: str, limits: Mapping[str, Limit]) -> dict[str, Limit]:
+    return {f"{table}.{key}": limit for key, limit in limits.items()}
+
+
+_BLOCKS = {
+    "betas": _BETAS,
+    "block_size": _BLOCK_SIZE,
+    "dampening": _FRACTION,
+    "lr": _POSITIVE,
+    "momentum": _AVERAGING,
+    "precondition_frequency": _at_least(1),
+    "start_step": _at_least(1),
+    "weight_decay": _NOT_NEGATIVE,
+}
+_GRAFTED_BLOCKS = {
+    **_BLOCKS,
+    "beta3": _AVERAGING,
+    "grafting_beta2": _SHARE,
+    "grafting_eps": _POSITIVE,
+}
+_SHAMPOO = {
+    **_GRAFTED_BLOCKS,
+    "eps": _POSITIVE,
+    "eps_relative": _SHARE,
+    "exponent": _EXPONENT,
+}
+# Second moments that sum instead of averaging have no correction for their start at zero.
+_SOAP = {**_BLOCKS, "betas": _MOMENTS, "eps": _POSITIVE}
+
 LIMITS: Mapping[str, Limit] = {
     "activation_checkpoint.memory_budget": _FRACTION,
     "activation_checkpoint.selective_ac_option": Limit(
@@ -70,20 +113,9 @@ LIMITS: Mapping[str, Limit] = {
     "optimizer.groups.weight_decay": _NOT_NEGATIVE,
     "optimizer.sgd.dampening": _FRACTION,
     "optimizer.sgd.momentum": _AVERAGING,
-    "optimizer.shampoo.beta3": _SHARE,
-    "optimizer.shampoo.betas": _BETAS,
-    "optimizer.shampoo.block_size": _BLOCK_SIZE,
-    "optimizer.shampoo.dampening": _FRACTION,
-    "optimizer.shampoo.eps": _POSITIVE,
-    "optimizer.shampoo.eps_relative": _SHARE,
-    "optimizer.shampoo.exponent": _POSITIVE,
-    "optimizer.shampoo.grafting_beta2": _SHARE,
-    "optimizer.shampoo.grafting_eps": _POSITIVE,
-    "optimizer.shampoo.lr": _POSITIVE,
-    "optimizer.shampoo.momentum": _AVERAGING,
-    "optimizer.shampoo.precondition_frequency": _at_least(1),
-    "optimizer.shampoo.start_step": _at_least(1),
-    "optimizer.shampoo.weight_decay": _NOT_NEGATIVE,
+    **_in("optimizer.shampoo", _SHAMPOO),
+    **_in("optimizer.soap", _SOAP),
+    **_in("optimizer.kl_shampoo", _GRAFTED_BLOCKS),
     "parallelism.context_parallel_degree": _at_least(1),
     "parallelism.data_parallel_replicate_degree": _at_least(1),
     "parallelism.data_parallel_shard_degree": _off_or_at_least(-1, 1),

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,10 +96,15 @@ class _Reader:
     aliases: Mapping[str, ast.expr]
 
     def table(self, class_name: str) -> Table:
+        """The table that a class describes, with what it inherits; its own keys win."""
+        node = self.classes[class_name]
+        inherited = [self.table(base.id) for base in node.bases if isinstance(base, ast.Name)]
+        return reduce(_merge, [*inherited, self._own(node.body)])
+
+    def _own(self, body: list[ast.stmt]) -> Table:
         keys: dict[str, Key] = {}
         tables: dict[str, Table] = {}
         lists: dict[str, Table] = {}
-        body = self.classes[class_name].body
         for node, below in zip(body, [*body[1:], None], strict=True):
             if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
                 continue

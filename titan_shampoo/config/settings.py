@@ -37,6 +37,10 @@ class Settings:
         """Whether the file or the command line sets this key."""
         return name in self.explicit
 
+    def is_changed(self, name: str) -> bool:
+        """Whether this key has another value than its default."""
+        return name in self.explicit and self.explicit[name].value != _defaults()[name]
+
     def place(self, name: str) -> str:
         """Where the key was set; for a default, the file in which it could be set."""
         if name in self.explicit:

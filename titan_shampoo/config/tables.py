@@ -7,12 +7,12 @@ text under a key is what ``--help`` prints. None means: not set.
 from dataclasses import dataclass, field
 from typing import Literal
 
-Method = Literal["Shampoo", "AdamW", "SGD"]
+Method = Literal["Shampoo", "SOAP", "KLShampoo", "AdamW", "SGD"]
 
 
 @dataclass
-class Shampoo:
-    """Keys of ``[optimizer.shampoo]``; the library decides what is set neither here nor above."""
+class Blocks:
+    """Keys of every method for blocks; the library decides what is set neither here nor above."""
 
     lr: float | None = None
     """Learning rate; not set: optimizer.lr"""
@@ -20,17 +20,8 @@ class Shampoo:
     betas: list[float] | None = None
     """Averaging of [gradient, factors]; not set: [optimizer.beta1, optimizer.beta2]"""
 
-    eps: float | None = None
-    """Damping added to the factors; not set: 1e-12"""
-
     weight_decay: float | None = None
     """Weight decay; not set: optimizer.weight_decay"""
-
-    eps_relative: float | None = None
-    """Damping relative to the largest eigenvalue of each factor, instead of eps"""
-
-    beta3: float | None = None
-    """Averaging of the gradient in the step itself; not set: betas[0]"""
 
     weight_decay_type: Literal["l2", "decoupled", "corrected", "independent"] | None = None
     """How weight decay enters; not set: decoupled"""
@@ -51,13 +42,24 @@ class Shampoo:
     """How the dims of a tensor become those of a matrix; not set: matrix"""
 
     precondition_frequency: int | None = None
-    """Steps between two refreshes of a block's roots; not set: 10"""
+    """Steps between two refreshes of a block; not set: 10"""
 
     start_step: int | None = None
-    """First step that refreshes; not set: precondition_frequency"""
+    """First step that refreshes; not set: 1"""
 
     refresh: Literal["staggered", "together"] | None = None
     """Spread the refreshes over the period, or do all in one step; not set: staggered"""
+
+    factor_dtype: Literal["float32", "float64"] | None = None
+    """Precision of the state; not set: float32, or the parameter's if that is float64"""
+
+
+@dataclass
+class GraftedBlocks(Blocks):
+    """Keys of the methods that take their step length from another one."""
+
+    beta3: float | None = None
+    """Averaging of the gradient in the step itself; not set: betas[0]"""
 
     grafting: Literal["none", "sgd", "adagrad", "rmsprop", "adam"] | None = None
     """Method whose step length each block takes; not set: adam"""
@@ -66,19 +68,55 @@ class Shampoo:
     """Averaging of the grafting second moment; not set: betas[1]"""
 
     grafting_eps: float | None = None
-    """Epsilon of the grafting method; not set: optimizer.eps"""
-
-    exponent: float | None = None
-    """Exponent of the inverse root; not set: 1/4 for a matrix, 1/2 for a vector"""
+    """Epsilon of the grafting method, and of AdamW for other parameters; not set: optimizer.eps"""
 
     bias_correction: bool | None = None
     """Correct the averages for their start at zero; not set: true"""
 
-    root_method: Literal["auto", "eigh", "newton"] | None = None
+
+@dataclass
+class Shampoo(GraftedBlocks):
+    """Keys of ``[optimizer.shampoo]``."""
+
+    start_step: int | None = None
+    """First step that refreshes; not set: precondition_frequency"""
+
+    eps: float | None = None
+    """Damping added to the factors; not set: 1e-12"""
+
+    eps_relative: float | None = None
+    """Damping relative to the largest eigenvalue of each factor, instead of eps"""
+
+    exponent: float | list[float] | None = None
+    """
+    Exponent of the inverse roots, one or one for each dim (0 switches a dim off); not set: 1/4 for
+    a matrix, 1/2 for a vector
+    """
+
+    root_method: Literal["auto", "eigh", "newton", "newton_schulz", "qr"] | None = None
     """How inverse roots are computed; not set: auto"""
 
-    factor_dtype: Literal["float32", "float64"] | None = None
-    """Precision of factors and roots; not set: float32, or the parameter's if that is float64"""
+
+@dataclass
+class SOAP(Blocks):
+    """Keys of ``[optimizer.soap]``."""
+
+    betas: list[float] | None = None
+    """
+    Averaging of [first moment, second moment and factors]; not set: [optimizer.beta1,
+    optimizer.beta2]
+    """
+
+    eps: float | None = None
+    """Added to the root of the second moments; not set: optimizer.eps"""
+
+    basis_method: Literal["qr", "eigh"] | None = None
+    """Turn the eigenbasis by one step of orthogonal iteration, or find it anew; not set: qr"""
+
+
+@dataclass
+class KLShampoo(GraftedBlocks):
+    """Keys of ``[optimizer.kl_shampoo]``."""
 
 
 @dataclass
@@ -92,7 +130,7 @@ class SGD:
     """Nesterov form of the momentum"""
 
     dampening: float = 0.0
-    """Dampening of the momentum"""
+    """Dampening of the momentum, from the first step on"""
 
 
 @dataclass
@@ -121,6 +159,12 @@ class Optimizer:
 
     shampoo: Shampoo = field(default_factory=Shampoo)
     """Shampoo's own keys"""
+
+    soap: SOAP = field(default_factory=SOAP)
+    """SOAP's own keys"""
+
+    kl_shampoo: KLShampoo = field(default_factory=KLShampoo)
+    """KL-Shampoo's own keys"""
 
     sgd: SGD = field(default_factory=SGD)
     """SGD's own keys"""
@@ -157,6 +201,9 @@ class Validation:
 
     dataset: str = ""
     """As training.dataset; empty: the held-out part of the training dataset"""
+
+    seq_len: int | None = None
+    """Sequence length for validation, at most training.seq_len; not set: training.seq_len"""
 
 
 @dataclass

@@ -60,8 +60,11 @@ def _accept_any(value: Any, annotations: tuple[Any, ...]) -> Any:  # noqa: ANN40
 def from_text(text: str, annotation: Any) -> Any:  # noqa: ANN401
     """What a command-line argument means for a type; the text itself where it means nothing.
 
-    Lists are written ``64,32`` or, as in TOML, ``[64, 32]``; "none" unsets what may be unset.
+    Lists are written ``64,32`` or, as in TOML, ``[64, 32]``; "none" unsets what may be unset, but
+    for keys of which it is a choice.
     """
+    if text in choices(annotation):
+        return text
     if get_origin(annotation) in (Union, UnionType):
         return _first_fit(text, get_args(annotation))
     if get_origin(annotation) is list:

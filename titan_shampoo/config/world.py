@@ -103,7 +103,7 @@ def _check_sequence(settings: Settings, tensor: int, context: int) -> None:
     keys = ["training.seq_len"] + ["validation.seq_len"] * bool(settings["validation.enable"])
     for key in keys:
         length = settings[key]
-        if length % parts:
+        if length and length % parts:
             nearest = max(round(length / parts), 1) * parts
             problem = (
                 f"got {length}, expected a multiple of {parts} (2 x {_TENSOR} x {_CONTEXT}), "

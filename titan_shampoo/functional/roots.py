@@ -1,21 +1,26 @@
 """Inverse roots ``A^(-exponent)`` of stacks of symmetric positive semi-definite matrices.
 
-Eigendecomposition, and the coupled Newton iteration of Higham 2008 (section 7.3) in the form of
-Anil et al. 2020.
+Eigendecomposition; the coupled Newton iteration (Higham 2008, section 7.3, in the form of Anil et
+al. 2020); and for accelerators the coupled Newton-Schulz iteration with the optimal scaling of Chen
+& Chow 2014, which is nothing but matrix products.
 """
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-RootMethod = Literal["auto", "eigh", "newton"]
+RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
 
 SMALLEST_DAMPING = 1e-30
 """Keeps the root of an all-zero factor finite under relative damping."""
 NEWTON_TOLERANCE = 1e-6
 NEWTON_ITERATIONS = 1000
+POWER_ITERATIONS = 16
+NEWTON_SCHULZ_MIN_EXTENT = 512
+"""Extent from which ``"auto"`` prefers matrix products to eigendecomposition on accelerators."""
 
 
 def inverse_root(
@@ -33,18 +38,46 @@ def inverse_root(
         exponent: Positive power of the inverse.
         eps: Damping, absolute.
         eps_relative: Damping relative to the largest eigenvalue, used instead of ``eps`` if given.
-        method: ``"newton"`` needs ``1 / exponent`` to be a whole number; ``"auto"`` is ``"eigh"``.
+        method: ``"newton"`` needs ``1 / exponent`` to be a whole number, ``"newton_schulz"`` a
+            power of two from 2 on; its damping is at least the rounding of the largest eigenvalue.
+            ``"auto"`` is ``"newton_schulz"`` for large matrices on accelerators, else ``"eigh"``.
+            (``"qr"`` needs the basis of the last refresh: see ``next_basis``.)
     """
+    if method == "auto":
+        is_large = matrices.is_cuda and matrices.shape[-1] >= NEWTON_SCHULZ_MIN_EXTENT
+        method = "newton_schulz" if is_large and halvings(exponent) else "eigh"
     if method == "newton":
         return _newton(matrices, exponent, eps, eps_relative)
-    values, vectors = _eigh(matrices)
+    if method == "newton_schulz":
+        return _newton_schulz(matrices, exponent, eps, eps_relative)
+    return root_from_eigenvalues(*_eigh(matrices), exponent, eps=eps, eps_relative=eps_relative)
+
+
+def root_from_eigenvalues(
+    values: Tensor, vectors: Tensor, exponent: float, *, eps: float, eps_relative: float | None
+) -> Tensor:
+    """``Q (lambda + damping)^(-exponent) Q^T``; eigenvalues are lifted to the damping at least.
+
+    Args:
+        values: ``(n, d)``, in any order.
+        vectors: Eigenvectors in columns, ``(n, d, d)``.
+        exponent: Positive power of the inverse.
+        eps: Damping, absolute.
+        eps_relative: Damping relative to the largest eigenvalue, instead of ``eps`` if given.
+    """
     if eps_relative is None:
-        damping: Tensor | float = eps
+        damping = torch.full_like(values[:, :1], eps)
     else:
-        damping = (eps_relative * values[:, -1:]).clamp(min=SMALLEST_DAMPING)
-    values = values + damping
-    values = values + (damping - values[:, :1]).clamp(min=0.0)
-    return (vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT
+        damping = (eps_relative * values.amax(1, keepdim=True)).clamp(min=SMALLEST_DAMPING)
+    lift = (-values.amin(1, keepdim=True)).clamp(min=0.0)
+    scaled = (values + (damping + lift)).pow(-exponent)
+    return (vectors * scaled.unsqueeze(-2)) @ vectors.mT
+
+
+def halvings(exponent: float) -> int:
+    """How often 1 is halved to give ``exponent``; 0 if it is not 1/2, 1/4, 1/8, ..."""
+    times = round(-math.log2(exponent))
+    return times if times >= 1 and 2.0**-times == exponent else 0
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +121,56 @@ def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float |
     return torch.where(active, torch.nan, root)
 
 
+def _newton_schulz(
+    matrices: Tensor, exponent: float, eps: float, eps_relative: float | None
+) -> Tensor:
+    """Inverse root by repeated square roots, the last one inverted; matrix products only."""
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    norms = torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=SMALLEST_DAMPING)
+    noise = torch.finfo(matrices.dtype).eps
+    largest = _largest_eigenvalues(matrices / norms)
+    relative = eps / norms if eps_relative is None else eps_relative * largest
+    # Below the rounding of the largest eigenvalue there is nothing to take a root of.
+    relative = relative.maximum(noise * largest).clamp(min=SMALLEST_DAMPING)
+    root = matrices / norms + relative * identity
+    scale = 1 / (1 + relative)  # of norm 1 at most, eigenvalues at least the damping
+    root, smallest = root * scale, relative * scale
+    for _ in range(halvings(exponent) - 1):
+        root, _ = _square_roots(root, smallest, noise)
+        smallest = smallest.sqrt()
+    _, inverse = _square_roots(root, smallest, noise)
+    return inverse * (scale / norms) ** exponent
+
+
+def _largest_eigenvalues(matrices: Tensor) -> Tensor:
+    """Rayleigh quotients after some power iterations, ``(n, 1, 1)``: good to a few percent."""
+    vectors = matrices.sum(-1, keepdim=True) + matrices.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    for _ in range(POWER_ITERATIONS):
+        vectors = torch.nn.functional.normalize(matrices @ vectors, dim=-2)
+    return vectors.mT @ matrices @ vectors
+
+
+def _square_roots(matrices: Tensor, smallest: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """``A^(1/2)`` and ``A^(-1/2)`` of matrices with eigenvalues in ``[smallest, 1]``.
+
+    ``T = (3 a I - a^3 Z Y) / 2, Y <- Y T, Z <- T Z`` with the ``a`` that lifts the smallest
+    singular value most; as many iterations as eigenvalues at the rounding need, so that no host has
+    to look.
+    """
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    root, inverse = matrices, identity.expand_as(matrices)
+    low, slowest = smallest.sqrt(), math.sqrt(noise)
+    while True:
+        scale = (3 / (1 + low + low * low)).sqrt()
+        factor = 1.5 * scale * identity - 0.5 * scale**3 * (inverse @ root)
+        root, inverse = root @ factor, factor @ inverse
+        low = (0.5 * scale * low * (3 - (scale * low) ** 2)).clamp(max=1.0)
+        if slowest > 1 - noise:
+            return root, inverse
+        worst = math.sqrt(3 / (1 + slowest + slowest**2))
+        slowest = min(1.0, 0.5 * worst * slowest * (3 - (worst * slowest) ** 2))
+
+
 def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> Tensor:
     """``A^(-exponent)`` with eigenvalues raised to ``floor`` times the largest, ``(n, d, d)``."""
     values, vectors = _eigh(matrices)
@@ -96,17 +179,34 @@ def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> 
     return (vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT
 
 
-def eigenbasis(matrices: Tensor, previous: Tensor, *, method: BasisMethod) -> Tensor:
+def tracked_eigenvalues(matrices: Tensor, basis: Tensor) -> Tensor:
+    """Rayleigh quotients ``diag(Q^T A Q)``, ``(n, d)``: eigenvalues if ``Q`` is the eigenbasis."""
+    return (basis * (matrices @ basis)).sum(-2)
+
+
+def next_basis(
+    matrices: Tensor, previous: Tensor, ready: Tensor | bool, *, method: BasisMethod
+) -> Tensor:
     """Orthonormal eigenvectors of each matrix, in columns, ``(n, d, d)``.
+
+    The first ones are always found by eigendecomposition: one QR step from the identity finds none.
 
     Args:
         matrices: Symmetric positive semi-definite, ``(n, d, d)``.
-        previous: Basis to start from, ``(n, d, d)``; only ``"qr"`` uses it.
-        method: ``"eigh"``, or ``"qr"`` for one step of orthogonal iteration, with columns in the
-            order of the eigenvalues that the previous basis sees.
+        previous: Basis of the last refresh, ``(n, d, d)``; only ``"qr"`` uses it.
+        ready: Which matrices have had a refresh, ``(n,)`` bool, or one answer for all.
+        method: ``"eigh"``, or ``"qr"`` for one step of orthogonal iteration.
     """
-    if method == "eigh":
+    if method == "eigh" or ready is False:
         return _eigh(matrices)[1]
+    if ready is True:
+        return _orthogonal_iteration(matrices, previous)
+    turned = _orthogonal_iteration(matrices, previous)
+    return torch.where(ready.view(-1, 1, 1), turned, _eigh(matrices)[1])
+
+
+def _orthogonal_iteration(matrices: Tensor, previous: Tensor) -> Tensor:
+    """``qr(A Q)``, with columns in the order of the eigenvalues that ``Q`` sees."""
     product = matrices @ previous
     seen = (previous * product).sum(-2)
     order = seen.argsort(dim=-1, descending=True).unsqueeze(-2)

@@ -19,7 +19,12 @@ from titan_shampoo.functional.factors import (
     root_exponents,
 )
 from titan_shampoo.functional.grafting import accumulate_squares_, grafted_direction
-from titan_shampoo.functional.roots import inverse_root
+from titan_shampoo.functional.roots import (
+    inverse_root,
+    next_basis,
+    root_from_eigenvalues,
+    tracked_eigenvalues,
+)
 from titan_shampoo.functional.rule import (
     Clock,
     State,
@@ -45,6 +50,8 @@ class ShampooRule:
             # Should the very first refresh of a block fail, its direction is the grafted gradient.
             root = StateShape(f"{name}_root", square, dim, starts_as_identity=True)
             shapes += [StateShape(name, square, dim), root]
+            if options.get("root_method") == "qr":
+                shapes.append(StateShape(f"{name}_basis", square, dim, starts_as_identity=True))
         if options["betas"][0] > 0:
             shapes.append(StateShape("exp_avg", shape))
         if options["grafting"] in ("adagrad", "rmsprop", "adam"):
@@ -89,19 +96,22 @@ class ShampooRule:
         """
         beta2 = options["betas"][1]
         exponents = root_exponents(shape, options)
-        roots = {}
+        damping = {"eps": options["eps"], "eps_relative": options["eps_relative"]}
+        new: State = {}
         for dim, name in active_factors(shape, options):
-            factor = state[name][due]
+            factor, exponent = state[name][due], exponents[dim]
             if options["bias_correction"] and beta2 < 1:
                 factor = factor / bias_correction(beta2, clock.step, factor)
-            roots[f"{name}_root"] = inverse_root(
-                factor,
-                exponents[dim],
-                eps=options["eps"],
-                eps_relative=options["eps_relative"],
-                method=options["root_method"],
-            )
-        return roots
+            if options["root_method"] == "qr":
+                old = state[f"{name}_basis"][due]
+                basis = next_basis(factor, old, clock.ready, method="qr")
+                values = tracked_eigenvalues(factor, basis)
+                new[f"{name}_basis"] = basis
+                new[f"{name}_root"] = root_from_eigenvalues(values, basis, exponent, **damping)
+            else:
+                method = options["root_method"]
+                new[f"{name}_root"] = inverse_root(factor, exponent, method=method, **damping)
+        return new
 
     def direction(
         self,

@@ -17,7 +17,7 @@ from titan_shampoo.functional.factors import (
     contract,
     product_cost,
 )
-from titan_shampoo.functional.roots import BasisMethod, eigenbasis
+from titan_shampoo.functional.roots import next_basis
 from titan_shampoo.functional.rule import Clock, State, StateShape, per_block
 
 
@@ -66,7 +66,7 @@ class SOAPRule:
         new: State = {name: state[name][due] for name in ("exp_avg", "exp_avg_sq")}
         for dim, name in active_factors(shape, options):
             old = state[f"{name}_basis"][due]
-            basis = _new_basis(state[name][due], old, clock.ready, options["basis_method"])
+            basis = next_basis(state[name][due], old, clock.ready, method=options["basis_method"])
             turn = basis.mT @ old
             new[f"{name}_basis"] = basis
             new["exp_avg"] = contract(new["exp_avg"], turn, dim)
@@ -101,16 +101,6 @@ class SOAPRule:
         for dim, name in dims:
             direction = contract(direction, state[f"{name}_basis"], dim)
         return direction
-
-
-def _new_basis(factor: Tensor, old: Tensor, ready: Tensor | bool, method: BasisMethod) -> Tensor:
-    """Eigenvectors of the factor; the first time by eigh: one QR step from the identity is none."""
-    if method == "eigh" or ready is False:
-        return eigenbasis(factor, old, method="eigh")
-    basis = eigenbasis(factor, old, method=method)
-    if ready is True:
-        return basis
-    return torch.where(per_block(ready, old), basis, eigenbasis(factor, old, method="eigh"))
 
 
 def _correction(beta: float, age: Tensor, like: Tensor) -> Tensor:

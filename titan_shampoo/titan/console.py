@@ -13,12 +13,15 @@ import torch.distributed as dist
 _OURS = ("titan_shampoo", "parallel", "checkpoint", "train")
 
 # Each is about a feature of torchtitan that this project does not show (utilisation of a GPU's
-# peak, its launch script) or a default that only nccl reads.
+# peak, its launch script), a default that only nccl reads, or an attempt to read a checkpoint whose
+# failure is raised afterwards.
 _ABOUT_NOTHING = (
     "Peak flops undefined for",
     "Error running lspci",
     "Pipeline Parallel loss is not visible",
     "ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING]",
+    "Global metadata is not found",
+    "Rank local metadata is not found",
 )
 
 # Weights are drawn by titan_shampoo.titan.initialization; groups whose timeout cannot be set are

@@ -7,7 +7,7 @@ to the checkpoint, keyed by parameter name, which are loaded in place.
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,17 @@ from torchtitan.distributed import ParallelDims
 
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
-from titan_shampoo.optimizers import Shampoo
+from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.initialization import unwrapped_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]
+
+# Method -> class, its table in [optimizer], and which of its options the shared eps is.
+_BLOCK_METHODS: Mapping[str, tuple[Callable[..., BlockOptimizer], str, str]] = {
+    "Shampoo": (Shampoo, "shampoo", "grafting_eps"),
+    "SOAP": (SOAP, "soap", "eps"),
+    "KLShampoo": (KLShampoo, "kl_shampoo", "grafting_eps"),
+}
 
 
 class OptimizersContainer(TorchtitanContainer[Optimizer]):
@@ -136,16 +143,15 @@ def _build(
     config: Any,  # noqa: ANN401 - merged dataclass
     replicas: dist.ProcessGroup | None,
 ) -> Optimizer:
-    betas = (config.beta1, config.beta2)
-    if method == "Shampoo":
-        shared = {"lr": config.lr, "betas": betas, "weight_decay": config.weight_decay,
-                  "grafting_eps": config.eps}  # fmt: skip
-        return Shampoo(groups, **shared | _library_options(config.shampoo), process_group=replicas)
+    """One optimizer, with its state allocated."""
+    if method in _BLOCK_METHODS:
+        return _build_for_blocks(method, groups, config, replicas)
     implementation = {
         "fused": config.implementation == "fused",
         "foreach": config.implementation == "foreach",
     }
     if method == "AdamW":
+        betas = (config.beta1, config.beta2)
         optimizer: Optimizer = torch.optim.AdamW(
             groups, config.lr, betas, config.eps, config.weight_decay, **implementation
         )
@@ -164,12 +170,34 @@ def _build(
     return optimizer
 
 
-def _library_options(table: tables.Shampoo) -> dict[str, Any]:
+def _build_for_blocks(
+    method: str,
+    groups: list[dict[str, Any]],
+    config: Any,  # noqa: ANN401 - merged dataclass
+    replicas: dist.ProcessGroup | None,
+) -> BlockOptimizer:
+    """One of the library's optimizers; its own table beats the shared keys."""
+    build, table, shared_eps = _BLOCK_METHODS[method]
+    options = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+        shared_eps: config.eps,
+        **_library_options(getattr(config, table)),
+    }
+    try:
+        return build(groups, **options, process_group=replicas)
+    except ValueError as error:  # does not fit the parameters, which the configuration cannot know
+        raise ConfigError(f"optimizer.{table}: {error}") from error
+
+
+def _library_options(table: tables.Blocks) -> dict[str, Any]:
     """The keys of a method's own table that are set, as the library takes them."""
-    options = {key: value for key, value in vars(table).items() if value is not None}
-    for key in ("betas", "block_size"):
-        if isinstance(options.get(key), list):
-            options[key] = tuple(options[key])
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in vars(table).items()
+        if value is not None
+    }
     if options.get("grafting") == "none":
         options["grafting"] = None
     if "factor_dtype" in options:
@@ -191,6 +219,7 @@ def _allocate_state(optimizer: Optimizer) -> None:
                     "exp_avg_sq": torch.zeros_like(param),
                 }
             elif group["momentum"]:
+                # Unlike a buffer that torch makes in the first step, it is dampened in that step.
                 optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
 
 

@@ -188,35 +188,15 @@ def _text_validator(
     dp_rank: int,
     **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
 ) -> Validator:
-    _check_windows(job_config)
     own = job_config.validation.dataset
     data = TextDataset(
         own or job_config.training.dataset,
         tokenizer=tokenizer,
-        seq_len=job_config.validation.seq_len,
+        seq_len=job_config.validation.seq_len or job_config.training.seq_len,
         part="all" if own else "validation",
     )
     loader = _evaluation(data, job_config, dp_world_size, dp_rank)
     return Validator(loader, job_config=job_config, **trainer)
-
-
-def _check_windows(job_config: JobConfig) -> None:
-    """Refuse validation windows that the model, built for those of training, cannot take."""
-    training, validation = job_config.training, job_config.validation
-    if validation.seq_len > training.seq_len:
-        raise ConfigError(
-            f"validation.seq_len = {validation.seq_len}: the model takes at most training.seq_len "
-            f"= {training.seq_len}; set validation.seq_len = {training.seq_len}"
-        )
-    if job_config.parallelism.pipeline_parallel_degree == 1:
-        return
-    for key in ("seq_len", "local_batch_size"):  # stages exchange tensors of one shape
-        got, wanted = getattr(validation, key), getattr(training, key)
-        if got != wanted:
-            raise ConfigError(
-                f"validation.{key} = {got}: a pipeline needs that of training; "
-                f"set validation.{key} = {wanted}"
-            )
 
 
 def _image_validator(

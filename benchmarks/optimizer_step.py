@@ -1,0 +1,173 @@
+"""Time of one optimizer step: ours, AdamW, the floor, and other libraries, interleaved in one run.
+
+    python benchmarks/optimizer_step.py --workload resnet50 --block 256 --period 10
+
+The floor is what cannot be left out: the same matrix products and the same refreshes alone, on
+memory that is there already, plus one foreach step of AdamW for everything element-wise. Ratios are
+of medians; "worst" is over the steps after the first period.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workloads import WORKLOADS, NamedParameters, machine
+from titan_shampoo import SOAP, Shampoo
+from titan_shampoo.functional.roots import inverse_root
+
+Step = Callable[[], Any]
+
+
+class Floor:
+    """The products and refreshes of a Shampoo step, and nothing else but AdamW.
+
+    Args:
+        optimizer: Whose blocks and schedule are followed.
+        params: All parameters, for AdamW.
+    """
+
+    def __init__(self, optimizer: Shampoo, params: NamedParameters, period: int) -> None:
+        engine = optimizer._engine
+        assert engine is not None
+        self.period = period
+        self.adamw = torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True)
+        self.stacks = [
+            (state["left"], state["right"], state["exp_avg"], torch.empty_like(state["exp_avg"]))
+            for state in engine.states
+        ]
+        self.turns = [torch.tensor([b.turn for b in stack.blocks]) for stack in engine.plan.stacks]
+        self.sums = [
+            (torch.zeros_like(left), torch.zeros_like(right)) for left, right, *_ in self.stacks
+        ]
+        self.time = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step's worth of unavoidable work."""
+        turn = self.time % self.period
+        self.time += 1
+        for (left, right, grad, out), (left_sum, right_sum), turns in zip(
+            self.stacks, self.sums, self.turns, strict=True
+        ):
+            left_sum.baddbmm_(grad, grad.mT, beta=0.99, alpha=0.01)
+            right_sum.baddbmm_(grad.mT, grad, beta=0.99, alpha=0.01)
+            due = (turns == turn).nonzero().flatten()
+            if len(due):
+                for factor in (left, right):
+                    inverse_root(factor[due], 0.25, eps=1e-12)
+            torch.bmm(left_sum, torch.bmm(grad, right_sum, out=out))
+        self.adamw.step()
+
+
+def times_of(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
+    """Seconds of each step, the contestants taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(count):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def state_bytes(optimizer: object) -> int:
+    """Bytes of all tensors in the state; 0 for the floor."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return 0
+    tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def contestants(workload: str, block: int, period: int) -> dict[str, Any]:
+    """Optimizers with parameters of their own, equal for all."""
+    make = WORKLOADS[workload]
+    ours = {"lr": 1e-9, "block_size": block, "precondition_frequency": period, "start_step": 1}
+    shampoo = Shampoo(make(), **ours)
+    params = make()
+    return {
+        "Shampoo": shampoo,
+        "SOAP": SOAP(make(), **ours),
+        "AdamW": torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True),
+        "floor": Floor(shampoo, params, period),
+    }
+
+
+def measure(workload: str, block: int, period: int, count: int) -> list[dict[str, Any]]:
+    """A row for each contestant."""
+    found = contestants(workload, block, period)
+    for _ in range(period + 1):  # every block has its roots, every buffer its memory
+        for contestant in found.values():
+            contestant.step()
+    seconds = times_of({name: contestant.step for name, contestant in found.items()}, count)
+    return [
+        {"workload": workload, "block": block, "period": period, "optimizer": name}
+        | _figures(times, seconds)
+        | {"state_bytes": state_bytes(found[name])}
+        for name, times in seconds.items()
+    ]
+
+
+def _figures(times: list[float], seconds: dict[str, list[float]]) -> dict[str, float]:
+    mean, median = statistics.fmean(times), statistics.median(times)
+    return {
+        "mean_s": mean,
+        "median_s": median,
+        "worst/median": max(times) / median,
+        "/floor": mean / statistics.fmean(seconds["floor"]),
+        "/AdamW": mean / statistics.fmean(seconds["AdamW"]),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    keys = list(rows[0])
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
+    lines = [[c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in [keys, *cells]]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def main(args: list[str]) -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--block", type=int, nargs="+", default=[256])
+    parser.add_argument("--period", type=int, nargs="+", default=[10])
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args(args)
+    torch.set_num_threads(options.threads)
+    print(machine())
+    rows = []
+    for workload in options.workload:
+        for block in options.block:
+            for period in options.period:
+                found = measure(workload, block, period, options.steps)
+                print(table(found), flush=True)
+                rows += found
+    if options.json:
+        report = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+        options.json.write_text(report, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

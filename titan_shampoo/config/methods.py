@@ -1,0 +1,151 @@
+"""Whether the settings of the optimizers go together, and each is read by a method in use."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from titan_shampoo.config.limits import Limit
+from titan_shampoo.config.settings import Settings
+from titan_shampoo.config.values import show
+
+_ADAPTIVE = {"Shampoo", "SOAP", "KLShampoo", "AdamW"}
+
+_READ_BY = {
+    "lr": {*_ADAPTIVE, "SGD"},
+    "weight_decay": {*_ADAPTIVE, "SGD"},
+    "beta1": _ADAPTIVE,
+    "beta2": _ADAPTIVE,
+    "eps": _ADAPTIVE,
+    "implementation": {"AdamW", "SGD"},
+}
+
+_SHAMPOO, _SOAP, _KL_SHAMPOO, _SGD = (
+    f"optimizer.{table}" for table in ("shampoo", "soap", "kl_shampoo", "sgd")
+)
+
+_WITH_SECOND_MOMENT = ("rmsprop", "adam")
+
+
+def check_methods(settings: Settings) -> None:
+    """Refuse settings of the optimizers that do not go together, or that no method reads.
+
+    Raises:
+        ConfigError: Naming the first one found and what to change.
+    """
+    _check_read_by_a_method(settings)
+    _check_patterns(settings)
+    for table in (_SHAMPOO, _SOAP, _KL_SHAMPOO, _SGD):
+        _check_momentum(settings, table)
+    for table in (_SHAMPOO, _SOAP, _KL_SHAMPOO):
+        _check_block_size(settings, table)
+    for table in (_SHAMPOO, _KL_SHAMPOO):
+        _check_grafting(settings, table)
+    _check_damping(settings)
+    _check_roots(settings)
+    _check_nesterov_of_sgd(settings)
+
+
+def _check_read_by_a_method(settings: Settings) -> None:
+    """A shared key is refused if neither the method nor that of a group reads it."""
+    methods = {settings["optimizer.name"], *_group_methods(settings)}
+    for key, readers in _READ_BY.items():
+        name = f"optimizer.{key}"
+        if settings.is_set(name) and not methods & readers:
+            method = settings["optimizer.name"]
+            raise settings.error(name, f"is not read by {method}; remove it{_own_key(method, key)}")
+
+
+def _group_methods(settings: Settings) -> Iterator[str]:
+    for group in settings["optimizer.groups"]:
+        yield group.get("optimizer") or settings["optimizer.name"]
+
+
+def _own_key(method: str, key: str) -> str:
+    return " or set optimizer.sgd.momentum" if (method, key) == ("SGD", "beta1") else ""
+
+
+def _check_patterns(settings: Settings) -> None:
+    for index, group in enumerate(settings["optimizer.groups"]):
+        try:
+            re.compile(group["pattern"])
+        except re.error as error:
+            name = f"optimizer.groups[{index}].pattern"
+            raise settings.error(name, f"not a regular expression: {error}") from None
+
+
+def _check_momentum(settings: Settings, table: str) -> None:
+    if settings[f"{table}.momentum"]:
+        return
+    for key in ("nesterov", "dampening"):
+        if settings[f"{table}.{key}"]:
+            raise settings.error(f"{table}.{key}", f"needs {table}.momentum greater than 0")
+
+
+def _check_nesterov_of_sgd(settings: Settings) -> None:
+    if settings["optimizer.sgd.nesterov"] and settings["optimizer.sgd.dampening"]:
+        raise settings.error("optimizer.sgd.nesterov", "needs optimizer.sgd.dampening = 0")
+
+
+def _check_block_size(settings: Settings, table: str) -> None:
+    """Dims merged until they fill a block know one size."""
+    size = settings[f"{table}.block_size"]
+    if settings[f"{table}.merge"] == "paper" and isinstance(size, list):
+        problem = f'got {show(size)}, expected one number with {table}.merge = "paper"'
+        raise settings.error(f"{table}.block_size", problem)
+
+
+def _check_grafting(settings: Settings, table: str) -> None:
+    grafting, own = settings[f"{table}.grafting"] or "adam", f"{table}.grafting_beta2"
+    if grafting not in _WITH_SECOND_MOMENT:
+        if settings[own] is not None:
+            problem = f'is not read by {table}.grafting = "{grafting}"; remove it'
+            raise settings.error(own, problem)
+        return
+    # A factor that sums (decay 1) is fine, a second moment of Adam that sums is not.
+    betas = settings[f"{table}.betas"]
+    inherited = betas[1] if betas else settings["optimizer.beta2"]
+    if (settings[own] or inherited) == 1:
+        key = own if settings[own] else f"{table}.betas"
+        problem = f'grafting = "{grafting}" needs a second moment below 1; set {own} = 0.99'
+        raise settings.error(key, problem)
+
+
+def _check_damping(settings: Settings) -> None:
+    relative = f"{_SHAMPOO}.eps_relative"
+    if settings[f"{_SHAMPOO}.eps"] is not None and settings[relative] is not None:
+        raise settings.error(relative, f"is instead of {_SHAMPOO}.eps; remove one of the two")
+
+
+def _check_roots(settings: Settings) -> None:
+    """Iterations made of products find roots of some orders only."""
+    method = settings[f"{_SHAMPOO}.root_method"]
+    if method not in _ORDERS:
+        return
+    words, holds = _ORDERS[method]
+    for exponent in _listed(settings[f"{_SHAMPOO}.exponent"]):
+        if exponent and not holds(exponent):
+            problem = (
+                f'got {exponent}, expected {words} with root_method = "{method}"; '
+                f'set {_SHAMPOO}.root_method = "eigh"'
+            )
+            raise settings.error(f"{_SHAMPOO}.exponent", problem)
+
+
+def _is_whole_root(exponent: float) -> bool:
+    return abs(round(1 / exponent) * exponent - 1) < 1e-9
+
+
+def _is_halved_one(exponent: float) -> bool:
+    return exponent < 1 and math.frexp(exponent)[0] == 0.5
+
+
+# Root method -> its exponents, in words and as a test.
+_ORDERS: Mapping[str, Limit] = {
+    "newton": Limit("1 / a whole number", _is_whole_root),
+    "newton_schulz": Limit("1/2, 1/4, 1/8, ...", _is_halved_one),
+}
+
+
+def _listed(value: Any) -> list[Any]:  # noqa: ANN401  (one value, several or none)
+    return value if isinstance(value, list) else [value]
