@@ -301,7 +301,7 @@ def test_no_turn_costs_more_than_the_mean_by_more_than_one_block(
     some: list[int], period: int
 ) -> None:
     loads = [0] * period
-    for cost, turn in zip(some, refresh_turns(some, period), strict=True):
+    for cost, turn in zip(some, refresh_turns(some, [0.0] * period), strict=True):
         loads[turn] += cost
     assert max(loads) <= sum(some) / period + max(some, default=0)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.distributed.geometry import make_grid
-from titan_shampoo.distributed.layout import layout_of, local_gradient, local_tensor
+from titan_shampoo.distributed.layout import layout_of, local_gradient
 from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
 from titan_shampoo.engine import Engine, Member
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
@@ -102,6 +102,11 @@ class BlockOptimizer(torch.optim.Optimizer):
                 adamw_step(moving, [grads[param] for param in moving], states, group)
         return loss
 
+    @property
+    def failed_refreshes(self) -> int:
+        """Blocks on this rank that kept their last good roots, since the start."""
+        return 0 if self._engine is None else int(self._engine.failed_refreshes)
+
     def sharded_state(self) -> dict[str, dict[str, Tensor]]:
         """All state by parameter name, as live tensors to save and to load in place.
 
@@ -126,6 +131,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             ValueError: If the state is of another method, of other parameters or of another block
                 grid. Nothing is changed then.
         """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         groups, saved = state_dict["param_groups"], state_dict["state"]
         self._check_groups(groups)
         pairs = [
@@ -139,6 +146,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             _copy_state(mine, other)
         for group, old in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in old.items() if key not in _FIXED_KEYS})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the plan after pickling or deepcopy, and put the state into its stacks."""
@@ -151,6 +160,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _build(self) -> None:
         """Plan the blocks, allocate all state, and carry over what was there before."""
         before = dict(self.state)
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._device = params[0].device if params else torch.device("cpu")
         members = []
         self._fallback_params: list[list[Tensor]] = []
         self.state = defaultdict(dict)
@@ -221,8 +232,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _are_finite(self, grads: Iterable[Tensor]) -> bool:
         """Whether all gradients on all ranks are finite; one all-reduce of one element."""
-        device = local_tensor(self.param_groups[0]["params"][0]).device
-        bad = torch.zeros((), device=device)
+        bad = torch.zeros((), device=self._device)
         filled = [grad for grad in grads if grad.numel()]
         if filled:
             largest = torch.stack([norm.float() for norm in torch._foreach_norm(filled, math.inf)])
@@ -238,6 +248,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         if counts != others:
             raise ValueError(f"param_groups: the state has {others} parameters, wanted {counts}")
         for group, other in zip(self.param_groups, groups, strict=True):
+            names = zip(group.get("param_names", ()), other.get("param_names", ()), strict=False)
+            for mine, theirs in names:
+                if mine != theirs:
+                    raise ValueError(f"{mine}: the state has {theirs!r} in its place")
             method, wanted = other.get("method"), group["method"]
             if method != wanted:
                 raise ValueError(f"the state is of method {method!r}, wanted {wanted!r}")

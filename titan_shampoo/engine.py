@@ -54,8 +54,8 @@ class Engine:
         """The same on the host, where the refresh schedule is decided without asking the device."""
         self.states = [self._empty_state(number) for number in range(len(plan.stacks))]
         self.momentum = [
-            torch.zeros_like(member.param) if member.options["momentum"] > 0 else None
-            for member in members
+            self._empty_momentum(number) if member.options["momentum"] > 0 else None
+            for number, member in enumerate(members)
         ]
         self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
         """Blocks that kept their last good roots since the start."""
@@ -124,12 +124,12 @@ class Engine:
         if due.any():
             chosen = self._index(due)
             before = Clock(
-                step[chosen], self._mask((time > first)[due]), self._mask(first[due] == 1)
+                step[chosen], self._mask((time > first)[due]), self._on_device((first == 1)[due])
             )
             self._take(
                 state, chosen, self.rule.refresh(state, chosen, before, stack.shape, options)
             )
-        clock = Clock(step, self._mask(time >= first), self._mask(first == 1))
+        clock = Clock(step, self._mask(time >= first), self._on_device(first == 1))
         return self.rule.direction(state, grad, clock, options)
 
     def _schedule(
@@ -180,19 +180,26 @@ class Engine:
 
     def _apply(self, directions: Mapping[int, Tensor]) -> None:
         """Weight decay, heavy ball and the parameter update, group by group."""
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for number in directions:
-            groups.setdefault(id(self.members[number].options), []).append(number)
+            key = (id(self.members[number].options), self._rests(number))
+            groups.setdefault(key, []).append(number)
         for numbers in groups.values():
             options = self.members[numbers[0]].options
             params = [local_tensor(self.members[number].param) for number in numbers]
             steps = [directions[n].view(p.shape) for n, p in zip(numbers, params, strict=True)]
             decay = _decoupled_decay(options)
-            if decay:
+            if decay and not self._rests(numbers[0]):
                 torch._foreach_add_(steps, params, alpha=decay)
             if options["momentum"] > 0:
                 steps = self._heavy_ball(numbers, steps, options)
             torch._foreach_add_(params, steps, alpha=-float(options["lr"]))
+
+    def _rests(self, number: int) -> bool:
+        """Whether this step does not move a parameter; see ``Rule.rests_at_first``."""
+        options = self.members[number].options
+        start = options["start_step"] or options["precondition_frequency"]
+        return self.rule.rests_at_first and start == 1 and self.cursor.numpy()[number] == 1
 
     def _heavy_ball(
         self, numbers: list[int], steps: list[Tensor], options: Mapping[str, Any]
@@ -211,8 +218,12 @@ class Engine:
     def _momentum_of(self, number: int) -> Tensor:
         buffer = self.momentum[number]
         if buffer is None:
-            buffer = self.momentum[number] = torch.zeros_like(self.members[number].param)
+            buffer = self.momentum[number] = self._empty_momentum(number)
         return buffer
+
+    def _empty_momentum(self, number: int) -> Tensor:
+        dtype = self.plan.params[number].dtype
+        return torch.zeros_like(self.members[number].param, dtype=dtype)
 
     def _empty_stack(self, number: int) -> Tensor:
         stack = self.plan.stacks[number]

@@ -61,7 +61,8 @@ class Block(shampoo.Block):
         if step == self.start == 1:
             return
         direction = self.adam(grad, step - 1 if self.start == 1 else step)
-        direction = shampoo.decayed_direction(direction, weight, options, lr, peak_lr)
+        if step > 1 or options.start_step != 1:  # else some block of the parameter rests: no decay
+            direction = shampoo.decayed_direction(direction, weight, options, lr, peak_lr)
         if options.momentum > 0:
             direction, self.momentum = shampoo.heavy_ball(direction, self.momentum, options)
         weight -= lr * direction

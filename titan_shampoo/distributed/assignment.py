@@ -7,14 +7,14 @@ and gets the same answer, so nothing has to be agreed on.
 from collections.abc import Sequence
 
 
-def refresh_turns(costs: Sequence[float], period: int) -> list[int]:
-    """Turn in ``[0, period)`` of each block, such that every turn costs about the same.
+def refresh_turns(costs: Sequence[float], loads: list[float]) -> list[int]:
+    """Turn in ``[0, len(loads))`` of each block, such that every turn costs about the same.
 
     Args:
         costs: Cost of one refresh of each block.
-        period: Number of steps between two refreshes of a block.
+        loads: What each turn of the period costs already; added to.
     """
-    loads = [0.0] * period
+    period = len(loads)
     turns = [0] * len(costs)
     for block in _longest_first(costs):
         turn = min(range(period), key=loads.__getitem__)

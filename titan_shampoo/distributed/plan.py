@@ -196,9 +196,13 @@ def _assigned(params: Sequence[Parameter], blocks: list[Block]) -> list[Block]:
     """The blocks with turns and owners."""
     costs = [params[block.param].cost(block.shape) for block in blocks]
     turns = [0] * len(blocks)
-    for period in {param.period for param in params}:
-        chosen = [i for i, block in enumerate(blocks) if params[block.param].period == period]
-        spread = refresh_turns([costs[i].refresh for i in chosen], period)
+    loads: dict[int, list[float]] = {}
+    # Group by group: a group that is added later must not move the turns of those before.
+    for period, group in sorted({(param.period, param.group) for param in params}):
+        claims = [(params[block.param].period, params[block.param].group) for block in blocks]
+        chosen = [i for i, claim in enumerate(claims) if claim == (period, group)]
+        load = loads.setdefault(period, [0.0] * period)
+        spread = refresh_turns([costs[i].refresh for i in chosen], load)
         for i, turn in zip(chosen, spread, strict=True):
             turns[i] = turn
     candidates = []

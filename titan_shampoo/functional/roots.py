@@ -70,7 +70,8 @@ def root_from_eigenvalues(
     else:
         damping = (eps_relative * values.amax(1, keepdim=True)).clamp(min=SMALLEST_DAMPING)
     lift = (-values.amin(1, keepdim=True)).clamp(min=0.0)
-    scaled = (values + (damping + lift)).pow(-exponent)
+    # In this order: beside a lift, damping may be less than rounding.
+    scaled = (values + lift + damping).pow(-exponent)
     return (vectors * scaled.unsqueeze(-2)) @ vectors.mT
 
 

@@ -32,14 +32,16 @@ class Clock(NamedTuple):
     """Step of each block, counted from 1, ``(n,)`` int64."""
     ready: Tensor | bool
     """Which blocks have been refreshed once, ``(n,)`` bool, or one answer for all."""
-    starts_at_one: Tensor | bool
-    """Which blocks are refreshed in their very first step, likewise."""
+    starts_at_one: Tensor
+    """Which blocks are refreshed in their very first step, ``(n,)`` bool."""
 
 
 class Rule(Protocol):
     """A second-order method for blocks."""
 
     name: str
+    rests_at_first: bool
+    """Whether a parameter that is refreshed in its very first step is not moved by it at all."""
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
         """State of one block of ``shape``."""

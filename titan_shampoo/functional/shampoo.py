@@ -41,6 +41,7 @@ class ShampooRule:
     """The mathematics of Shampoo; options are read from the parameter group at every call."""
 
     name = "shampoo"
+    rests_at_first = False
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
         """Factors and roots of each dim, filtered gradient and grafting moments of a block."""

@@ -25,6 +25,7 @@ class SOAPRule:
     """The mathematics of SOAP; options are read from the parameter group at every call."""
 
     name = "soap"
+    rests_at_first = True
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
         """Factors, bases (the identity at first) and the two moments of a block."""
@@ -92,7 +93,7 @@ class SOAPRule:
         for dim, name in dims:
             rotated = contract(rotated, state[f"{name}_basis"].mT, dim)
         beta1, beta2 = options["betas"]
-        age = clock.step - torch.as_tensor(clock.starts_at_one, device=grad.device).long()
+        age = clock.step - clock.starts_at_one.long()
         counts = per_block((age > 0).to(grad.dtype), grad)
         average = state["exp_avg"].lerp_(rotated, (1 - beta1) * counts)
         squares = state["exp_avg_sq"].lerp_(rotated.square(), (1 - beta2) * counts)
