@@ -5,7 +5,7 @@ stack of them. State is allocated here, once; its keys name the block in global 
 never a rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from titan_shampoo.distributed.exchange import Exchange
 from titan_shampoo.distributed.layout import local_tensor
-from titan_shampoo.distributed.plan import Block, Plan
+from titan_shampoo.distributed.plan import Block, Plan, Stack
 from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.functional.rule import Clock, Rule, State, StateShape
 
@@ -60,6 +60,7 @@ class Engine:
         self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
         """Blocks that kept their last good roots since the start."""
         self._kept: dict[str, Tensor] = {}
+        self._workspace: dict[str, list[Tensor]] = {}
         self._members_of = [
             np.array([block.param for block in stack.blocks]) for stack in plan.stacks
         ]
@@ -72,7 +73,7 @@ class Engine:
         self.cursor += torch.from_numpy(present)
         self.step_count += torch.from_numpy(present).to(self.device, non_blocking=True)
         grads = self._flat(self._decayed_gradients(grads))
-        stacks = {number: self._empty_stack(number) for number in range(len(self.plan.stacks))}
+        stacks = dict(enumerate(self._memory("stack", map(self._stack_size, self.plan.stacks))))
         exchanges = [Exchange(bucket, self.device) for bucket in self.plan.buckets]
         for exchange in exchanges:
             exchange.gather(grads, stacks)
@@ -81,7 +82,8 @@ class Engine:
             for number in bucket.stacks:
                 self._replace_by_directions(number, stacks[number], present)
             exchange.scatter(stacks)
-        directions = {number: torch.empty_like(grad) for number, grad in grads.items()}
+        sizes = [(grad.shape, self.plan.params[number].dtype) for number, grad in grads.items()]
+        directions = dict(zip(grads, self._memory("direction", sizes), strict=True))
         for exchange in exchanges:
             exchange.finish(directions, stacks)
         self._apply(directions)
@@ -225,10 +227,24 @@ class Engine:
         dtype = self.plan.params[number].dtype
         return torch.zeros_like(self.members[number].param, dtype=dtype)
 
-    def _empty_stack(self, number: int) -> Tensor:
-        stack = self.plan.stacks[number]
-        dtype = self.plan.params[stack.blocks[0].param].dtype
-        return torch.empty(len(stack.blocks), *stack.shape, dtype=dtype, device=self.device)
+    def _stack_size(self, stack: Stack) -> tuple[torch.Size, torch.dtype]:
+        size = torch.Size((len(stack.blocks), *stack.shape))
+        return size, self.plan.params[stack.blocks[0].param].dtype
+
+    def _memory(self, use: str, sizes: Iterable[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+        """Uninitialised tensors for one step.
+
+        On a CPU they are kept for the next: the system clears fresh memory page by page, which
+        costs as much as the element-wise arithmetic of a step. Accelerators' allocators do that.
+        """
+        wanted = list(sizes)
+        kept = self._workspace.get(use, [])
+        if [(tensor.shape, tensor.dtype) for tensor in kept] == wanted:
+            return kept
+        made = [torch.empty(size, dtype=dtype, device=self.device) for size, dtype in wanted]
+        if self.device.type == "cpu":
+            self._workspace[use] = made
+        return made
 
     def _empty_state(self, number: int) -> State:
         stack = self.plan.stacks[number]
