@@ -4,6 +4,7 @@ Nothing distributed has to be configured: meshes and placements are read off the
 """
 
 import logging
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        self.skipped_steps = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self._process_group = process_group
         self._is_complete = False
         super().__init__(params, defaults | {"method": self.rule.name})
@@ -77,16 +78,19 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Take one step and return what ``closure`` returned.
 
         Parameters without a gradient do not move and do not age. If any gradient on any rank is
-        not finite, nothing changes on any rank and ``skipped_steps`` grows.
+        not finite, nothing changes on any rank and ``skipped_steps`` grows. A refresh that fails
+        leaves its block the last good roots and is repeated in float64 in the next step.
+
+        Raises:
+            RuntimeError: On all ranks, after ``max_skipped`` steps or ``max_failures`` refreshes of
+                one block in a row that failed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grads = self._local_gradients()
-        if not self._are_finite(grads.values()):
-            self.skipped_steps += 1
-            logger.warning("step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
+        if not self._may_step(grads.values()):
             return loss
         if self._engine is not None:
             self._engine.step({
@@ -153,6 +157,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("_skipped_in_a_row", 0)
         self._is_complete = True
         self._build()
 
@@ -229,22 +234,47 @@ class BlockOptimizer(torch.optim.Optimizer):
                     grads[param] = grad
         return grads
 
-    def _are_finite(self, grads: Iterable[Tensor]) -> bool:
-        """Whether all gradients and their squares are finite, on all ranks.
+    def _may_step(self, grads: Iterable[Tensor]) -> bool:
+        """Decide for all ranks alike whether this step is taken; sees to failed refreshes.
 
-        One all-reduce of one element.
+        Raises:
+            RuntimeError: After too many skipped steps, or failed refreshes of a block, in a row.
         """
-        bad = torch.zeros((), device=self._device)
+        verdict = self._worst(grads)
+        if verdict == math.inf:
+            self.skipped_steps += 1
+            self._skipped_in_a_row += 1
+            logger.warning("step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
+            if self._skipped_in_a_row >= self.defaults["max_skipped"]:
+                raise RuntimeError(f"{self._skipped_in_a_row} steps in a row had a gradient that "
+                                   "is not finite; lower lr, or raise max_skipped")  # fmt: skip
+            return False
+        self._skipped_in_a_row = 0
+        if verdict > 0 and self._engine is not None:
+            for line in self._engine.repair():
+                logger.warning("%s", line)
+            if verdict >= self.defaults["max_failures"]:
+                raise RuntimeError(f"{verdict:.0f} refreshes of a block failed in a row, as its "
+                                   "rank has logged; raise eps, or max_failures")  # fmt: skip
+        return True
+
+    def _worst(self, grads: Iterable[Tensor]) -> float:
+        """Infinity if a gradient of any rank is not finite, else failed refreshes in a row.
+
+        One all-reduce of one element; a failed refresh is thus known to all in the next step.
+        """
+        none = torch.zeros((), device=self._device)
+        worst = none if self._engine is None else self._engine.worst_failure()
         filled = [grad for grad in grads if grad.numel()]
         if filled:
             # Not the largest entry, seven times as slow: and where squares overflow, so do factors.
             wide = any(grad.dtype == torch.float64 for grad in filled)
             dtype = torch.float64 if wide else torch.float32
             norms = torch.stack(torch._foreach_norm(filled, 2, dtype=dtype))
-            bad += ~norms.isfinite().all()
+            worst = torch.where(norms.isfinite().all(), worst, math.inf)
         if dist.is_initialized():
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self._process_group)
-        return bad.item() == 0
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._process_group)
+        return float(worst)
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if saved parameter groups do not fit these."""

@@ -23,6 +23,9 @@ from titan_shampoo.functional.rule import Clock, Rule, State, StateShape
 CPU_TILE_NUMEL = 1 << 17
 """Elements of gradient per thread that are worked on at once, so that they stay in caches."""
 
+FAILURES = StateShape("failures", ())
+"""How many refreshes of a block have failed in a row."""
+
 MAX_KEPT = 10_000
 """Index tensors that are kept on the device; patterns of missing gradients could be without end."""
 
@@ -58,7 +61,12 @@ class Engine:
             for number, member in enumerate(members)
         ]
         self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
-        """Blocks that kept their last good roots since the start."""
+        """Refreshes that were not taken since the start."""
+        self._named: set[tuple[int, int]] = set()
+        self._owned: list[list[tuple[int, int, Block]]] = [[] for _ in members]
+        for number, stack in enumerate(plan.stacks):
+            for position, block in enumerate(stack.blocks):
+                self._owned[block.param].append((number, position, block))
         self._kept: dict[str, Tensor] = {}
         self._workspace: dict[str, list[Tensor]] = {}
         self._members_of = [
@@ -158,6 +166,8 @@ class Engine:
             return
         good = torch.stack([v.isfinite().flatten(1).all(1) for v in new.values()]).all(0)
         self.failed_refreshes += (~good).sum()
+        failures = state[FAILURES.name]
+        failures[chosen] = torch.where(good, 0, failures[chosen] + 1)
         for name, value in new.items():
             mask = good.view(-1, *[1] * (value.ndim - 1))
             state[name][chosen] = torch.where(
@@ -251,7 +261,7 @@ class Engine:
         first = stack.blocks[0].param
         dtype, options = self.plan.params[first].dtype, self.members[first].options
         state = {}
-        for shape in self.rule.state_shapes(stack.shape, options):
+        for shape in self._state_shapes(stack.shape, options):
             size = (len(stack.blocks), *shape.shape)
             state[shape.name] = torch.zeros(size, dtype=dtype, device=self.device)
             if shape.starts_as_identity:
@@ -278,7 +288,10 @@ class Engine:
 
     def block_state(self, number: int) -> dict[str, Tensor]:
         """Views of the state of this rank's blocks of one parameter: ``"left.3"`` for block 3."""
-        return {f"{shape.name}.{block.index}": value for block, shape, value in self._owned(number)}
+        return {
+            f"{shape.name}.{block.index}": value
+            for block, shape, value in self._owned_state(number)
+        }
 
     def sharded_state(self, number: int) -> dict[str, Tensor]:
         """State of one parameter as global tensors, for distributed checkpoints.
@@ -292,17 +305,20 @@ class Engine:
         chunks: dict[str, dict[tuple[int, ...], Tensor]] = {}
         places: dict[tuple[str, int], tuple[int, ...]] = {}
         for index, position in enumerate(grid.positions()):
-            for shape in self.rule.state_shapes(grid.block_shape(position), options):
+            for shape in self._state_shapes(grid.block_shape(position), options):
                 key = _global_key(shape)
-                if shape.dim is None:
+                if shape is FAILURES:
+                    sizes[key], places[key, index] = (grid.num_blocks,), (index,)
+                elif shape.dim is None:
                     sizes[key], places[key, index] = grid.merged_shape, grid.block_start(position)
                 else:
                     count = sizes.get(key, (0,))[0]
                     sizes[key] = (count + 1, *shape.shape)
                     places[key, index] = (count, *[0] * len(shape.shape))
-        for block, shape, value in self._owned(number):
+        for block, shape, value in self._owned_state(number):
             key = _global_key(shape)
-            extent = block.extent if shape.dim is None else (1, *shape.shape)
+            is_whole_block = shape.dim is None and shape is not FAILURES
+            extent = block.extent if is_whole_block else (1, *shape.shape)
             chunks.setdefault(key, {})[places[key, block.index]] = value.view(extent)
         dtype = self.plan.params[number].dtype
         return {key: BlockTensor(size, chunks.get(key, {}), dtype) for key, size in sizes.items()}
@@ -313,14 +329,59 @@ class Engine:
         state = {"step": self.step_count[number], "cursor": self.cursor[number]}
         return state if buffer is None else state | {"momentum": buffer}
 
-    def _owned(self, number: int) -> Iterator[tuple[Block, StateShape, Tensor]]:
+    def _owned_state(self, number: int) -> Iterator[tuple[Block, StateShape, Tensor]]:
         """Each piece of state of this rank's blocks of one parameter."""
         options = self.members[number].options
-        for stack, state in zip(self.plan.stacks, self.states, strict=True):
-            for position, block in enumerate(stack.blocks):
-                if block.param == number:
-                    for shape in self.rule.state_shapes(stack.shape, options):
-                        yield block, shape, state[shape.name][position]
+        for stack, position, block in self._owned[number]:
+            for shape in self._state_shapes(block.shape, options):
+                yield block, shape, self.states[stack][shape.name][position]
+
+    def _state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
+        return [*self.rule.state_shapes(shape, options), FAILURES]
+
+    def worst_failure(self) -> Tensor:
+        """Largest number of failed refreshes in a row of any block here, 0-dim, on the device."""
+        counts = [state[FAILURES.name].max().float() for state in self.states]
+        return torch.stack([torch.zeros((), device=self.device), *counts]).max()
+
+    @torch.no_grad()
+    def repair(self) -> list[str]:
+        """Repeat failed refreshes in float64; returns what is to be said, each block once.
+
+        No communication: every rank sees to its own blocks.
+        """
+        said = []
+        for number, state in enumerate(self.states):
+            blocks = self.plan.stacks[number].blocks
+            failing = state[FAILURES.name].nonzero().flatten()
+            for position in failing.tolist():
+                block = blocks[position]
+                if (block.param, block.index) not in self._named:
+                    self._named.add((block.param, block.index))
+                    count = int(state[FAILURES.name][position])
+                    name = self.members[block.param].name
+                    said.append(f"{name}, block {block.index}: {count} refresh(es) in a row "
+                                "failed; the last good one is kept")  # fmt: skip
+            if len(failing):
+                self._repeat_in_float64(number, state, failing)
+        return said
+
+    def _repeat_in_float64(self, number: int, state: State, failing: Tensor) -> None:
+        members = self._members_of[number][failing.cpu().numpy()]
+        options = self.members[members[0]].options
+        wide = {name: value[failing].double() for name, value in state.items()}
+        everyone = torch.arange(len(failing), device=self.device)
+        step = self.step_count[self._index(members)]
+        clock = Clock(step, ready=False, starts_at_one=torch.zeros_like(step, dtype=torch.bool))
+        shape = self.plan.stacks[number].shape
+        new = self.rule.refresh(wide, everyone, clock, shape, options)
+        before = self.failed_refreshes.clone()
+        failures = state[FAILURES.name][failing]
+        self._take(state, failing, new)
+        # A repetition is no refresh of its own: it mends a failure or leaves it as it was.
+        self.failed_refreshes.copy_(before)
+        still = state[FAILURES.name][failing] > 0
+        state[FAILURES.name][failing] = torch.where(still, failures, 0)
 
 
 def _global_key(shape: StateShape) -> str:

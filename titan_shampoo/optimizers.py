@@ -66,6 +66,8 @@ class Shampoo(BlockOptimizer):
         factor_dtype: Dtype of all state of preconditioned parameters; None for float32, or float64
             for float64 parameters.
         batch_dims: Leading dims that stack independent matrices, such as experts.
+        max_failures: Refreshes of one block that may fail in a row before an error is raised.
+        max_skipped: Steps in a row that may have gradients that are not finite.
         process_group: Ranks that hold plain tensors as replicas; None for all ranks.
         fallback: ``"adamw"`` for vectors, embeddings, output heads and routers, or None to
             precondition all.
@@ -103,6 +105,8 @@ class Shampoo(BlockOptimizer):
         root_method: RootMethod = "auto",
         factor_dtype: torch.dtype | None = None,
         batch_dims: int = 0,
+        max_failures: int = 3,
+        max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
@@ -145,6 +149,8 @@ class KLShampoo(BlockOptimizer):
         bias_correction: bool = True,
         factor_dtype: torch.dtype | None = None,
         batch_dims: int = 0,
+        max_failures: int = 3,
+        max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
@@ -188,6 +194,8 @@ class SOAP(BlockOptimizer):
         basis_method: BasisMethod = "qr",
         factor_dtype: torch.dtype | None = None,
         batch_dims: int = 0,
+        max_failures: int = 3,
+        max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:

@@ -20,7 +20,7 @@ Limit = tuple[Callable[[Any], bool], str]
 _OPEN: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
 _HALF: Limit = (lambda x: x is None or 0 < x <= 1, "in (0, 1]")
 _POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
-_STEPS: Limit = (lambda x: x is None or (isinstance(x, int) and x >= 1), "at least 1 step")
+_STEPS: Limit = (lambda x: x is None or (isinstance(x, int) and x >= 1), "at least 1")
 
 LIMITS: dict[str, Limit] = {
     "lr": (lambda x: x >= 0, "at least 0"),
@@ -37,6 +37,8 @@ LIMITS: dict[str, Limit] = {
     ),
     "precondition_frequency": _STEPS,
     "start_step": _STEPS,
+    "max_failures": _STEPS,
+    "max_skipped": _STEPS,
     "grafting_beta2": _HALF,
     "grafting_eps": _POSITIVE,
     "exponent": (

@@ -65,6 +65,8 @@ _BLOCKS = {
     "momentum": _AVERAGING,
     "precondition_frequency": _at_least(1),
     "start_step": _at_least(1),
+    "max_failures": _at_least(1),
+    "max_skipped": _at_least(1),
     "weight_decay": _NOT_NEGATIVE,
 }
 _GRAFTED_BLOCKS = {

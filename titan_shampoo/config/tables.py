@@ -50,6 +50,12 @@ class Blocks:
     refresh: Literal["staggered", "together"] | None = None
     """Spread the refreshes over the period, or do all in one step; not set: staggered"""
 
+    max_failures: int | None = None
+    """Refreshes of one block that may fail in a row before the run ends; not set: 3"""
+
+    max_skipped: int | None = None
+    """Steps in a row that may have gradients that are not finite; not set: 20"""
+
     factor_dtype: Literal["float32", "float64"] | None = None
     """Precision of the state; not set: float32, or the parameter's if that is float64"""
 

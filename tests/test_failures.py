@@ -1,0 +1,155 @@
+"""What goes wrong is decided by all ranks alike, named once, mended, and ends a run in time."""
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from tests.ranks import run_on_ranks
+from titan_shampoo import Shampoo
+from titan_shampoo.functional import shampoo
+from titan_shampoo.functional.roots import inverse_root
+
+
+def matrix_and_optimizer(**options: Any) -> tuple[torch.nn.Parameter, Shampoo]:
+    weight = torch.nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    defaults: dict[str, Any] = {
+        "lr": 0.1,
+        "block_size": 2,
+        "precondition_frequency": 1,
+        "start_step": 1,
+    }
+    return weight, Shampoo([("w", weight)], **defaults | options)
+
+
+def take_step(weight: Tensor, optimizer: Shampoo, step: int) -> None:
+    weight.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
+    optimizer.step()
+
+
+def spoil_first_root(monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype) -> None:
+    """The first matrix of every call in one of ``dtypes`` has no root."""
+
+    def spoiled(matrices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        root = inverse_root(matrices, *args, **kwargs)
+        if matrices.dtype in dtypes:
+            root[0] = math.nan
+        return root
+
+    monkeypatch.setattr(shampoo, "inverse_root", spoiled)
+
+
+def test_failed_refresh_is_named_once_and_mended_in_float64(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil_first_root(monkeypatch, torch.float32)
+    weight, optimizer = matrix_and_optimizer()
+    take_step(weight, optimizer, 1)
+    state = optimizer.state[weight]
+    assert torch.equal(state["left_root.0"], torch.eye(2))
+    monkeypatch.undo()
+    with caplog.at_level(logging.WARNING):
+        take_step(weight, optimizer, 2)
+        take_step(weight, optimizer, 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "w, block 0: 1 refresh(es) in a row failed; the last good one is kept"
+    ]
+    assert not torch.equal(state["left_root.0"], torch.eye(2))
+    assert state["failures.0"] == 0
+    assert optimizer.failed_refreshes == 1
+
+
+def test_repetition_in_float64_gives_the_roots_of_the_failed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, optimizer = matrix_and_optimizer(precondition_frequency=100, refresh="together")
+    with monkeypatch.context() as patch:
+        spoil_first_root(patch, torch.float32)
+        take_step(weight, optimizer, 1)
+    twin, sound = matrix_and_optimizer(precondition_frequency=100, refresh="together")
+    take_step(twin, sound, 1)
+    assert optimizer._engine is not None
+    optimizer._engine.repair()
+    mended, expected = optimizer.state[weight], sound.state[twin]
+    for key in ("left_root.0", "right_root.0"):
+        assert torch.allclose(mended[key], expected[key], rtol=1e-3)
+
+
+def test_block_that_fails_too_often_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_first_root(monkeypatch, torch.float32, torch.float64)
+    weight, optimizer = matrix_and_optimizer(max_failures=3)
+    for step in range(1, 4):
+        take_step(weight, optimizer, step)
+    assert weight.isfinite().all()
+    with pytest.raises(RuntimeError, match="3 refreshes of a block failed in a row"):
+        take_step(weight, optimizer, 4)
+
+
+def test_too_many_steps_without_finite_gradients_end_the_run() -> None:
+    weight, optimizer = matrix_and_optimizer(max_skipped=3)
+    before = weight.detach().clone()
+    weight.grad = torch.full((4, 4), math.nan)
+    for _ in range(2):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="3 steps in a row had a gradient that is not finite"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    assert optimizer.skipped_steps == 3
+
+
+def skip_on_all(bad_rank: int) -> tuple[bool, int, bool]:
+    """One rank's shard of the gradient is bad: unchanged parameter, skipped steps, moved after."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    optimizer = Shampoo([("w", weight)], lr=0.1, block_size=3)
+    before = weight.detach().full_tensor()
+    grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    weight.grad = grad.clone()
+    if dist.get_rank() == bad_rank:
+        weight.grad.to_local()[0, 0] = math.inf
+    optimizer.step()
+    unchanged = torch.equal(weight.detach().full_tensor(), before)
+    weight.grad = grad.clone()
+    optimizer.step()
+    moved = not torch.equal(weight.detach().full_tensor(), before)
+    return unchanged, optimizer.skipped_steps, moved
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_bad_gradient_of_one_rank_is_skipped_by_all(bad_rank: int) -> None:
+    assert run_on_ranks(2, skip_on_all, bad_rank) == [(True, 1, True)] * 2
+
+
+def fail_on_owner() -> str:
+    """The error that this rank raises when blocks of rank 0 alone fail."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    options: dict[str, Any] = {"block_size": 2, "precondition_frequency": 1, "start_step": 1}
+    optimizer = Shampoo([("w", weight)], lr=0.1, max_failures=1, **options)
+    if dist.get_rank() == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            spoil_first_root(patch, torch.float32, torch.float64)
+            weight.grad = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+            optimizer.step()
+    else:
+        weight.grad = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        optimizer.step()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_failing_block_of_one_rank_ends_all_ranks_alike() -> None:
+    errors = run_on_ranks(2, fail_on_owner)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("1 refreshes of a block failed in a row")
