@@ -107,7 +107,7 @@ def skip_on_all(bad_rank: int) -> tuple[bool, int, bool]:
     """One rank's shard of the gradient is bad: unchanged parameter, skipped steps, moved after."""
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    weight: Any = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
     optimizer = Shampoo([("w", weight)], lr=0.1, block_size=3)
     before = weight.detach().full_tensor()
     grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
@@ -131,7 +131,7 @@ def fail_on_owner() -> str:
     """The error that this rank raises when blocks of rank 0 alone fail."""
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    weight: Any = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
     options: dict[str, Any] = {"block_size": 2, "precondition_frequency": 1, "start_step": 1}
     optimizer = Shampoo([("w", weight)], lr=0.1, max_failures=1, **options)
     if dist.get_rank() == 0:
