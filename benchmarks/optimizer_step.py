@@ -1,6 +1,6 @@
 """Time of one optimizer step: ours, AdamW, the floor, and other libraries, interleaved in one run.
 
-    python benchmarks/optimizer_step.py --workload resnet50 --block 256 --period 10
+    python -m benchmarks.optimizer_step --workload resnet50 --block 256 --period 10
 
 The floor is what cannot be left out: the same matrix products and the same refreshes alone, on
 memory that is there already, plus one foreach step of AdamW for everything element-wise. Ratios are
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peers import PEERS, peers
 from benchmarks.workloads import WORKLOADS, NamedParameters, machine
 from titan_shampoo import SOAP, Shampoo
+from titan_shampoo.fallback import falls_back
 from titan_shampoo.functional.roots import inverse_root
 
 Step = Callable[[], Any]
@@ -96,23 +98,34 @@ def _tensors(value: object) -> list[Tensor]:
     return []
 
 
-def contestants(workload: str, block: int, period: int) -> dict[str, Any]:
+def contestants(workload: str, block: int, period: int, *, with_peers: bool) -> dict[str, Any]:
     """Optimizers with parameters of their own, equal for all."""
     make = WORKLOADS[workload]
     ours = {"lr": 1e-9, "block_size": block, "precondition_frequency": period, "start_step": 1}
     shampoo = Shampoo(make(), **ours)
     params = make()
-    return {
+    found = {
         "Shampoo": shampoo,
         "SOAP": SOAP(make(), **ours),
         "AdamW": torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True),
         "floor": Floor(shampoo, params, period),
     }
+    if with_peers:
+        matrices = {name: _matrices(make()) for name in PEERS}
+        found |= peers(matrices, block, period)
+    return found
 
 
-def measure(workload: str, block: int, period: int, count: int) -> list[dict[str, Any]]:
+def _matrices(params: NamedParameters) -> list[torch.nn.Parameter]:
+    options = {"fallback": "adamw", "batch_dims": 0}
+    return [param for name, param in params if not falls_back(name, param, options)]
+
+
+def measure(
+    workload: str, block: int, period: int, count: int, *, with_peers: bool
+) -> list[dict[str, Any]]:
     """A row for each contestant."""
-    found = contestants(workload, block, period)
+    found = contestants(workload, block, period, with_peers=with_peers)
     for _ in range(period + 1):  # every block has its roots, every buffer its memory
         for contestant in found.values():
             contestant.step()
@@ -153,6 +166,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--period", type=int, nargs="+", default=[10])
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(args)
     torch.set_num_threads(options.threads)
@@ -161,7 +175,7 @@ def main(args: list[str]) -> None:
     for workload in options.workload:
         for block in options.block:
             for period in options.period:
-                found = measure(workload, block, period, options.steps)
+                found = measure(workload, block, period, options.steps, with_peers=options.peers)
                 print(table(found), flush=True)
                 rows += found
     if options.json:

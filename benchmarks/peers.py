@@ -1,0 +1,55 @@
+"""Shampoo and SOAP of other libraries, set up to do the same work as far as they can.
+
+They get the matrices only; what falls back to AdamW in ours is left out. The versions are pinned by
+the ``bench`` extra; a library that is missing ends the benchmark, so that no comparison is dropped
+without a word.
+"""
+
+from typing import Any
+
+import torch
+
+Parameters = list[torch.nn.Parameter]
+
+
+def peers(matrices: "dict[str, Parameters]", block: int, period: int) -> dict[str, Any]:
+    """Optimizers of other libraries by name.
+
+    Args:
+        matrices: Parameters of its own for each name in ``PEERS``.
+        block: Block size, where the library has blocks.
+        period: Steps between two refreshes.
+
+    Raises:
+        SystemExit: If a library is missing.
+    """
+    try:
+        import heavyball  # noqa: PLC0415 (an extra)
+        import heavyball.utils  # noqa: PLC0415
+        import pytorch_optimizer  # noqa: PLC0415
+    except ImportError as error:
+        raise SystemExit(f"{error.name} is missing; install titan-shampoo[bench]") from error
+    heavyball.utils.compile_mode = None  # as ours and AdamW: eager
+    return {
+        "pytorch_optimizer Shampoo": pytorch_optimizer.ScalableShampoo(
+            matrices["pytorch_optimizer Shampoo"],
+            lr=1e-9,
+            block_size=block,
+            start_preconditioning_step=1,
+            preconditioning_compute_steps=period,
+        ),
+        "pytorch_optimizer SOAP": pytorch_optimizer.SOAP(
+            matrices["pytorch_optimizer SOAP"], lr=1e-9, precondition_frequency=period
+        ),
+        "heavyball SOAP": heavyball.SOAP(
+            matrices["heavyball SOAP"],
+            lr=1e-9,
+            precondition_frequency=period,
+            max_precond_dim=block,
+            split=True,
+            use_precond_schedule=False,
+        ),
+    }
+
+
+PEERS = ("pytorch_optimizer Shampoo", "pytorch_optimizer SOAP", "heavyball SOAP")
