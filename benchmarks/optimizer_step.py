@@ -81,10 +81,9 @@ def times_of(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
 
 
 def state_bytes(optimizer: object) -> int:
-    """Bytes of all tensors in the state; 0 for the floor."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return 0
-    tensors = [t for state in optimizer.state.values() for t in _tensors(state)]
+    """Bytes of all tensors in ``optimizer.state``; 0 for the floor, which has none."""
+    states = getattr(optimizer, "state", {})
+    tensors = [t for state in states.values() for t in _tensors(state)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -41,15 +41,33 @@ def peers(matrices: "dict[str, Parameters]", block: int, period: int) -> dict[st
         "pytorch_optimizer SOAP": pytorch_optimizer.SOAP(
             matrices["pytorch_optimizer SOAP"], lr=1e-9, precondition_frequency=period
         ),
-        "heavyball SOAP": heavyball.SOAP(
+        "heavyball SOAP": WithGradients(
+            heavyball.SOAP(
+                matrices["heavyball SOAP"],
+                lr=1e-9,
+                precondition_frequency=period,
+                max_precond_dim=block,
+                split=True,
+                use_precond_schedule=False,
+            ),
             matrices["heavyball SOAP"],
-            lr=1e-9,
-            precondition_frequency=period,
-            max_precond_dim=block,
-            split=True,
-            use_precond_schedule=False,
         ),
     }
+
+
+class WithGradients:
+    """An optimizer that drops the gradients it has used, given them again in every step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, params: Parameters) -> None:
+        self.optimizer = optimizer
+        self.state = optimizer.state
+        self._grads = [(param, param.grad) for param in params]
+
+    def step(self) -> None:
+        """One step with the same gradients as always."""
+        for param, grad in self._grads:
+            param.grad = grad
+        self.optimizer.step()
 
 
 PEERS = ("pytorch_optimizer Shampoo", "pytorch_optimizer SOAP", "heavyball SOAP")
