@@ -584,3 +584,12 @@ def _flat(values: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> d
         inner = isinstance(value, dict) and prefix + name not in schema
         flat |= _flat(value, schema, f"{prefix}{name}.") if inner else {prefix + name: value}
     return flat
+
+
+def test_a_missing_data_path_is_refused_with_the_nearest_before_torch_is_imported(tmp_path):
+    (tmp_path / "words.txt").write_text("words")
+    with pytest.raises(ConfigError) as caught:
+        read_config(["--training.dataset", str(tmp_path / "word.txt")])
+    message = str(caught.value)
+    assert message.startswith("command line: training.dataset: ")
+    assert f'did you mean "{tmp_path / "words.txt"}"?' in message

@@ -5,6 +5,7 @@ from pathlib import Path
 from titan_shampoo.config.methods import check_methods
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.unread import check_read
+from titan_shampoo.data.paths import missing_path
 
 # The ResNet has no sequence to cut and no plan for its weights beyond data parallelism.
 _TRANSFORMER_ONLY = (
@@ -25,6 +26,7 @@ def check_combinations(settings: Settings) -> None:
     check_methods(settings)
     _check_dataloader(settings)
     _check_folders(settings)
+    _check_data(settings)
     _check_model(settings)
     if settings["validation.enable"]:
         _check_windows(settings)
@@ -41,6 +43,13 @@ def _check_folders(settings: Settings) -> None:
     for key in ("model.hf_assets_path", "checkpoint.initial_load_path"):
         if settings[key] and not Path(settings[key]).is_dir():
             raise settings.error(key, f"no such folder: {settings[key]}")
+
+
+def _check_data(settings: Settings) -> None:
+    for key in ("training.dataset", "validation.dataset"):
+        problem = missing_path(settings[key]) if settings[key] else None
+        if problem is not None:
+            raise settings.error(key, f'"{settings[key]}": {problem}')
 
 
 def _check_model(settings: Settings) -> None:

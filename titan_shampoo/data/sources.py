@@ -5,7 +5,6 @@ is held out for validation, and what is held out never depends on order, rank or
 a hash of their relative path, rows by a hash of their text, the end of a text that is alone.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -21,11 +20,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from titan_shampoo.data import DataError
+from titan_shampoo.data.paths import PYTHON_STDLIB, missing_path, nearest_path
 
 __all__ = ["PYTHON_STDLIB", "Corpus", "Document", "open_corpus"]
 
-PYTHON_STDLIB = "python_stdlib"
-"""The source text of this Python's own standard library: real text on every machine."""
 
 _HELD_OUT_ONE_IN = 20
 
@@ -68,8 +66,9 @@ def open_corpus(source: str, *, key: str) -> Corpus:
         return _local_corpus(path, _files(path))
     if path.is_file():
         return _local_corpus(path.parent, [path])
-    if _is_meant_as_path(source, path):
-        raise DataError(f'{key} = "{source}": no such file or folder{_nearest(path)}')
+    problem = missing_path(source)
+    if problem is not None:
+        raise DataError(f'{key} = "{source}": {problem}')
     return _hub_corpus(source, key=key)
 
 
@@ -181,7 +180,7 @@ def _hub_corpus(source: str, *, key: str) -> Corpus:
     except Exception as error:
         raise DataError(
             f'{key} = "{source}": no such file or folder, and not to be had as a hub data set '
-            f"({_first_line(error)}){_nearest(Path(source))}"
+            f"({_first_line(error)}){nearest_path(Path(source))}"
         ) from error
     documents = datasets.IterableDataset.from_generator(
         _hub_documents, gen_kwargs={"rows": rows, "source": source}
@@ -215,28 +214,6 @@ def _is_held_out(name: str) -> bool:
     """Whether the document known by ``name`` belongs to the 5% kept for validation."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
-
-
-def _is_meant_as_path(source: str, path: Path) -> bool:
-    """Whether ``source``, which does not exist here, cannot be a name on the hub."""
-    name = source.partition(":")[0]
-    if source.startswith((".", "/", "~")) or name.count("/") > 1:
-        return True
-    # Versions as in "name-v1.1" are no file suffixes.
-    has_suffix = Path(name).suffix[1:].isalpha()
-    return has_suffix or ("/" in name and path.parent.is_dir())
-
-
-def _nearest(path: Path) -> str:
-    """A question that names what may have been meant, or nothing."""
-    in_folder = {str(entry): entry for entry in _entries(path.parent)}
-    close = difflib.get_close_matches(str(path), [*in_folder, PYTHON_STDLIB], n=1)
-    return f'; did you mean "{close[0]}"?' if close else ""
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What lies in ``folder``; nothing if it is not there."""
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _first_line(error: Exception) -> str:
