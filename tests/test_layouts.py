@@ -191,3 +191,19 @@ def test_options_do_not_depend_on_the_layout(options: dict[str, Any]) -> None:
     for layout in ("fsdp 3", "hsdp 2x2"):
         for result in run_on_ranks(LAYOUTS[layout][0], train_layout, layout, options):
             assert_equal(result, expected, 1e-11)
+
+
+def different_parameters() -> str:
+    """The error of a rank whose matrix has another shape than its replica's."""
+    weight = torch.nn.Parameter(torch.zeros(4, 4 + dist.get_rank()))
+    try:
+        Shampoo([("w", weight)])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_with_different_parameters_are_refused_at_construction() -> None:
+    for message in run_on_ranks(2, different_parameters):
+        assert "have different parameters or options" in message
+        assert "process_group" in message

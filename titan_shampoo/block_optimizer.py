@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan_shampoo.distributed.agreement import check_agreement
 from titan_shampoo.distributed.geometry import make_grid
 from titan_shampoo.distributed.layout import layout_of, local_gradient
 from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
@@ -181,6 +182,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._engine = None
         if members:
             plan = make_plan([self._planned(member) for member in members])
+            check_agreement(plan, self._device)
             self._engine = engine = Engine(members, self.rule, plan)
             for number, member in enumerate(members):
                 common = engine.common_state(number)

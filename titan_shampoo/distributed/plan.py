@@ -139,16 +139,17 @@ class Plan:
     stacks: list[Stack]
     buckets: list[Bucket]
 
-    def digest(self, team: Team) -> str:
-        """Hash of everything that the ranks of ``team`` must agree on."""
-        mine = {i for i, param in enumerate(self.params) if param.team.ranks == team.ranks}
-        lines = [
-            f"{p.name} {p.shape} {p.grid} {p.period}"
-            for i, p in enumerate(self.params)
-            if i in mine
+    def digest(self, team: Team) -> int:
+        """Hash of all that the ranks of ``team`` must agree on, in [0, 2^62)."""
+        shared = [param.team.ranks == team.ranks for param in self.params]
+        params = [
+            (p.name, p.shape, p.grid, p.period) for p in itertools.compress(self.params, shared)
         ]
-        lines += [str(block) for block in self.blocks if block.param in mine]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        blocks = [block for block in self.blocks if shared[block.param]]
+        # Numbers of parameters may differ: other teams' come between.
+        places = [(b.index, b.turn, b.shards, b.replica, b.shard) for b in blocks]
+        text = repr((params, places)).encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 2
 
 
 def make_plan(params: Sequence[Parameter]) -> Plan:
