@@ -72,6 +72,7 @@ class Engine:
         self._members_of = [
             np.array([block.param for block in stack.blocks]) for stack in plan.stacks
         ]
+        self._turns_of = [np.array([block.turn for block in stack.blocks]) for stack in plan.stacks]
 
     @torch.no_grad()
     def step(self, grads: Mapping[int, Tensor]) -> None:
@@ -136,9 +137,11 @@ class Engine:
             before = Clock(
                 step[chosen], self._mask((time > first)[due]), self._on_device((first == 1)[due])
             )
-            self._take(
-                state, chosen, self.rule.refresh(state, chosen, before, stack.shape, options)
-            )
+            new = self.rule.refresh(state, chosen, before, stack.shape, options)
+            good = self._take(state, chosen, new)
+            self.failed_refreshes += (~good).sum()
+            failures = state[FAILURES.name]
+            failures[chosen] = torch.where(good, 0, failures[chosen] + 1)
         clock = Clock(step, self._mask(time >= first), self._on_device(first == 1))
         return self.rule.direction(state, grad, clock, options)
 
@@ -151,28 +154,26 @@ class Engine:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """First refresh of each block in its parameter's own steps, and whether it is due now."""
         period = options["precondition_frequency"]
-        start = options["start_step"] or period
+        start = _start(options)
         if options["refresh"] == "together":
             return np.full_like(time, start), (time == start) | (
                 (time > start) & (time % period == 0)
             )
-        turns = np.array([block.turn for block in self.plan.stacks[number].blocks])[blocks]
-        first = start + turns
+        first = start + self._turns_of[number][blocks]
         return first, (time >= first) & ((time - first) % period == 0)
 
-    def _take(self, state: State, chosen: Tensor, new: State) -> None:
-        """Take refreshed state of the chosen blocks, but for blocks where it is not finite."""
-        if not new:  # no dim of these blocks is preconditioned
-            return
-        good = torch.stack([v.isfinite().flatten(1).all(1) for v in new.values()]).all(0)
-        self.failed_refreshes += (~good).sum()
-        failures = state[FAILURES.name]
-        failures[chosen] = torch.where(good, 0, failures[chosen] + 1)
+    @staticmethod
+    def _take(state: State, chosen: Tensor, new: State) -> Tensor:
+        """Take refreshed state of the chosen blocks where it is finite; returns where, ``(k,)``."""
+        good = torch.ones_like(chosen, dtype=torch.bool)
+        for value in new.values():
+            good &= value.isfinite().flatten(1).all(1)
         for name, value in new.items():
             mask = good.view(-1, *[1] * (value.ndim - 1))
             state[name][chosen] = torch.where(
                 mask, value.to(state[name].dtype), state[name][chosen]
             )
+        return good
 
     def _decayed_gradients(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The gradients with coupled weight decay added, never in place."""
@@ -196,12 +197,12 @@ class Engine:
         for number in directions:
             key = (id(self.members[number].options), self._rests(number))
             groups.setdefault(key, []).append(number)
-        for numbers in groups.values():
+        for (_, rests), numbers in groups.items():
             options = self.members[numbers[0]].options
             params = [local_tensor(self.members[number].param) for number in numbers]
             steps = [directions[n].view(p.shape) for n, p in zip(numbers, params, strict=True)]
             decay = _decoupled_decay(options)
-            if decay and not self._rests(numbers[0]):
+            if decay and not rests:
                 torch._foreach_add_(steps, params, alpha=decay)
             if options["momentum"] > 0:
                 steps = self._heavy_ball(numbers, steps, options)
@@ -210,8 +211,9 @@ class Engine:
     def _rests(self, number: int) -> bool:
         """Whether this step does not move a parameter; see ``Rule.rests_at_first``."""
         options = self.members[number].options
-        start = options["start_step"] or options["precondition_frequency"]
-        return self.rule.rests_at_first and start == 1 and self.cursor.numpy()[number] == 1
+        return (
+            self.rule.rests_at_first and _start(options) == 1 and self.cursor.numpy()[number] == 1
+        )
 
     def _heavy_ball(
         self, numbers: list[int], steps: list[Tensor], options: Mapping[str, Any]
@@ -375,13 +377,14 @@ class Engine:
         clock = Clock(step, ready=False, starts_at_one=torch.zeros_like(step, dtype=torch.bool))
         shape = self.plan.stacks[number].shape
         new = self.rule.refresh(wide, everyone, clock, shape, options)
-        before = self.failed_refreshes.clone()
-        failures = state[FAILURES.name][failing]
-        self._take(state, failing, new)
         # A repetition is no refresh of its own: it mends a failure or leaves it as it was.
-        self.failed_refreshes.copy_(before)
-        still = state[FAILURES.name][failing] > 0
-        state[FAILURES.name][failing] = torch.where(still, failures, 0)
+        failures = state[FAILURES.name]
+        failures[failing] = torch.where(self._take(state, failing, new), 0, failures[failing])
+
+
+def _start(options: Mapping[str, Any]) -> int:
+    """First step in which a block may be refreshed."""
+    return int(options["start_step"] or options["precondition_frequency"])
 
 
 def _global_key(shape: StateShape) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from titan_shampoo.distributed.layout import local_tensor
-from titan_shampoo.options import diagonal_beta2
+from titan_shampoo.functional.grafting import diagonal_beta2
 
 NOT_MULTIPLIED = re.compile(
     r"(^|[._])(embed\w*|\w+_embeddings?|wte|wpe|lm_head|output|router|gate)\.weight$"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from titan_shampoo.functional.grafting import diagonal_beta2
 from titan_shampoo.functional.roots import halvings
 
 
@@ -89,12 +90,6 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
     if diagonal_beta2(options) == 1 and _has_diagonal_average(options):
         raise ValueError("betas: got 1 for second moments, wanted below 1; set grafting_beta2, "
                          "or grafting='adagrad' and fallback=None")  # fmt: skip
-
-
-def diagonal_beta2(options: Mapping[str, Any]) -> float:
-    """Decay of element-wise second moments: ``grafting_beta2``, or that of the factors."""
-    beta2 = options.get("grafting_beta2")
-    return float(options["betas"][1] if beta2 is None else beta2)
 
 
 def _has_diagonal_average(options: Mapping[str, Any]) -> bool:

@@ -21,11 +21,21 @@ def accumulate_factors_(state: State, grad: Tensor, options: Mapping[str, Any]) 
         grad: ``(n, *block)``.
         options: Parameter group.
     """
-    beta2 = options["betas"][1]
-    weight = 1.0 if beta2 == 1.0 else 1.0 - beta2
     for dim, name in active_factors(grad.shape[1:], options):
-        unfolded = unfold(grad, dim)
-        state[name].baddbmm_(unfolded, unfolded.mT, beta=beta2, alpha=weight)
+        average_squares_(state[name], unfold(grad, dim), options["betas"][1])
+
+
+def average_squares_(factor: Tensor, rows: Tensor, beta2: float, scale: float = 1.0) -> None:
+    """``L <- beta2 L + (1 - beta2) scale U U^T``, in place; ``beta2 = 1`` sums.
+
+    Args:
+        factor: ``(n, d, d)``.
+        rows: ``(n, d, m)``.
+        beta2: In (0, 1].
+        scale: Greater than zero.
+    """
+    weight = 1.0 if beta2 == 1.0 else 1.0 - beta2
+    factor.baddbmm_(rows, rows.mT, beta=beta2, alpha=weight * scale)
 
 
 def product_cost(shape: Sequence[int], dims: Sequence[int]) -> float:

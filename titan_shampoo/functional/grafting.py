@@ -4,12 +4,19 @@ Anil et al. 2020 (arXiv 2002.09018), per block as in Shi et al. 2023 (arXiv 2309
 2.4).
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
+
+
+def diagonal_beta2(options: Mapping[str, Any]) -> float:
+    """Decay of element-wise second moments: ``grafting_beta2``, or that of the factors."""
+    beta2 = options.get("grafting_beta2")
+    return float(options["betas"][1] if beta2 is None else beta2)
 
 
 def accumulate_squares_(squares: Tensor, grad: Tensor, method: Grafting, beta2: float) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from titan_shampoo.functional.factors import active_factors, contract, product_cost, unfold
+from titan_shampoo.functional.factors import (
+    active_factors,
+    average_squares_,
+    contract,
+    product_cost,
+    unfold,
+)
 from titan_shampoo.functional.roots import floored_inverse_root
 from titan_shampoo.functional.rule import Clock, State, StateShape
 from titan_shampoo.functional.shampoo import ShampooRule
@@ -44,7 +50,6 @@ class KLShampooRule(ShampooRule):
         ``U_k`` is the gradient contracted with the roots ``L_j^(-1/2)`` of the last refresh along
         all dims but ``k``, unfolded along ``k``.
         """
-        beta2 = options["betas"][1]
         shape = tuple(grad.shape[1:])
         dims = active_factors(shape, options)
         for dim, name in dims:
@@ -52,9 +57,8 @@ class KLShampooRule(ShampooRule):
             for other, other_name in dims:
                 if other != dim:
                     whitened = contract(whitened, state[f"{other_name}_root"], other)
-            unfolded = unfold(whitened, dim)
-            weight = (1.0 if beta2 == 1.0 else 1.0 - beta2) * shape[dim] / math.prod(shape)
-            state[name].baddbmm_(unfolded, unfolded.mT, beta=beta2, alpha=weight)
+            scale = shape[dim] / math.prod(shape)
+            average_squares_(state[name], unfold(whitened, dim), options["betas"][1], scale)
 
     def refresh(
         self,

@@ -18,7 +18,11 @@ from titan_shampoo.functional.factors import (
     product_cost,
     root_exponents,
 )
-from titan_shampoo.functional.grafting import accumulate_squares_, grafted_direction
+from titan_shampoo.functional.grafting import (
+    accumulate_squares_,
+    diagonal_beta2,
+    grafted_direction,
+)
 from titan_shampoo.functional.roots import (
     inverse_root,
     next_basis,
@@ -178,8 +182,7 @@ class ShampooRule:
         method = options["grafting"]
         if method is None:
             return None
-        beta2 = options["grafting_beta2"]
-        beta2 = options["betas"][1] if beta2 is None else beta2
+        beta2 = diagonal_beta2(options)
         squares = state.get("exp_avg_sq")
         if squares is not None:
             accumulate_squares_(squares, grad, method, beta2)
