@@ -157,7 +157,9 @@ class ShampooRule:
         if clock.ready is False:
             return self._matched(fallback * scale, options)
         dims = active_factors(grad.shape[1:], options)
-        direction = contract(average, [(dim, state[f"{name}_root"]) for dim, name in dims])
+        roots = [(dim, state[f"{name}_root"]) for dim, name in dims]
+        # Symmetric: on the right the transpose of the transpose saves a slower kind of product.
+        direction = contract(average, [(dim, root.mT if dim else root) for dim, root in roots])
         length = scale
         if graft is not None:
             length = scale * (scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
