@@ -36,6 +36,19 @@ class Sharding:
         """The part of a parameter of ``shape`` that shard number ``shard`` holds; may be empty."""
         return _region(self, shape, grid, shard)
 
+    @property
+    def num_regions(self) -> int:
+        """How many shards there are."""
+        return math.prod(self.num_shards)
+
+    def edges(self, shape: tuple[int, ...], grid: Grid) -> list[set[int]]:
+        """Where shards of a parameter of ``shape`` begin and end along each merged dim."""
+        found: list[set[int]] = [set() for _ in grid.merged_shape]
+        for shard in range(self.num_regions):
+            for edges, intervals in zip(found, self.region(shape, grid, shard), strict=True):
+                edges.update(itertools.chain.from_iterable(intervals))
+        return found
+
 
 @functools.cache
 def _region(sharding: Sharding, shape: tuple[int, ...], grid: Grid, shard: int) -> Region:
