@@ -129,7 +129,7 @@ def assigned_blocks(
     """
     if turns is None:
         turns = spread_turns([param.claim for param in params])
-    tables = _Tables()
+    tables = Tables()
     jobs = [_job(param, tables, own) for param, own in zip(params, turns, strict=True)]
     blocks = []
     for number, (param, job, ranks) in enumerate(
@@ -148,13 +148,14 @@ def assigned_blocks(
     return blocks
 
 
-class _Tables:
+class Tables:
     """Overlaps and holders, once for all parameters that are alike."""
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[Counts, list[tuple[int, ...]]]] = {}
 
     def of(self, param: Parameter) -> tuple[Counts, list[tuple[int, ...]]]:
+        """Table (shards, blocks) of common elements, and the shards that hold each block."""
         key = (param.sharding, param.shape, param.grid)
         if key not in self._known:
             table = overlap_table(param.sharding, param.shape, param.grid)
@@ -162,7 +163,7 @@ class _Tables:
         return self._known[key]
 
 
-def _job(param: Parameter, tables: _Tables, turns: Sequence[int]) -> Job:
+def _job(param: Parameter, tables: Tables, turns: Sequence[int]) -> Job:
     """The blocks of a parameter as work; see FLOPS_PER_BYTE for when one may travel."""
     table, shards = tables.of(param)
     steps, refreshes = np.array(param.block_costs, np.float64).reshape(-1, 2).T
