@@ -1,4 +1,4 @@
-"""Bytes that each rank holds of tensors which lie like their parameters."""
+"""Bytes that each rank holds of parameters, and of the state that belongs to them."""
 
 import functools
 import math
@@ -7,24 +7,30 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from titan_shampoo.distributed.geometry import make_grid
 from titan_shampoo.distributed.layout import Sharding, layout_of
 
 
 def bytes_by_rank(
-    tensors: Iterable[Tensor], replicas: dist.ProcessGroup | None = None
+    tensors: Iterable[tuple[Tensor, Tensor]], replicas: dist.ProcessGroup | None = None
 ) -> Counter[int]:
-    """Bytes of ``tensors`` on each rank that holds a part of one.
+    """Bytes on each rank that holds a part of one of ``tensors``.
 
     Args:
-        tensors: DTensors, or plain tensors that are whole on every rank.
-        replicas: Ranks that hold the plain ones; None for this one alone.
+        tensors: Pairs (tensor, its parameter). A plain tensor (a counter) of a DTensor parameter is
+            whole on each rank that holds a part of the parameter.
+        replicas: Ranks that hold plain parameters; None for this one alone.
     """
     held: Counter[int] = Counter()
-    for tensor in tensors:
-        team, sharding = layout_of(tensor, replicas, "tensor")
-        sizes = _shard_sizes(sharding, tuple(tensor.shape))
+    for tensor, param in tensors:
+        team, sharding = layout_of(param, replicas, "parameter")
+        if isinstance(tensor, DTensor):
+            team, sharding = layout_of(tensor, replicas, "state")
+            sizes = _shard_sizes(sharding, tuple(tensor.shape))
+        else:
+            sizes = [tensor.numel()] * team.num_shards
         for row in team.ranks:
             for rank, size in zip(row, sizes, strict=True):
                 held[rank] += size * tensor.dtype.itemsize

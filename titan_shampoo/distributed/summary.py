@@ -7,6 +7,7 @@ tables, and the figures are sums over them.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,16 +89,29 @@ class Summary:
             ("sent in a step", self.sent, "B"),
         ]
 
-    def __str__(self) -> str:
-        travelling = f"{self.cut} cut by shard edges, {self.balancing} for balance"
-        return "\n".join([
-            *table(self.rows()),
+    def notes(self) -> list[str]:
+        """What no table of ranks says."""
+        return [
             f"work per rank, largest / mean: {self.imbalance:.3f} over a period, "
             f"{self.worst_imbalance:.3f} in its worst step",
-            f"blocks: {self.aligned} stay in their shard, {travelling}",
+            f"blocks: {self.aligned} stay in their shard, {self.cut} travel because shard edges "
+            f"cut them, {self.balancing} for balance",
             f"collectives in a step: {self.collectives}, and the check of the gradients",
             *self.suggestions,
-        ])  # fmt: skip
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`notes` says, for programs."""
+        return {
+            "imbalance": self.imbalance,
+            "worst_imbalance": self.worst_imbalance,
+            "blocks": {"aligned": self.aligned, "cut": self.cut, "balancing": self.balancing},
+            "collectives": self.collectives,
+            "suggestions": self.suggestions,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*table(self.rows()), *self.notes()])
 
 
 def summarize(
@@ -233,10 +247,10 @@ def _imbalance(work: Figures) -> float:
 
 def table(rows: Iterable[tuple[str, Figures, str]]) -> list[str]:
     """Lines with the smallest, mean and largest figure over the ranks, in readable units."""
-    lines = [f"{'per rank':<42}{'least':>12}{'mean':>12}{'most':>12}"]
+    lines = [f"{'per rank':<46}{'least':>14}{'mean':>14}{'most':>14}"]
     for what, figures, unit in rows:
         values = [readable(value, unit) for value in (figures.min(), figures.mean(), figures.max())]
-        lines.append(f"{what:<42}" + "".join(f"{value:>12}" for value in values))
+        lines.append(f"{what:<46}" + "".join(f"{value:>14}" for value in values))
     return lines
 
 
