@@ -15,10 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.distributed.agreement import check_agreement
-from titan_shampoo.distributed.geometry import make_grid
-from titan_shampoo.distributed.layout import layout_of, local_gradient
+from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.distributed.geometry import Grid, make_grid
+from titan_shampoo.distributed.layout import layout_of, local_gradient, local_tensor
+from titan_shampoo.distributed.memory import bytes_by_rank
 from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
-from titan_shampoo.engine import Engine, Member
+from titan_shampoo.distributed.presence import Presence, judges
+from titan_shampoo.distributed.summary import Summary, summarize
+from titan_shampoo.engine import FAILURES, Engine, Member
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.options import check_options
@@ -37,7 +41,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
-    grid_options = ("block_size", "merge", "batch_dims")
+    grid_options = ("block_size", "merge", "batch_dims", "block_alignment")
     """Options that give state its shape: a state with others cannot be loaded."""
 
     skipped_steps: int
@@ -48,8 +52,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
+        all_params: Iterable[Any] | None = None,
     ) -> None:
         self.skipped_steps = self._skipped_in_a_row = 0
+        self._model = None if all_params is None else _described(all_params, defaults)
         self._process_group = process_group
         self._is_complete = False
         super().__init__(params, defaults | {"method": self.rule.name})
@@ -91,8 +97,13 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = self._local_gradients()
-        if not self._may_step(grads.values()):
+        here = [param in grads for _, param in self._named_params()]
+        verdict, is_news = self._worst(grads.values(), self._presence.is_news(here))
+        if not self._may_step(verdict):
             return loss
+        if is_news:
+            self._presence.agree(here)
+        grads = self._completed(grads)
         if self._engine is not None:
             self._engine.step({
                 number: grads[member.param]
@@ -110,6 +121,25 @@ class BlockOptimizer(torch.optim.Optimizer):
     def failed_refreshes(self) -> int:
         """Blocks on this rank that kept their last good roots, since the start."""
         return 0 if self._engine is None else int(self._engine.failed_refreshes)
+
+    def plan_summary(self) -> Summary:
+        """What every rank owns, computes, keeps and sends in a step; readable by ``print``."""
+        like_parameters: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        engine = self._engine
+        if engine is not None:
+            for number in range(len(engine.members)):
+                for key, value in engine.common_state(number).items():
+                    pair = (value, engine.members[number].param)
+                    like_parameters[key if key == "momentum" else "counters"].append(pair)
+        for group, params in zip(self.param_groups, self._fallback_params, strict=True):
+            for param in params:
+                for key, value in self.state[param].items():
+                    like_parameters[f"{group['fallback']} {key}"].append((value, param))
+        return summarize(
+            [] if engine is None else engine.plan.params,
+            [] if engine is None else engine.plan.blocks,
+            {k: bytes_by_rank(held, self._replicas()) for k, held in like_parameters.items()},
+        )
 
     def sharded_state(self) -> dict[str, dict[str, Tensor]]:
         """All state by parameter name, as live tensors to save and to load in place.
@@ -153,10 +183,15 @@ class BlockOptimizer(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch pickles, and what is known of the rest of the model."""
+        return super().__getstate__() | {"_model": self._model}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the plan after pickling or deepcopy, and put the state into its stacks."""
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_model", None)
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_skipped_in_a_row", 0)
         self._is_complete = True
@@ -179,9 +214,13 @@ class BlockOptimizer(torch.optim.Optimizer):
                 else:
                     members.append(Member(name, param, group))
             self._fallback_params.append(fallback)
+        teams = [layout_of(p, self._replicas(), name)[0] for name, p in self._named_params()]
+        self._presence = Presence(teams, self._device)
+        self._judges = judges(teams, self._process_group)
         self._engine = None
         if members:
-            plan = make_plan([self._planned(member) for member in members])
+            planned = [self._planned(member) for member in members]
+            plan = make_plan(planned, self._turns(planned))
             check_agreement(plan, self._device)
             self._engine = engine = Engine(members, self.rule, plan)
             for number, member in enumerate(members):
@@ -192,18 +231,14 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _planned(self, member: Member) -> Parameter:
         param, options = member.param, member.options
-        size = options["block_size"]
-        grid = make_grid(
-            tuple(param.shape),
-            block_size=size if isinstance(size, int) else (size[0], size[1]),
-            merge=options["merge"],
-            batch_dims=options["batch_dims"],
-        )
+        grid = _grid(param, options)
         exponent = options.get("exponent")
         if isinstance(exponent, (tuple, list)) and len(exponent) < grid.order:
             raise ValueError(f"{member.name}: exponent has {len(exponent)} numbers, "
                              f"wanted {grid.order}, one for each dim")  # fmt: skip
         team, sharding = layout_of(param, self._replicas(), member.name)
+        if options["block_alignment"] == "shard":
+            grid = grid.cut_at(sharding.edges(tuple(param.shape), grid))
         default = torch.float64 if param.dtype == torch.float64 else torch.float32
         return Parameter(
             name=member.name,
@@ -215,7 +250,42 @@ class BlockOptimizer(torch.optim.Optimizer):
             dtype=options["factor_dtype"] or default,
             period=options["precondition_frequency"],
             cost=lambda shape: Cost(*self.rule.cost(shape, options)),
+            alignment=options["block_alignment"],
+            state=lambda shape: {
+                state.name: math.prod(state.shape)
+                for state in [*self.rule.state_shapes(shape, options), FAILURES]
+            },
         )
+
+    def _turns(self, planned: Sequence[Parameter]) -> list[list[int]] | None:
+        """Refresh turns of the blocks here, spread over those of the whole model, if it is known.
+
+        Raises:
+            ValueError: If a parameter is not one of the model's.
+        """
+        if self._model is None:
+            return None
+        here = {param.name: param for param in planned}
+        claims = []
+        for group, name, tensor, options in self._model:
+            if name in here:
+                claims.append(here[name].claim._replace(group=group))
+            elif not falls_back(name, tensor, options):
+                grid = _grid(tensor, options)
+                costs = [self.rule.cost(grid.block_shape(p), options)[1] for p in grid.positions()]
+                period = options["precondition_frequency"]
+                claims.append(Claim(name, group, period, tuple(costs)))
+        by_name = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
+        for name in here:
+            if name not in by_name:
+                raise ValueError(f"{name}: is not in all_params, which has {len(self._model)} "
+                                 "parameters; pass those of the whole model")  # fmt: skip
+        return [by_name[param.name] for param in planned]
+
+    def _named_params(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters with their names, group by group."""
+        for group in self.param_groups:
+            yield from _named(group)
 
     def _replicas(self) -> dist.ProcessGroup | None:
         """The ranks that hold plain tensors: the given group, else all."""
@@ -226,23 +296,30 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _local_gradients(self) -> dict[Tensor, Tensor]:
         """This rank's part of every gradient that is there."""
         grads = {}
-        for group in self.param_groups:
-            for name, param in _named(group):
-                grad = local_gradient(param)
-                if grad is not None and grad.is_sparse:
-                    raise ValueError(f"{name}: got a sparse gradient, wanted a dense one; "
-                                     "set sparse=False in its module")  # fmt: skip
-                if grad is not None:
-                    grads[param] = grad
+        for name, param in self._named_params():
+            grad = local_gradient(param)
+            if grad is not None and grad.is_sparse:
+                raise ValueError(f"{name}: got a sparse gradient, wanted a dense one; "
+                                 "set sparse=False in its module")  # fmt: skip
+            if grad is not None:
+                grads[param] = grad
         return grads
 
-    def _may_step(self, grads: Iterable[Tensor]) -> bool:
+    def _completed(self, grads: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The gradients, with zeros where other ranks have a part and this one has none."""
+        anywhere = zip(self._named_params(), self._presence.anywhere, strict=True)
+        return {
+            param: grads[param] if param in grads else torch.zeros_like(local_tensor(param))
+            for (_, param), is_there in anywhere
+            if is_there
+        }
+
+    def _may_step(self, verdict: float) -> bool:
         """Decide for all ranks alike whether this step is taken; sees to failed refreshes.
 
         Raises:
             RuntimeError: After too many skipped steps, or failed refreshes of a block, in a row.
         """
-        verdict = self._worst(grads)
         if verdict == math.inf:
             self.skipped_steps += 1
             self._skipped_in_a_row += 1
@@ -260,10 +337,11 @@ class BlockOptimizer(torch.optim.Optimizer):
                                    "rank has logged; raise eps, or max_failures")  # fmt: skip
         return True
 
-    def _worst(self, grads: Iterable[Tensor]) -> float:
+    def _worst(self, grads: Iterable[Tensor], is_news: bool) -> tuple[float, bool]:
         """Infinity if a gradient of any rank is not finite, else failed refreshes in a row.
 
-        One all-reduce of one element; a failed refresh is thus known to all in the next step.
+        And whether which gradients there are is news to any rank. One all-reduce of two elements; a
+        failed refresh is thus known to all in the next step.
         """
         none = torch.zeros((), device=self._device)
         worst = none if self._engine is None else self._engine.worst_failure()
@@ -274,9 +352,11 @@ class BlockOptimizer(torch.optim.Optimizer):
             dtype = torch.float64 if wide else torch.float32
             norms = torch.stack(torch._foreach_norm(filled, 2, dtype=dtype))
             worst = torch.where(norms.isfinite().all(), worst, math.inf)
-        if dist.is_initialized():
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._process_group)
-        return float(worst)
+        verdict = torch.stack([worst, torch.full_like(worst, float(is_news))])
+        for group in self._judges:
+            dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=group)
+        worst_of_all, news_to_any = verdict.tolist()
+        return worst_of_all, bool(news_to_any)
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if saved parameter groups do not fit these."""
@@ -310,6 +390,34 @@ def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a group with their names (``"0"``, ``"1"``, ... if they were given without)."""
     names = group.get("param_names") or map(str, range(len(group["params"])))
     return zip(names, group["params"], strict=False)
+
+
+def _grid(param: Tensor, options: Mapping[str, Any]) -> Grid:
+    """Blocks of a parameter, in its own coordinates."""
+    size = options["block_size"]
+    return make_grid(
+        tuple(param.shape),
+        block_size=size if isinstance(size, int) else (size[0], size[1]),
+        merge=options["merge"],
+        batch_dims=options["batch_dims"],
+    )
+
+
+def _described(
+    all_params: Iterable[Any], defaults: Mapping[str, Any]
+) -> list[tuple[int, str, Tensor, dict[str, Any]]]:
+    """Group, name, shape (as a tensor without memory) and options of each parameter of a model."""
+    given = list(all_params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    described = []
+    for number, group in enumerate(groups):
+        options = {**defaults, **{k: v for k, v in group.items() if k != "params"}}
+        for entry in group["params"]:
+            if isinstance(entry, Tensor):
+                raise ValueError("all_params: got a tensor without a name, wanted pairs of both")
+            name, tensor = entry
+            described.append((number, name, torch.empty(tensor.shape, device="meta"), options))
+    return described
 
 
 def _check_state(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:

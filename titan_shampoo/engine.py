@@ -291,7 +291,7 @@ class Engine:
     def block_state(self, number: int) -> dict[str, Tensor]:
         """Views of the state of this rank's blocks of one parameter: ``"left.3"`` for block 3."""
         return {
-            f"{shape.name}.{block.index}": value
+            f"{shape.name}.{block.index}{self._grid_mark(number)}": value
             for block, shape, value in self._owned_state(number)
         }
 
@@ -300,15 +300,16 @@ class Engine:
 
         Factors of extent ``d`` are one ``(blocks with that extent, d, d)`` tensor named
         ``"left.<d>"``; state of the blocks' own shape is one tensor of the parameter's merged
-        shape.
+        shape. Keys end in the fingerprint of a grid whose edges depend on the mesh.
         """
+        mark = self._grid_mark(number)
         grid, options = self.plan.params[number].grid, self.members[number].options
         sizes: dict[str, tuple[int, ...]] = {}
         chunks: dict[str, dict[tuple[int, ...], Tensor]] = {}
         places: dict[tuple[str, int], tuple[int, ...]] = {}
         for index, position in enumerate(grid.positions()):
             for shape in self._state_shapes(grid.block_shape(position), options):
-                key = _global_key(shape)
+                key = _global_key(shape) + mark
                 if shape is FAILURES:
                     sizes[key], places[key, index] = (grid.num_blocks,), (index,)
                 elif shape.dim is None:
@@ -318,12 +319,16 @@ class Engine:
                     sizes[key] = (count + 1, *shape.shape)
                     places[key, index] = (count, *[0] * len(shape.shape))
         for block, shape, value in self._owned_state(number):
-            key = _global_key(shape)
+            key = _global_key(shape) + mark
             is_whole_block = shape.dim is None and shape is not FAILURES
             extent = block.extent if is_whole_block else (1, *shape.shape)
             chunks.setdefault(key, {})[places[key, block.index]] = value.view(extent)
         dtype = self.plan.params[number].dtype
         return {key: BlockTensor(size, chunks.get(key, {}), dtype) for key, size in sizes.items()}
+
+    def _grid_mark(self, number: int) -> str:
+        fingerprint = self.plan.params[number].grid.fingerprint
+        return f".{fingerprint}" if fingerprint else ""
 
     def common_state(self, number: int) -> dict[str, Tensor]:
         """State of one parameter that every rank with a part of it holds."""

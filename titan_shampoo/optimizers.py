@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from titan_shampoo.block_optimizer import BlockOptimizer
+from titan_shampoo.distributed.blocks import Alignment
 from titan_shampoo.distributed.geometry import Merge
 from titan_shampoo.functional.grafting import Grafting
 from titan_shampoo.functional.kl_shampoo import KLShampooRule
@@ -48,6 +49,9 @@ class Shampoo(BlockOptimizer):
         block_size: Distance of block edges in elements, or a pair for rows and columns.
         merge: ``"matrix"`` (first dim by all others), ``"paper"`` (while products stay within
             ``block_size``) or ``"none"``.
+        block_alignment: ``"global"``: block edges belong to the parameter, and iterates do not
+            depend on the mesh; ``"shard"``: blocks are cut at shard edges, too, no gradient ever
+            travels, and iterates and state belong to one mesh.
         precondition_frequency: Steps between two refreshes of a block's roots.
         start_step: First step that uses roots; None for ``precondition_frequency``.
         refresh: ``"staggered"`` spreads the blocks over the period, ``"together"`` refreshes all
@@ -69,6 +73,9 @@ class Shampoo(BlockOptimizer):
         max_failures: Refreshes of one block that may fail in a row before an error is raised.
         max_skipped: Steps in a row that may have gradients that are not finite.
         process_group: Ranks that hold plain tensors as replicas; None for all ranks.
+        all_params: Names and tensors of the whole model, in ``params``' form, where ``params`` are
+            those of one stage of a pipeline; tensors on the meta device will do. Refreshes are then
+            spread over the period as in a process that holds all of them.
         fallback: ``"adamw"`` for vectors, embeddings, output heads and routers, or None to
             precondition all.
 
@@ -94,6 +101,7 @@ class Shampoo(BlockOptimizer):
         nesterov: bool = False,
         block_size: int | tuple[int, int] = 1024,
         merge: Merge = "matrix",
+        block_alignment: Alignment = "global",
         precondition_frequency: int = 10,
         start_step: int | None = None,
         refresh: Literal["staggered", "together"] = "staggered",
@@ -108,9 +116,10 @@ class Shampoo(BlockOptimizer):
         max_failures: int = 3,
         max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
+        all_params: Iterable[Any] | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        super().__init__(params, _options(locals()), process_group)
+        super().__init__(params, _options(locals()), process_group, all_params)
 
 
 class KLShampoo(BlockOptimizer):
@@ -140,6 +149,7 @@ class KLShampoo(BlockOptimizer):
         nesterov: bool = False,
         block_size: int | tuple[int, int] = 1024,
         merge: Merge = "matrix",
+        block_alignment: Alignment = "global",
         precondition_frequency: int = 10,
         start_step: int | None = 1,
         refresh: Refresh = "staggered",
@@ -152,9 +162,10 @@ class KLShampoo(BlockOptimizer):
         max_failures: int = 3,
         max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
+        all_params: Iterable[Any] | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        super().__init__(params, _options(locals()), process_group)
+        super().__init__(params, _options(locals()), process_group, all_params)
 
 
 class SOAP(BlockOptimizer):
@@ -188,6 +199,7 @@ class SOAP(BlockOptimizer):
         nesterov: bool = False,
         block_size: int | tuple[int, int] = 1024,
         merge: Merge = "matrix",
+        block_alignment: Alignment = "global",
         precondition_frequency: int = 10,
         start_step: int | None = 1,
         refresh: Refresh = "staggered",
@@ -197,12 +209,13 @@ class SOAP(BlockOptimizer):
         max_failures: int = 3,
         max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
+        all_params: Iterable[Any] | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        super().__init__(params, _options(locals()), process_group)
+        super().__init__(params, _options(locals()), process_group, all_params)
 
 
 def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The options among the arguments of a constructor."""
-    others = ("self", "params", "process_group", "__class__")
+    others = ("self", "params", "process_group", "all_params", "__class__")
     return {key: value for key, value in arguments.items() if key not in others}

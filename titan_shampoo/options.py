@@ -51,6 +51,7 @@ LIMITS: dict[str, Limit] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_decay_type": ("l2", "decoupled", "corrected", "independent"),
     "merge": ("matrix", "paper", "none"),
+    "block_alignment": ("global", "shard"),
     "refresh": ("staggered", "together"),
     "grafting": (None, "sgd", "adagrad", "rmsprop", "adam"),
     "root_method": ("auto", "eigh", "newton", "newton_schulz", "qr"),

@@ -41,6 +41,12 @@ class Blocks:
     merge: Literal["matrix", "paper", "none"] | None = None
     """How the dims of a tensor become those of a matrix; not set: matrix"""
 
+    block_alignment: Literal["global", "shard"] | None = None
+    """
+    Blocks with edges of their own, the same on every mesh, or also cut at the edges of shards so
+    that no gradient travels; not set: global
+    """
+
     precondition_frequency: int | None = None
     """Steps between two refreshes of a block; not set: 10"""
 
