@@ -7,7 +7,7 @@ alone, because they decide the iterates; owners depend on the mesh, and decide o
 
 import heapq
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,45 +109,61 @@ def assign_owners(jobs: Sequence[Job]) -> list[NDArray[np.int64]]:
     ``1 + TOLERANCE`` of the mean with it, to the one with the least to refresh in the block's turn,
     so that ranks are level in every single step. If all holders would be above, it goes to the
     least loaded of them, or, if it may travel, of all ranks of the team.
+
+    Jobs of other ranks count only if all ranks of a job know them (experts on a part of the mesh
+    know what the whole mesh does, but not the other way round), so that all of them agree.
     """
-    ledger = _Ledger(jobs)
     owners = [np.zeros(len(job.rates), np.int64) for job in jobs]
-    entries = [(number, k) for number, job in enumerate(jobs) for k in range(len(job.rates))]
-    rates = np.concatenate([np.zeros(0), *(job.rates for job in jobs)])
-    turns = np.concatenate([np.zeros(0), *(job.turns for job in jobs)])
-    # lexsort's last key comes first; equal blocks stay in order.
-    for entry in np.lexsort((turns, -rates)).tolist():
-        number, position = entries[entry]
-        owners[number][position] = ledger.give(number, position)
+    groups: dict[frozenset[int], list[int]] = {}
+    for number, job in enumerate(jobs):
+        groups.setdefault(frozenset(job.ranks.reshape(-1).tolist()), []).append(number)
+    ledgers: dict[frozenset[int], _Ledger] = {}
+    num_ranks = 1 + max((max(ranks) for ranks in groups), default=0)
+    for ranks in sorted(groups, key=lambda ranks: (-len(ranks), sorted(ranks))):
+        known = [ledger for others, ledger in ledgers.items() if ranks < others]
+        members = groups[ranks]
+        ledger = ledgers[ranks] = _Ledger([jobs[n] for n in members], known, num_ranks)
+        for number, position, owner in ledger.give_all():
+            owners[members[number]][position] = owner
     return owners
 
 
 class _Ledger:
-    """What every rank has been given so far."""
+    """What every rank has been given so far, of some jobs that the same ranks do."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], known: Iterable["_Ledger"], num_ranks: int) -> None:
         self.jobs = jobs
-        num_ranks = 1 + max((int(job.ranks.max()) for job in jobs), default=0)
         self.totals = np.zeros(num_ranks)
         self.refreshes = {
             period: np.zeros((period, num_ranks)) for period in {job.period for job in jobs}
         }
-        self.levels = self._levels(num_ranks)
+        self.own = np.zeros(num_ranks)
+        self.own_refreshes = {period: array.copy() for period, array in self.refreshes.items()}
+        for other in known:
+            self.totals += other.own
+            for period, array in other.own_refreshes.items():
+                if period in self.refreshes:
+                    self.refreshes[period] += array
+        ranks = jobs[0].ranks.reshape(-1)
+        self.level = (self.totals[ranks].sum() + sum(job.rates.sum() for job in jobs)) / len(ranks)
         self.candidates: dict[tuple[int, tuple[int, ...]], NDArray[np.int64]] = {}
 
-    def _levels(self, num_ranks: int) -> list[float]:
-        """For each job, the load per rank if all work were spread evenly over its team."""
-        even = np.zeros(num_ranks)
-        for job in self.jobs:
-            even[job.ranks] += job.rates.sum() / job.ranks.size
-        return [float(even[job.ranks].mean()) for job in self.jobs]
+    def give_all(self) -> Iterator[tuple[int, int, int]]:
+        """Triples (job, block, owner) of all blocks, the largest first."""
+        entries = [(n, k) for n, job in enumerate(self.jobs) for k in range(len(job.rates))]
+        rates = np.concatenate([job.rates for job in self.jobs])
+        turns = np.concatenate([job.turns for job in self.jobs])
+        # lexsort's last key comes first; equal blocks stay in order.
+        for entry in np.lexsort((turns, -rates)).tolist():
+            number, position = entries[entry]
+            yield number, position, self.give(number, position)
 
     def give(self, number: int, position: int) -> int:
         """The rank that takes a block; its load grows."""
         job = self.jobs[number]
         rate, period, turn = job.rates[position], job.period, job.turns[position]
         holders = self._holders(number, position)
-        limit = self.levels[number] * (1 + TOLERANCE)
+        limit = self.level * (1 + TOLERANCE)
         turn_loads = self.refreshes[period][turn]
         fitting = holders[self.totals[holders] + rate <= limit]
         if len(fitting):
@@ -158,8 +174,9 @@ class _Ledger:
             if job.may_travel[position]:
                 other = self._least_loaded(job.ranks.reshape(-1))
                 owner = other if self.totals[other] < self.totals[owner] else owner
-        self.totals[owner] += rate
-        turn_loads[owner] += job.refreshes[position]
+        for totals, refreshes in ((self.totals, self.refreshes), (self.own, self.own_refreshes)):
+            totals[owner] += rate
+            refreshes[period][turn, owner] += job.refreshes[position]
         return owner
 
     def _least_loaded(self, ranks: NDArray[np.int64]) -> int:
