@@ -2,17 +2,19 @@
 
     torchrun --nproc_per_node=2 train.py --job.config_file configs/transformer_debug.toml
 
-Without torchrun it is one rank. Whatever a person can set wrong ends every rank with exit code 2
+``--plan --world-size N`` prints what such a run needs on every rank, and starts nothing. Without
+torchrun it is one rank. Whatever a person can set wrong ends every rank with exit code 2
 and one line.
 """
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
-from titan_shampoo.config import ConfigError, check_world, read_config
+from titan_shampoo.config import ConfigError, check_world, read_config, read_plan_request
 from titan_shampoo.data import DataError
 
 _ONE_RANK = {
@@ -26,14 +28,16 @@ _ONE_RANK = {
 
 
 def main(args: list[str]) -> None:
-    """Train as the command line says.
+    """Train as the command line says, or plan for it.
 
     Raises:
         ConfigError: If settings are wrong; before torch is imported, wherever that is possible.
         DataError: If data, tokenizer or checkpoints cannot be used.
     """
+    started = int(os.environ["WORLD_SIZE"])
+    request, args = read_plan_request(args, started)
     settings = read_config(args)
-    check_world(settings, int(os.environ["WORLD_SIZE"]))
+    check_world(settings, request.world_size if request else started)
 
     from checkpoint import CheckpointManager  # noqa: PLC0415 (imports torch)
     from parallel import resnet, transformer  # noqa: PLC0415
@@ -46,8 +50,12 @@ def main(args: list[str]) -> None:
         "llama3": titan.transformer(transformer.parallelize, transformer.pipeline),
         "resnet": titan.resnet(resnet.parallelize),
     }
-    trainer = titan.Trainer(job_config, recipes[job_config.model.name], CheckpointManager)
-    trainer.run()
+    recipe = recipes[job_config.model.name]
+    if request:
+        plan = titan.plan_run(job_config, recipe, request.world_size)
+        sys.stdout.write(f"{json.dumps(plan.as_json()) if request.as_json else plan}\n")
+        return
+    titan.Trainer(job_config, recipe, CheckpointManager).run()
 
 
 def end_with(mistake: Exception) -> NoReturn:

@@ -20,6 +20,7 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.toml"))
 
 # What the library offers to programs and a TOML file cannot or need not say.
 LIBRARY_ONLY = {
+    "all_params",
     "params",
     "fallback",
     "process_group",

@@ -17,10 +17,11 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from tests.reference.blocks import blocks_of, merged_shape
-from titan_shampoo.distributed.assignment import assign_owners, refresh_turns
+from titan_shampoo.distributed.assignment import refresh_turns
 from titan_shampoo.distributed.copies import Copy, View, coalesce, pieces
 from titan_shampoo.distributed.geometry import Grid, Merge, make_grid
 from titan_shampoo.distributed.layout import Sharding, _cut_order
+from titan_shampoo.distributed.overlap import holders, overlap_table
 
 Shape = tuple[int, ...]
 Offsets = NDArray[np.int64]
@@ -201,6 +202,40 @@ def test_pieces_of_all_shards_tile_every_block_exactly_once(
 
 
 @settings(deadline=None)  # torch's first calls are slow
+@given(grids(), st.data())
+def test_overlap_table_counts_the_elements_of_all_pieces(
+    case: tuple[Shape, Grid], data: st.DataObject
+) -> None:
+    shape, grid = case
+    sharding = data.draw(cuttings(shape)).sharding()
+    if data.draw(st.booleans()):
+        grid = grid.cut_at(sharding.edges(shape, grid))
+    table = overlap_table(sharding, shape, grid)
+    assert table.shape == (sharding.num_regions, grid.num_blocks)
+    for block, position in enumerate(grid.positions()):
+        start, extent = grid.block_start(position), grid.block_extent(position)
+        found = [
+            sum(piece.numel for piece in pieces(sharding.region(shape, grid, shard), start, extent))
+            for shard in range(sharding.num_regions)
+        ]
+        assert table[:, block].tolist() == found
+        assert holders(table)[block] == tuple(shard for shard, n in enumerate(found) if n)
+
+
+@settings(deadline=None)  # torch's first calls are slow
+@given(grids(), st.data())
+def test_no_shard_edge_goes_through_a_block_that_is_cut_there(
+    case: tuple[Shape, Grid], data: st.DataObject
+) -> None:
+    shape, grid = case
+    sharding = data.draw(cuttings(shape)).sharding()
+    cut = grid.cut_at(sharding.edges(shape, grid))
+    assert all(len(shards) == 1 for shards in holders(overlap_table(sharding, shape, cut)))
+    assert all(set(mine) <= set(more) for mine, more in zip(grid.edges, cut.edges, strict=True))
+    assert (cut.fingerprint == "") == (cut.edges == grid.edges)
+
+
+@settings(deadline=None)  # torch's first calls are slow
 @given(st.lists(st.integers(1, 2), min_size=1, max_size=3).map(tuple), st.data())
 def test_even_shards_are_those_of_dtensor(counts: Shape, data: st.DataObject) -> None:
     cutting = data.draw(cuttings(counts))
@@ -304,24 +339,3 @@ def test_no_turn_costs_more_than_the_mean_by_more_than_one_block(
     for cost, turn in zip(some, refresh_turns(some, [0.0] * period), strict=True):
         loads[turn] += cost
     assert max(loads) <= sum(some) / period + max(some, default=0)
-
-
-@given(costs, st.integers(1, 8))
-def test_no_rank_is_overloaded_by_more_than_one_block(some: list[int], num_ranks: int) -> None:
-    loads = [0] * num_ranks
-    owners = assign_owners(some, [range(num_ranks)] * len(some), num_ranks)
-    for cost, owner in zip(some, owners, strict=True):
-        loads[owner] += cost
-    assert max(loads) <= sum(some) / num_ranks + max(some, default=0)
-
-
-def test_a_rank_with_a_large_block_gets_no_small_ones() -> None:
-    owners = assign_owners([8, *[1] * 8], [range(2)] * 9, 2)
-    assert owners == [0] + [1] * 8
-
-
-@given(st.lists(st.tuples(st.integers(0, 99), st.sets(st.integers(0, 5), min_size=1))))
-def test_owners_are_candidates(blocks: list[tuple[int, set[int]]]) -> None:
-    candidates = [sorted(ranks) for _, ranks in blocks]
-    owners = assign_owners([cost for cost, _ in blocks], candidates, 6)
-    assert all(owner in ranks for owner, ranks in zip(owners, candidates, strict=True))

@@ -193,6 +193,17 @@ def test_options_do_not_depend_on_the_layout(options: dict[str, Any]) -> None:
             assert_equal(result, expected, 1e-11)
 
 
+@pytest.mark.parametrize("layout", ["fsdp 3", "hsdp 2x2", "ddp 2"])
+def test_messages_in_bfloat16_cost_little_and_leave_replicas_equal(layout: str) -> None:
+    options = {"communication_dtype": torch.bfloat16, "lr": 1e-3}
+    expected = train(plain, {"lr": 1e-3})
+    results = run_on_ranks(LAYOUTS[layout][0], train_layout, layout, options)
+    for result in results:
+        assert_equal(result, expected, 1e-2)
+        assert_equal(result, results[0], 0.0)
+    assert not torch.equal(results[0]["square"], expected["square"]), "the option does nothing"
+
+
 def different_parameters() -> str:
     """The error of a rank whose matrix has another shape than its replica's."""
     weight = torch.nn.Parameter(torch.zeros(4, 4 + dist.get_rank()))

@@ -14,13 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_shampoo.block_state import Member
+from titan_shampoo.block_state import Member, state_bytes
 from titan_shampoo.distributed.agreement import check_agreement
-from titan_shampoo.distributed.geometry import make_grid
-from titan_shampoo.distributed.layout import layout_of, local_gradient
+from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.distributed.geometry import Grid, make_grid
+from titan_shampoo.distributed.layout import layout_of, local_gradient, local_tensor
+from titan_shampoo.distributed.memory import bytes_by_rank
 from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
+from titan_shampoo.distributed.presence import Presence, judges
+from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.engine import Engine
-from titan_shampoo.failure import Watch, worst_of
+from titan_shampoo.failure import Watch, verdict_of
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.options import check_options
@@ -39,7 +43,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
-    grid_options = ("block_size", "merge", "batch_dims")
+    grid_options = ("block_size", "merge", "batch_dims", "block_alignment")
     """Options that give state its shape: a state with others cannot be loaded."""
 
     def __init__(
@@ -47,7 +51,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
+        all_params: Iterable[Any] | None = None,
     ) -> None:
+        self._model = None if all_params is None else _described(all_params, defaults)
         self._process_group = process_group
         self._is_complete = False
         super().__init__(params, defaults | {"method": self.rule.name})
@@ -90,16 +96,21 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = self._local_gradients()
+        here = [param in grads for _, param in self._named_params()]
         failures = torch.zeros((), device=self._device)
         if self._engine is not None:
             failures = self._engine.worst_failure()
-        worst = worst_of(grads.values(), failures, self._process_group)
-        verdict = self._watch.read(worst)
-        self._watch.count(verdict, self.defaults["max_skipped"])
-        self._see_to_failures(verdict)
+        is_news = self._presence.is_news(here)
+        verdict = verdict_of(grads.values(), failures, self._judges, is_news=is_news)
+        worst, news_to_any = self._watch.read(verdict)
+        self._watch.count(worst, self.defaults["max_skipped"])
+        self._see_to_failures(worst)
+        if news_to_any:
+            self._presence.agree(here)
+        grads = self._completed(grads)
         if self._watch.late:
-            self._take_step(grads, taken=worst.isfinite())
-        elif verdict < math.inf:
+            self._take_step(grads, taken=verdict[0].isfinite())
+        elif worst < math.inf:
             self._take_step(grads, taken=None)
         elif self._engine is not None:
             self._engine.pass_time(self._numbered(grads))
@@ -133,6 +144,25 @@ class BlockOptimizer(torch.optim.Optimizer):
     def failed_refreshes(self) -> int:
         """Blocks on this rank that kept their last good roots, since the start."""
         return 0 if self._engine is None else int(self._engine.failed_refreshes)
+
+    def plan_summary(self) -> Summary:
+        """What every rank owns, computes, keeps and sends in a step; readable by ``print``."""
+        like_parameters: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        engine = self._engine
+        if engine is not None:
+            for number in range(len(engine.members)):
+                for key, value in engine.common_state(number).items():
+                    pair = (value, engine.members[number].param)
+                    like_parameters[key if key == "momentum" else "counters"].append(pair)
+        for group, params in zip(self.param_groups, self._fallback_params, strict=True):
+            for param in params:
+                for key, value in self.state[param].items():
+                    like_parameters[f"{group['fallback']} {key}"].append((value, param))
+        return summarize(
+            [] if engine is None else engine.plan.params,
+            [] if engine is None else engine.plan.blocks,
+            {k: bytes_by_rank(held, self._replicas()) for k, held in like_parameters.items()},
+        )
 
     def sharded_state(self) -> dict[str, dict[str, Tensor]]:
         """All state by parameter name, as live tensors to save and to load in place.
@@ -176,10 +206,15 @@ class BlockOptimizer(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch pickles, and what is known of the rest of the model."""
+        return super().__getstate__() | {"_model": self._model}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the plan after pickling or deepcopy, and put the state into its stacks."""
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_model", None)
         self._is_complete = True
         self._build()
 
@@ -202,9 +237,13 @@ class BlockOptimizer(torch.optim.Optimizer):
                 else:
                     members.append(Member(name, param, group))
             self._fallback_params.append(fallback)
+        teams = [layout_of(p, self._replicas(), name)[0] for name, p in self._named_params()]
+        self._presence = Presence(teams, self._device)
+        self._judges = judges(teams, self._process_group)
         self._engine = None
         if members:
-            plan = make_plan([self._planned(member) for member in members])
+            planned = [self._planned(member) for member in members]
+            plan = make_plan(planned, self._turns(planned))
             check_agreement(plan, self._device)
             compiled = self.defaults["compile"]
             self._engine = engine = Engine(members, self.rule, plan, compiled=compiled)
@@ -216,19 +255,16 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _planned(self, member: Member) -> Parameter:
         param, options = member.param, member.options
-        size = options["block_size"]
-        grid = make_grid(
-            tuple(param.shape),
-            block_size=size if isinstance(size, int) else (size[0], size[1]),
-            merge=options["merge"],
-            batch_dims=options["batch_dims"],
-        )
+        grid = _grid(param, options)
         exponent = options.get("exponent")
         if isinstance(exponent, (tuple, list)) and len(exponent) < grid.order:
             raise ValueError(f"{member.name}: exponent has {len(exponent)} numbers, "
                              f"wanted {grid.order}, one for each dim")  # fmt: skip
         team, sharding = layout_of(param, self._replicas(), member.name)
+        if options["block_alignment"] == "shard":
+            grid = grid.cut_at(sharding.edges(tuple(param.shape), grid))
         default = torch.float64 if param.dtype == torch.float64 else torch.float32
+        dtype = options["factor_dtype"] or default
         return Parameter(
             name=member.name,
             shape=tuple(param.shape),
@@ -236,10 +272,43 @@ class BlockOptimizer(torch.optim.Optimizer):
             team=team,
             sharding=sharding,
             group=next(i for i, group in enumerate(self.param_groups) if group is options),
-            dtype=options["factor_dtype"] or default,
+            dtype=dtype,
             period=options["precondition_frequency"],
             cost=lambda shape: Cost(*self.rule.cost(shape, options)),
+            alignment=options["block_alignment"],
+            state=lambda shape: state_bytes(self.rule, shape, options, dtype),
+            communication_dtype=options["communication_dtype"],
         )
+
+    def _turns(self, planned: Sequence[Parameter]) -> list[list[int]] | None:
+        """Refresh turns of the blocks here, spread over those of the whole model, if it is known.
+
+        Raises:
+            ValueError: If a parameter is not one of the model's.
+        """
+        if self._model is None:
+            return None
+        here = {param.name: param for param in planned}
+        claims = []
+        for group, name, tensor, options in self._model:
+            if name in here:
+                claims.append(here[name].claim._replace(group=group))
+            elif not falls_back(name, tensor, options):
+                grid = _grid(tensor, options)
+                costs = [self.rule.cost(grid.block_shape(p), options)[1] for p in grid.positions()]
+                period = options["precondition_frequency"]
+                claims.append(Claim(name, group, period, tuple(costs)))
+        by_name = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
+        for name in here:
+            if name not in by_name:
+                raise ValueError(f"{name}: is not in all_params, which has {len(self._model)} "
+                                 "parameters; pass those of the whole model")  # fmt: skip
+        return [by_name[param.name] for param in planned]
+
+    def _named_params(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters with their names, group by group."""
+        for group in self.param_groups:
+            yield from _named(group)
 
     def _replicas(self) -> dist.ProcessGroup | None:
         """The ranks that hold plain tensors: the given group, else all."""
@@ -250,15 +319,23 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _local_gradients(self) -> dict[Tensor, Tensor]:
         """This rank's part of every gradient that is there."""
         grads = {}
-        for group in self.param_groups:
-            for name, param in _named(group):
-                grad = local_gradient(param)
-                if grad is not None and grad.is_sparse:
-                    raise ValueError(f"{name}: got a sparse gradient, wanted a dense one; "
-                                     "set sparse=False in its module")  # fmt: skip
-                if grad is not None:
-                    grads[param] = grad
+        for name, param in self._named_params():
+            grad = local_gradient(param)
+            if grad is not None and grad.is_sparse:
+                raise ValueError(f"{name}: got a sparse gradient, wanted a dense one; "
+                                 "set sparse=False in its module")  # fmt: skip
+            if grad is not None:
+                grads[param] = grad
         return grads
+
+    def _completed(self, grads: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The gradients, with zeros where other ranks have a part and this one has none."""
+        anywhere = zip(self._named_params(), self._presence.anywhere, strict=True)
+        return {
+            param: grads[param] if param in grads else torch.zeros_like(local_tensor(param))
+            for (_, param), is_there in anywhere
+            if is_there
+        }
 
     def _see_to_failures(self, verdict: float) -> None:
         """Repeat failed refreshes.
@@ -306,6 +383,34 @@ def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Parameters of a group with their names (``"0"``, ``"1"``, ... if they were given without)."""
     names = group.get("param_names") or map(str, range(len(group["params"])))
     return zip(names, group["params"], strict=False)
+
+
+def _grid(param: Tensor, options: Mapping[str, Any]) -> Grid:
+    """Blocks of a parameter, in its own coordinates."""
+    size = options["block_size"]
+    return make_grid(
+        tuple(param.shape),
+        block_size=size if isinstance(size, int) else (size[0], size[1]),
+        merge=options["merge"],
+        batch_dims=options["batch_dims"],
+    )
+
+
+def _described(
+    all_params: Iterable[Any], defaults: Mapping[str, Any]
+) -> list[tuple[int, str, Tensor, dict[str, Any]]]:
+    """Group, name, shape (as a tensor without memory) and options of each parameter of a model."""
+    given = list(all_params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    described = []
+    for number, group in enumerate(groups):
+        options = {**defaults, **{k: v for k, v in group.items() if k != "params"}}
+        for entry in group["params"]:
+            if isinstance(entry, Tensor):
+                raise ValueError("all_params: got a tensor without a name, wanted pairs of both")
+            name, tensor = entry
+            described.append((number, name, torch.empty(tensor.shape, device="meta"), options))
+    return described
 
 
 def _check_state(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:

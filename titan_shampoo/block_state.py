@@ -3,6 +3,7 @@
 Keys name parameter, block and extent in global coordinates, never a rank.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +60,9 @@ class BlockState:
 
         Matrices of extent ``d`` are one tensor ``(blocks with that extent, ...)`` named
         ``"left.<d>"``; state of the blocks' own shape is one tensor of the parameter's merged
-        shape.
+        shape. Keys end in the fingerprint of a grid whose edges depend on the mesh.
         """
+        mark = self._grid_mark(number)
         grid = self._plan.params[number].grid
         sizes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -69,7 +71,7 @@ class BlockState:
         for index, position in enumerate(grid.positions()):
             block_shape = grid.block_shape(position)
             for shape in self._shapes(block_shape, number):
-                key = _global_key(shape)
+                key = _global_key(shape) + mark
                 dtypes[key] = self._dtype(shape, number)
                 if shape.dim is not None:
                     count = sizes.get(key, (0,))[0]
@@ -80,13 +82,17 @@ class BlockState:
                 else:
                     sizes[key], places[key, index] = (grid.num_blocks,), (index,)
         for block, shape, value in self._views(number):
-            key = _global_key(shape)
+            key = _global_key(shape) + mark
             is_whole_block = shape.dim is None and shape.shape == block.shape
             extent = block.extent if is_whole_block else (1, *shape.shape)
             chunks.setdefault(key, {})[places[key, block.index]] = value.view(extent)
         return {
             key: BlockTensor(size, chunks.get(key, {}), dtypes[key]) for key, size in sizes.items()
         }
+
+    def _grid_mark(self, number: int) -> str:
+        fingerprint = self._plan.params[number].grid.fingerprint
+        return f".{fingerprint}" if fingerprint else ""
 
     def _empty(self, number: int) -> State:
         """State of a stack at the start."""
@@ -109,12 +115,32 @@ class BlockState:
                 yield block, shape, self.stacks[stack][shape.name][position]
 
     def _shapes(self, block_shape: tuple[int, ...], number: int) -> list[StateShape]:
-        options: Mapping[str, Any] = self._members[number].options
-        return [*self._rule.state_shapes(block_shape, options), FAILURES, REFRESHES]
+        return _all_shapes(self._rule, block_shape, self._members[number].options)
 
     def _dtype(self, shape: StateShape, number: int) -> torch.dtype:
-        chosen: torch.dtype | None = self._members[number].options.get(shape.dtype_option)
-        return chosen or self._plan.params[number].dtype
+        options = self._members[number].options
+        return _dtype_of(shape, options, self._plan.params[number].dtype)
+
+
+def state_bytes(
+    rule: Rule, block_shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes of state of a block by name; ``dtype`` is that of the arithmetic."""
+    return {
+        shape.name: math.prod(shape.shape) * _dtype_of(shape, options, dtype).itemsize
+        for shape in _all_shapes(rule, block_shape, options)
+    }
+
+
+def _all_shapes(
+    rule: Rule, block_shape: tuple[int, ...], options: Mapping[str, Any]
+) -> list[StateShape]:
+    return [*rule.state_shapes(block_shape, options), FAILURES, REFRESHES]
+
+
+def _dtype_of(shape: StateShape, options: Mapping[str, Any], default: torch.dtype) -> torch.dtype:
+    chosen: torch.dtype | None = options.get(shape.dtype_option)
+    return chosen or default
 
 
 def _global_key(shape: StateShape) -> str:

@@ -1,14 +1,15 @@
 """Steps whose gradients are not finite: decided by all ranks alike, skipped, counted, and ended.
 
 One number per step, the maximum over all ranks, says all: infinity where a gradient is not finite,
-else how many refreshes of a block have failed in a row. A CPU reads it at once. An accelerator
-would stand still while its host waits: there the step decides for itself, on the device, whether
-it changes anything, and the host reads the number of the step before.
+else how many refreshes of a block have failed in a row. (Beside it travels whether any rank has
+other gradients than the ranks last agreed on; see ``distributed.presence``.) A CPU reads it at
+once. An accelerator would stand still while its host waits: there the step decides for itself, on
+the device, whether it changes anything, and the host reads the numbers of the step before.
 """
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,29 +18,36 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def worst_of(
-    grads: Iterable[Tensor], failures: Tensor, process_group: dist.ProcessGroup | None
+def verdict_of(
+    grads: Iterable[Tensor],
+    failures: Tensor,
+    groups: Sequence[dist.ProcessGroup],
+    *,
+    is_news: bool,
 ) -> Tensor:
-    """Infinity if a gradient of any rank is not finite, else the most failures of any rank, 0-dim.
+    """Two numbers that are the same on all ranks, ``(2,)``; one all-reduce per group.
 
-    One all-reduce of one element.
+    The first is infinity if a gradient of any rank is not finite, else the most failures of any
+    rank. The second is 1 if something is news to any rank, else 0.
 
     Args:
         grads: Local gradients.
         failures: Refreshes that failed in a row on this rank, 0-dim.
-        process_group: Ranks of the model; None for all.
+        groups: Reduced over in turn.
+        is_news: Whether this rank has other gradients than when the ranks last agreed.
     """
-    worst = failures.clone()
+    worst = failures
     filled = [grad for grad in grads if grad.numel()]
     if filled:
         # Not the largest entry, seven times as slow: and where squares overflow, so do factors.
         wide = any(grad.dtype == torch.float64 for grad in filled)
         dtype = torch.float64 if wide else torch.float32
         norms = torch.stack(torch._foreach_norm(filled, 2, dtype=dtype))
-        worst.masked_fill_(~norms.isfinite().all(), math.inf)
-    if dist.is_initialized():
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=process_group)
-    return worst
+        worst = worst.masked_fill(~norms.isfinite().all(), math.inf)
+    verdict = torch.stack([worst, torch.full_like(worst, float(is_news))])
+    for group in groups:
+        dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=group)
+    return verdict
 
 
 class Watch:
@@ -58,29 +66,29 @@ class Watch:
         self.late = device.type != "cpu" if late is None else late
         self._pending: tuple[Tensor, torch.Event | None] | None = None
 
-    def read(self, worst: Tensor) -> float:
-        """The number of this step, or if reads are late of the step before (0 in the first)."""
+    def read(self, verdict: Tensor) -> list[float]:
+        """The numbers of this step, or if reads are late of the step before (0 in the first)."""
         if not self.late:
-            return float(worst)
-        before, self._pending = self._pending, _sent_to_host(worst)
+            return verdict.tolist()
+        before, self._pending = self._pending, _sent_to_host(verdict)
         if before is None:
-            return 0.0
-        value, arrival = before
+            return [0.0] * len(verdict)
+        numbers, arrival = before
         if arrival is not None:
             arrival.synchronize()  # a whole forward and backward pass ago: nothing to wait for
-        return float(value)
+        return numbers.tolist()
 
-    def count(self, verdict: float, max_skipped: int) -> None:
+    def count(self, worst: float, max_skipped: int) -> None:
         """Count a skipped step.
 
         Args:
-            verdict: What :meth:`read` returned.
+            worst: The first number that :meth:`read` returned.
             max_skipped: Skipped steps in a row that end the run.
 
         Raises:
             RuntimeError: On all ranks alike, after ``max_skipped`` in a row.
         """
-        if verdict != math.inf:
+        if worst != math.inf:
             self._in_a_row = 0
             return
         self.skipped_steps += 1
@@ -91,11 +99,12 @@ class Watch:
                                "finite; lower lr, or raise max_skipped")  # fmt: skip
 
 
-def _sent_to_host(value: Tensor) -> tuple[Tensor, torch.Event | None]:
+def _sent_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
     """A copy that arrives on the host while the device works on, and the event of its arrival."""
-    if value.device.type == "cpu":
-        return value.clone(), None
-    copy = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-    arrival = torch.Event(value.device)
+    if values.device.type == "cpu":
+        return values.clone(), None
+    copy = torch.empty(len(values), dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrival = torch.Event(values.device)
     arrival.record()
     return copy, arrival

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from titan_shampoo.block_optimizer import BlockOptimizer
+from titan_shampoo.distributed.blocks import Alignment
 from titan_shampoo.distributed.geometry import Merge
 from titan_shampoo.functional.grafting import Grafting
 from titan_shampoo.functional.kl_shampoo import KLShampooRule
@@ -48,6 +49,9 @@ class Shampoo(BlockOptimizer):
         block_size: Distance of block edges in elements, or a pair for rows and columns.
         merge: ``"matrix"`` (first dim by all others), ``"paper"`` (while products stay within
             ``block_size``) or ``"none"``.
+        block_alignment: ``"global"``: block edges belong to the parameter, and iterates do not
+            depend on the mesh; ``"shard"``: blocks are cut at shard edges, too, no gradient ever
+            travels, and iterates and state belong to one mesh.
         precondition_frequency: Steps between two refreshes of a block's roots.
         start_step: First step that uses roots; None for ``precondition_frequency``.
         refresh: ``"staggered"`` spreads the blocks over the period, ``"together"`` refreshes all
@@ -70,6 +74,8 @@ class Shampoo(BlockOptimizer):
             ``factor_dtype``.
         state_dtype: Dtype of filtered gradients and second moments: bfloat16 halves their memory,
             rounded such that averages keep moving; None for ``factor_dtype``.
+        communication_dtype: Dtype in which gradients and directions travel between ranks; None for
+            ``factor_dtype``.
         factor_frequency: Steps between two gradients that a block's factors take.
         match_rms: Root mean square that each block's direction is scaled to, with grafting None;
             0.2 is about Adam's, so that its learning rates carry over (for an orthogonal matrix
@@ -79,6 +85,9 @@ class Shampoo(BlockOptimizer):
         max_skipped: Steps in a row that may have gradients that are not finite.
         compile: Whether the arithmetic of a step is compiled, refreshes aside.
         process_group: Ranks that hold plain tensors as replicas; None for all ranks.
+        all_params: Names and tensors of the whole model, in ``params``' form, where ``params`` are
+            those of one stage of a pipeline; tensors on the meta device will do. Refreshes are then
+            spread over the period as in a process that holds all of them.
         fallback: ``"adamw"`` for vectors, embeddings, output heads and routers, or None to
             precondition all.
 
@@ -104,6 +113,7 @@ class Shampoo(BlockOptimizer):
         nesterov: bool = False,
         block_size: int | tuple[int, int] = 1024,
         merge: Merge = "matrix",
+        block_alignment: Alignment = "global",
         precondition_frequency: int = 10,
         start_step: int | None = None,
         refresh: Literal["staggered", "together"] = "staggered",
@@ -116,6 +126,7 @@ class Shampoo(BlockOptimizer):
         factor_dtype: torch.dtype | None = None,
         root_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        communication_dtype: torch.dtype | None = None,
         factor_frequency: int = 1,
         match_rms: float | None = None,
         batch_dims: int = 0,
@@ -123,9 +134,10 @@ class Shampoo(BlockOptimizer):
         max_skipped: int = 20,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        all_params: Iterable[Any] | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        super().__init__(params, _options(locals()), process_group)
+        super().__init__(params, _options(locals()), process_group, all_params)
 
 
 class KLShampoo(BlockOptimizer):
@@ -155,6 +167,7 @@ class KLShampoo(BlockOptimizer):
         nesterov: bool = False,
         block_size: int | tuple[int, int] = 1024,
         merge: Merge = "matrix",
+        block_alignment: Alignment = "global",
         precondition_frequency: int = 10,
         start_step: int | None = 1,
         refresh: Refresh = "staggered",
@@ -165,6 +178,7 @@ class KLShampoo(BlockOptimizer):
         factor_dtype: torch.dtype | None = None,
         root_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        communication_dtype: torch.dtype | None = None,
         factor_frequency: int = 1,
         match_rms: float | None = None,
         batch_dims: int = 0,
@@ -172,9 +186,10 @@ class KLShampoo(BlockOptimizer):
         max_skipped: int = 20,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        all_params: Iterable[Any] | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        super().__init__(params, _options(locals()), process_group)
+        super().__init__(params, _options(locals()), process_group, all_params)
 
 
 class SOAP(BlockOptimizer):
@@ -209,6 +224,7 @@ class SOAP(BlockOptimizer):
         nesterov: bool = False,
         block_size: int | tuple[int, int] = 1024,
         merge: Merge = "matrix",
+        block_alignment: Alignment = "global",
         precondition_frequency: int = 10,
         start_step: int | None = 1,
         refresh: Refresh = "staggered",
@@ -216,18 +232,20 @@ class SOAP(BlockOptimizer):
         factor_dtype: torch.dtype | None = None,
         basis_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        communication_dtype: torch.dtype | None = None,
         factor_frequency: int = 1,
         batch_dims: int = 0,
         max_failures: int = 3,
         max_skipped: int = 20,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        all_params: Iterable[Any] | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        super().__init__(params, _options(locals()), process_group)
+        super().__init__(params, _options(locals()), process_group, all_params)
 
 
 def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The options among the arguments of a constructor."""
-    others = ("self", "params", "process_group", "__class__")
+    others = ("self", "params", "process_group", "all_params", "__class__")
     return {key: value for key, value in arguments.items() if key not in others}

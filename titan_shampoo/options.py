@@ -54,6 +54,7 @@ LIMITS: dict[str, Limit] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_decay_type": ("l2", "decoupled", "corrected", "independent"),
     "merge": ("matrix", "paper", "none"),
+    "block_alignment": ("global", "shard"),
     "refresh": ("staggered", "together"),
     "grafting": (None, "sgd", "adagrad", "rmsprop", "adam"),
     "root_method": ("auto", "eigh", "newton", "newton_schulz", "qr"),
@@ -61,6 +62,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "factor_dtype": (None, torch.float32, torch.float64),
     "root_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "basis_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
+    "communication_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "state_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "fallback": (None, "adamw"),
 }

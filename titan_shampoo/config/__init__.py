@@ -12,11 +12,20 @@ from titan_shampoo.config.combinations import check_combinations
 from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.config.help import help_text
+from titan_shampoo.config.planning import PlanRequest, read_plan_request
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.toml_file import read_toml
 from titan_shampoo.config.world import check_world
 
-__all__ = ["ConfigError", "Settings", "check_world", "nearest", "read_config"]
+__all__ = [
+    "ConfigError",
+    "PlanRequest",
+    "Settings",
+    "check_world",
+    "nearest",
+    "read_config",
+    "read_plan_request",
+]
 
 
 def read_config(args: Sequence[str]) -> Settings:

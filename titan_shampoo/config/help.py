@@ -8,6 +8,9 @@ from titan_shampoo.config.values import describe, show
 
 _USAGE = """\
 usage: torchrun --nproc_per_node=N train.py --job.config_file FILE [--table.key VALUE ...]
+       python train.py --plan [--world-size N] [--json] --job.config_file FILE [...]
+
+--plan starts nothing: it prints memory, arithmetic and messages of every rank.
 
 Every key below may stand in the TOML file, or on the command line as --table.key VALUE
 (--table.flag and --table.no-flag for what is true or false). The command line wins.

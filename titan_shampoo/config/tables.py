@@ -41,6 +41,12 @@ class Blocks:
     merge: Literal["matrix", "paper", "none"] | None = None
     """How the dims of a tensor become those of a matrix; not set: matrix"""
 
+    block_alignment: Literal["global", "shard"] | None = None
+    """
+    Blocks with edges of their own, the same on every mesh, or also cut at the edges of shards so
+    that no gradient travels; not set: global
+    """
+
     precondition_frequency: int | None = None
     """Steps between two refreshes of a block; not set: 10"""
 
@@ -67,6 +73,9 @@ class Blocks:
 
     state_dtype: Literal["float32", "float64", "bfloat16"] | None = None
     """Precision of the stored moments; not set: factor_dtype"""
+
+    communication_dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    """Precision in which gradients and directions travel between ranks; not set: factor_dtype"""
 
     compile: bool | None = None
     """Compile the arithmetic of a step; not set: false"""

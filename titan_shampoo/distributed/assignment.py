@@ -1,10 +1,66 @@
 """Who works on which block, and when its turn to refresh comes.
 
 Both are longest-first packings of costs into bins: every rank computes them from the same numbers
-and gets the same answer, so nothing has to be agreed on.
+and gets the same answer, so nothing has to be agreed on. Turns come first and depend on the model
+alone, because they decide the iterates; owners depend on the mesh, and decide only who computes.
 """
 
-from collections.abc import Sequence
+import heapq
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOLERANCE = 0.03
+"""How far a rank may be above the mean, relative to it, before blocks travel to relieve it."""
+
+FLOPS_PER_BYTE = 100.0
+"""Arithmetic that a block must bring along for each byte that it sends, to travel for balance.
+
+About what one rank computes (batched products and factorisations of small blocks) in the time in
+which it sends a byte: 100 GFLOP/s beside 1 GB/s on processors, 20 TFLOP/s beside 200 GB/s inside a
+machine of accelerators. Matrix blocks from 64 up bring more.
+"""
+
+
+class Claim(NamedTuple):
+    """What a parameter needs of the refresh period."""
+
+    name: str
+    group: int
+    """Number of its parameter group."""
+    period: int
+    """Steps between two refreshes of a block."""
+    costs: tuple[float, ...]
+    """Floating-point operations of one refresh of each of its blocks."""
+
+
+def spread_turns(claims: Sequence[Claim]) -> list[list[int]]:
+    """Turns in ``[0, period)`` of the blocks of each parameter, such that turns cost the same.
+
+    They do not depend on the order of ``claims``: groups come one after the other, so that one that
+    is added later does not move those before, and parameters of a group by name.
+    """
+    turns: list[list[int]] = [[] for _ in claims]
+    loads: dict[int, list[float]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, claim in enumerate(claims):
+        groups.setdefault((claim.period, claim.group), []).append(number)
+    for (period, _), members in sorted(groups.items()):
+        members.sort(key=lambda number: _natural(claims[number].name))
+        load = loads.setdefault(period, [0.0] * period)
+        spread = iter(refresh_turns([c for m in members for c in claims[m].costs], load))
+        for member in members:
+            turns[member] = [next(spread) for _ in claims[member].costs]
+    return turns
+
+
+def _natural(name: str) -> list[str | int]:
+    """Key that sorts ``layers.10`` behind ``layers.9``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def refresh_turns(costs: Sequence[float], loads: list[float]) -> list[int]:
@@ -14,35 +70,121 @@ def refresh_turns(costs: Sequence[float], loads: list[float]) -> list[int]:
         costs: Cost of one refresh of each block.
         loads: What each turn of the period costs already; added to.
     """
-    period = len(loads)
     turns = [0] * len(costs)
-    for block in _longest_first(costs):
-        turn = min(range(period), key=loads.__getitem__)
+    queue = [(load, turn) for turn, load in enumerate(loads)]
+    heapq.heapify(queue)
+    for block in sorted(range(len(costs)), key=lambda block: (-costs[block], block)):
+        load, turn = queue[0]
         turns[block] = turn
-        loads[turn] += costs[block]
+        heapq.heapreplace(queue, (load + costs[block], turn))
+    for load, turn in queue:
+        loads[turn] = load
     return turns
 
 
-def assign_owners(
-    costs: Sequence[float], candidates: Sequence[Sequence[int]], num_ranks: int
-) -> list[int]:
-    """Rank in ``candidates[block]`` that works on each block, such that the largest load is small.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The blocks of one parameter as work to be given to ranks."""
 
-    With equal candidates no rank carries more than the mean plus one block.
+    ranks: NDArray[np.int64]
+    """Ranks that hold the parameter, ``(replicas, shards)``."""
+    holders: Sequence[tuple[int, ...]]
+    """For each block, the columns of ``ranks`` that hold a part of it."""
+    rates: NDArray[np.float64]
+    """Floating-point operations of each block per step, refreshes included at their rate."""
+    refreshes: NDArray[np.float64]
+    """Those of one refresh of each block."""
+    turns: NDArray[np.int64]
+    """Turn of each block."""
+    period: int
+    """Number of turns."""
+    may_travel: NDArray[np.bool_]
+    """Blocks that may go to a rank without a part of them."""
 
-    Args:
-        costs: Cost of each block per step, refreshes included at their rate.
-        candidates: Ranks that may own the block, at least one.
-        num_ranks: Number of ranks.
+
+def assign_owners(jobs: Sequence[Job]) -> list[NDArray[np.int64]]:
+    """Rank that works on each block of each job, such that no rank holds the others up.
+
+    The largest blocks are given away first. Each goes to a holder that stays within
+    ``1 + TOLERANCE`` of the mean with it, to the one with the least to refresh in the block's turn,
+    so that ranks are level in every single step. If all holders would be above, it goes to the
+    least loaded of them, or, if it may travel, of all ranks of the team.
+
+    Jobs of other ranks count only if all ranks of a job know them (experts on a part of the mesh
+    know what the whole mesh does, but not the other way round), so that all of them agree.
     """
-    loads = [0.0] * num_ranks
-    owners = [0] * len(costs)
-    for block in _longest_first(costs):
-        owner = min(candidates[block], key=loads.__getitem__)
-        owners[block] = owner
-        loads[owner] += costs[block]
+    owners = [np.zeros(len(job.rates), np.int64) for job in jobs]
+    groups: dict[frozenset[int], list[int]] = {}
+    for number, job in enumerate(jobs):
+        groups.setdefault(frozenset(job.ranks.reshape(-1).tolist()), []).append(number)
+    ledgers: dict[frozenset[int], _Ledger] = {}
+    num_ranks = 1 + max((max(ranks) for ranks in groups), default=0)
+    for ranks in sorted(groups, key=lambda ranks: (-len(ranks), sorted(ranks))):
+        known = [ledger for others, ledger in ledgers.items() if ranks < others]
+        members = groups[ranks]
+        ledger = ledgers[ranks] = _Ledger([jobs[n] for n in members], known, num_ranks)
+        for number, position, owner in ledger.give_all():
+            owners[members[number]][position] = owner
     return owners
 
 
-def _longest_first(costs: Sequence[float]) -> list[int]:
-    return sorted(range(len(costs)), key=lambda block: (-costs[block], block))
+class _Ledger:
+    """What every rank has been given so far, of some jobs that the same ranks do."""
+
+    def __init__(self, jobs: Sequence[Job], known: Iterable["_Ledger"], num_ranks: int) -> None:
+        self.jobs = jobs
+        self.totals = np.zeros(num_ranks)
+        self.refreshes = {
+            period: np.zeros((period, num_ranks)) for period in {job.period for job in jobs}
+        }
+        self.own = np.zeros(num_ranks)
+        self.own_refreshes = {period: array.copy() for period, array in self.refreshes.items()}
+        for other in known:
+            self.totals += other.own
+            for period, array in other.own_refreshes.items():
+                if period in self.refreshes:
+                    self.refreshes[period] += array
+        ranks = jobs[0].ranks.reshape(-1)
+        self.level = (self.totals[ranks].sum() + sum(job.rates.sum() for job in jobs)) / len(ranks)
+        self.candidates: dict[tuple[int, tuple[int, ...]], NDArray[np.int64]] = {}
+
+    def give_all(self) -> Iterator[tuple[int, int, int]]:
+        """Triples (job, block, owner) of all blocks, the largest first."""
+        entries = [(n, k) for n, job in enumerate(self.jobs) for k in range(len(job.rates))]
+        rates = np.concatenate([job.rates for job in self.jobs])
+        turns = np.concatenate([job.turns for job in self.jobs])
+        # lexsort's last key comes first; equal blocks stay in order.
+        for entry in np.lexsort((turns, -rates)).tolist():
+            number, position = entries[entry]
+            yield number, position, self.give(number, position)
+
+    def give(self, number: int, position: int) -> int:
+        """The rank that takes a block; its load grows."""
+        job = self.jobs[number]
+        rate, period, turn = job.rates[position], job.period, job.turns[position]
+        holders = self._holders(number, position)
+        limit = self.level * (1 + TOLERANCE)
+        turn_loads = self.refreshes[period][turn]
+        fitting = holders[self.totals[holders] + rate <= limit]
+        if len(fitting):
+            choice = np.lexsort((self.totals[fitting], turn_loads[fitting]))[0]
+            owner = int(fitting[choice])
+        else:
+            owner = self._least_loaded(holders)
+            if job.may_travel[position]:
+                other = self._least_loaded(job.ranks.reshape(-1))
+                owner = other if self.totals[other] < self.totals[owner] else owner
+        for totals, refreshes in ((self.totals, self.refreshes), (self.own, self.own_refreshes)):
+            totals[owner] += rate
+            refreshes[period][turn, owner] += job.refreshes[position]
+        return owner
+
+    def _least_loaded(self, ranks: NDArray[np.int64]) -> int:
+        return int(ranks[self.totals[ranks].argmin()])
+
+    def _holders(self, number: int, position: int) -> NDArray[np.int64]:
+        job = self.jobs[number]
+        key = (number, job.holders[position])
+        if key not in self.candidates:
+            self.candidates[key] = job.ranks[:, job.holders[position]].reshape(-1)
+        return self.candidates[key]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.distributed.copies import Copy, Memory, View
-from titan_shampoo.distributed.plan import Bucket
+from titan_shampoo.distributed.traffic import Bucket
 
 # Renamed in torch 2.13; the old name warns there.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

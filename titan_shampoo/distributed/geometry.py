@@ -1,13 +1,16 @@
 """Which blocks a parameter consists of: a grid in the parameter's own, global coordinates.
 
 The grid depends on the parameter's shape and the configuration alone, never on a mesh, so that
-iterates and checkpoints are the same on every mesh. Merging and blocking follow Shi et al. 2023
-(arXiv 2309.06497, section 3).
+iterates and checkpoints are the same on every mesh; unless it is asked for, by ``Grid.cut_at``, to
+have the edges of shards too. Merging and blocking follow Shi et al. 2023 (arXiv 2309.06497,
+section 3).
 """
 
+import hashlib
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Merge = Literal["matrix", "paper", "none"]
@@ -28,16 +31,18 @@ class Grid:
     """For each merged dim, the dims of the parameter that it consists of, in order."""
     merged_shape: tuple[int, ...]
     """Extent of each merged dim."""
-    block_size: tuple[int, ...]
-    """Distance of block edges along each merged dim; 1 along batch dims."""
+    edges: tuple[tuple[int, ...], ...]
+    """Where blocks begin along each merged dim, and where the last one ends."""
     batch_dims: int
     """Leading merged dims that blocks do not extend over (expert stacks)."""
+    fingerprint: str = ""
+    """Short hash of the edges if they depend on a mesh; part of the keys of state, so that state of
+    other edges cannot be taken for it."""
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Number of blocks along each merged dim."""
-        pairs = zip(self.merged_shape, self.block_size, strict=True)
-        return tuple(-(-extent // size) for extent, size in pairs)
+        return tuple(len(edges) - 1 for edges in self.edges)
 
     @property
     def num_blocks(self) -> int:
@@ -55,17 +60,30 @@ class Grid:
 
     def block_start(self, position: tuple[int, ...]) -> tuple[int, ...]:
         """First index of a block along each merged dim."""
-        return tuple(p * size for p, size in zip(position, self.block_size, strict=True))
+        return tuple(edges[p] for p, edges in zip(position, self.edges, strict=True))
 
     def block_extent(self, position: tuple[int, ...]) -> tuple[int, ...]:
         """Extent of a block along each merged dim (1 along batch dims)."""
-        starts = self.block_start(position)
-        triples = zip(starts, self.block_size, self.merged_shape, strict=True)
-        return tuple(min(size, extent - start) for start, size, extent in triples)
+        return tuple(edges[p + 1] - edges[p] for p, edges in zip(position, self.edges, strict=True))
 
     def block_shape(self, position: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a block as the mathematics sees it, without batch dims."""
         return self.block_extent(position)[self.batch_dims :]
+
+    def cut_at(self, more: Sequence[Iterable[int]]) -> "Grid":
+        """The grid with ``more`` edges along each merged dim; itself if it has them already.
+
+        >>> grid = make_grid((12, 4), block_size=5).cut_at([(0, 6, 12), (0, 4)])
+        >>> grid.edges, grid.fingerprint
+        (((0, 5, 6, 10, 12), (0, 4)), '66af7fde')
+        """
+        edges = tuple(
+            tuple(sorted({*mine, *others})) for mine, others in zip(self.edges, more, strict=True)
+        )
+        if edges == self.edges:
+            return self
+        fingerprint = hashlib.sha256(repr(edges).encode()).hexdigest()[:8]
+        return replace(self, edges=edges, fingerprint=fingerprint)
 
 
 def make_grid(
@@ -96,7 +114,11 @@ def make_grid(
     groups = batch + _merge(shape, range(batch_dims, len(shape)), merge, max(first, other))
     merged = tuple(math.prod(shape[dim] for dim in group) for group in groups)
     sizes = (1,) * batch_dims + (first,) + (other,) * (len(groups) - batch_dims - 1)
-    return Grid(tuple(groups), merged, sizes, batch_dims)
+    edges = tuple(
+        (*range(0, extent, size), extent) if extent else (0,)
+        for extent, size in zip(merged, sizes, strict=True)
+    )
+    return Grid(tuple(groups), merged, edges, batch_dims)
 
 
 def _merge(

@@ -36,6 +36,15 @@ class Sharding:
         """The part of a parameter of ``shape`` that shard number ``shard`` holds; may be empty."""
         return _region(self, shape, grid, shard)
 
+    @property
+    def num_regions(self) -> int:
+        """How many shards there are."""
+        return math.prod(self.num_shards)
+
+    def edges(self, shape: tuple[int, ...], grid: Grid) -> tuple[tuple[int, ...], ...]:
+        """Where shards of a parameter of ``shape`` begin and end along each merged dim."""
+        return _edges(self, shape, grid)
+
 
 @functools.cache
 def _region(sharding: Sharding, shape: tuple[int, ...], grid: Grid, shard: int) -> Region:
@@ -47,6 +56,15 @@ def _region(sharding: Sharding, shape: tuple[int, ...], grid: Grid, shard: int) 
     for axis, dim in sharding.cuts:
         ranges[dim] = _chunk(ranges[dim], sharding.num_shards[axis], coordinates[axis])
     return tuple(_merged_intervals(shape, ranges, group) for group in grid.dim_groups)
+
+
+@functools.cache
+def _edges(sharding: Sharding, shape: tuple[int, ...], grid: Grid) -> tuple[tuple[int, ...], ...]:
+    found: list[set[int]] = [set() for _ in grid.merged_shape]
+    for shard in range(sharding.num_regions):
+        for edges, intervals in zip(found, _region(sharding, shape, grid, shard), strict=True):
+            edges.update(itertools.chain.from_iterable(intervals))
+    return tuple(tuple(sorted(edges)) for edges in found)
 
 
 def _chunk(interval: Interval, num_chunks: int, index: int) -> Interval:
@@ -118,14 +136,32 @@ def layout_of(
         name: Name of the parameter, for error messages.
 
     Raises:
-        ValueError: If a placement is neither a shard nor a replica.
+        ValueError: If a placement is neither a shard nor a replica, or the parameter is kept in
+            other memory than its mesh communicates from.
     """
     if isinstance(param, DTensor):
+        check_device(param.device.type, param.device_mesh.device_type, name)
         return _dtensor_layout(param, name)
     if process_group is None or process_group.size() == 1:
         return LONE, Sharding((), ())
     ranks = tuple((rank,) for rank in dist.get_process_group_ranks(process_group))
     return Team(ranks, process_group.rank(), 0, None, process_group), Sharding((), ())
+
+
+def check_device(stored: str, mesh: str, name: str) -> None:
+    """Raise ValueError for parameters that are offloaded to the host (FSDP2's CPUOffloadPolicy).
+
+    Their gradients and state would have to cross the bus twice in each step, and their process
+    groups do not reach host memory.
+
+    Args:
+        stored: Type of the device that holds the local shard; "meta" stands for any.
+        mesh: Type of the device that its mesh communicates from.
+        name: Name of the parameter.
+    """
+    if stored not in (mesh, "meta"):
+        raise ValueError(f"{name}: got a shard in {stored} memory on a mesh of {mesh} devices, "
+                         f"wanted both on {mesh}; switch off CPU offload")  # fmt: skip
 
 
 def _dtensor_layout(param: DTensor, name: str) -> tuple[Team, Sharding]:

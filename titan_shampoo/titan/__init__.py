@@ -20,6 +20,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 
 from titan_shampoo.titan.console import log_plainly
 from titan_shampoo.titan.initialization import initialize_alike
+from titan_shampoo.titan.planning import plan_run
 from titan_shampoo.titan.recipes import resnet, transformer
 from titan_shampoo.titan.seed import run_seed
 from titan_shampoo.titan.trainer import Trainer
@@ -37,6 +38,7 @@ __all__ = [
     "log_plainly",
     "parallelize_llama",
     "pipeline_llm",
+    "plan_run",
     "resnet",
     "run_seed",
     "transformer",

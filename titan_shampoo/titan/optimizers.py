@@ -7,12 +7,13 @@ to the checkpoint, keyed by parameter name, which are loaded in place.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer as TorchtitanContainer
 from torchtitan.distributed import ParallelDims
@@ -39,6 +40,8 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         model_parts: Parts of the model on this rank, sharded.
         config: The ``[optimizer]`` table.
         parallel_dims: Says which ranks hold plain tensors as replicas.
+        whole_model: Names and parameters of the whole model, where this rank has one stage of a
+            pipeline; refreshes are spread over all of its blocks.
     """
 
     def __init__(
@@ -46,19 +49,23 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         model_parts: list[nn.Module],
         config: Any,  # noqa: ANN401 - merged dataclass
         parallel_dims: ParallelDims,
+        whole_model: NamedParameters | None = None,
     ) -> None:
         self.model_parts = model_parts
         self.optimizers = []
         self._step_seconds = 0.0
-        replicas = _replica_group(parallel_dims)
+        replicas = replica_group(parallel_dims)
+        everywhere = {} if whole_model is None else _grouped(whole_model, config)
         for part in model_parts:
-            by_method = _grouped(part, config)
+            by_method = _grouped(part.named_parameters(), config)
             if not by_method:
                 raise ConfigError(
                     "the model has no parameter that is trained; see optimizer.groups"
                 )
             for method, groups in by_method.items():
-                self.optimizers.append(_build(method, groups, config, replicas))
+                self.optimizers.append(
+                    _build(method, groups, config, replicas, everywhere.get(method))
+                )
         params = [
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
@@ -117,12 +124,13 @@ def build_optimizers(
     model_parts: list[nn.Module],
     config: Any,  # noqa: ANN401 - merged dataclass
     parallel_dims: ParallelDims,
+    whole_model: NamedParameters | None = None,
 ) -> OptimizersContainer:
     """Return the optimizers that the ``[optimizer]`` table asks for."""
-    return OptimizersContainer(model_parts, config, parallel_dims)
+    return OptimizersContainer(model_parts, config, parallel_dims, whole_model)
 
 
-def _replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
+def replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
     """Ranks that hold a plain tensor as replicas: DDP's, or each rank alone (pipelines)."""
     if parallel_dims.world_size == 1:
         return None
@@ -132,20 +140,23 @@ def _replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
     return alone
 
 
-def _grouped(part: nn.Module, config: Any) -> dict[str, list[dict[str, Any]]]:  # noqa: ANN401 - merged dataclass
+def _grouped(
+    params: Iterable[tuple[str, nn.Parameter]],
+    config: Any,  # noqa: ANN401 - merged dataclass
+) -> dict[str, list[dict[str, Any]]]:
     """Parameter groups by method: one per ``[[optimizer.groups]]``, and one for the rest."""
     claims = [*config.groups, tables.Group(pattern="")]
     members: list[NamedParameters] = [[] for _ in claims]
-    for wrapped_name, param in part.named_parameters():
+    for wrapped_name, param in params:
         name = unwrapped_name(wrapped_name)
         if param.requires_grad:
             index = next(i for i, claim in enumerate(claims) if re.search(claim.pattern, name))
             members[index].append((name, param))
     by_method: dict[str, list[dict[str, Any]]] = {}
-    for claim, params in zip(claims, members, strict=True):
-        if params:
+    for claim, claimed in zip(claims, members, strict=True):
+        if claimed:
             own = {"lr": claim.lr, "weight_decay": claim.weight_decay}
-            group = {"params": params} | {
+            group = {"params": claimed} | {
                 key: value for key, value in own.items() if value is not None
             }
             by_method.setdefault(claim.optimizer or config.name, []).append(group)
@@ -157,14 +168,17 @@ def _build(
     groups: list[dict[str, Any]],
     config: Any,  # noqa: ANN401 - merged dataclass
     replicas: dist.ProcessGroup | None,
+    everywhere: list[dict[str, Any]] | None,
 ) -> Optimizer:
     """One optimizer, with its state allocated."""
     if method in _BLOCK_METHODS:
-        return _build_for_blocks(method, groups, config, replicas)
-    implementation = {
-        "fused": config.implementation == "fused",
-        "foreach": config.implementation == "foreach",
-    }
+        return _build_for_blocks(method, groups, config, replicas, everywhere)
+    # DTensor has no fused SGD: the first step would raise.
+    sharded = any(isinstance(p, DTensor) for group in groups for _, p in group["params"])
+    chosen = config.implementation
+    if method == "SGD" and sharded and chosen == "fused":
+        chosen = "foreach"
+    implementation = {"fused": chosen == "fused", "foreach": chosen == "foreach"}
     if method == "AdamW":
         betas = (config.beta1, config.beta2)
         optimizer: Optimizer = torch.optim.AdamW(
@@ -190,6 +204,7 @@ def _build_for_blocks(
     groups: list[dict[str, Any]],
     config: Any,  # noqa: ANN401 - merged dataclass
     replicas: dist.ProcessGroup | None,
+    everywhere: list[dict[str, Any]] | None,
 ) -> BlockOptimizer:
     """One of the library's optimizers; its own table beats the shared keys."""
     build, table, shared_eps = _BLOCK_METHODS[method]
@@ -201,7 +216,7 @@ def _build_for_blocks(
         **_library_options(getattr(config, table)),
     }
     try:
-        return build(groups, **options, process_group=replicas)
+        return build(groups, **options, process_group=replicas, all_params=everywhere)
     except ValueError as error:  # does not fit the parameters, which the configuration cannot know
         raise ConfigError(f"optimizer.{table}: {error}") from error
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torchtitan.train
-from torch import Tensor
+from torch import Tensor, nn
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.protocols import train_spec
@@ -57,6 +57,7 @@ class Trainer(torchtitan.train.Trainer):
                 f"{', '.join(recipe.model_args)}{nearest(flavor, recipe.model_args)}"
             )
         self._pipeline_loss: DividedLoss | None = None
+        self._whole_model: list[tuple[str, nn.Parameter]] | None = None
         _register(job_config.model.name, self._adapted(recipe))
         with _replaced(torchtitan.train, "CheckpointManager", checkpoint_manager):
             super().__init__(job_config)
@@ -66,17 +67,23 @@ class Trainer(torchtitan.train.Trainer):
         validator = recipe.build_validator_fn
         if validator is not None:
             validator = partial(validator, prepare=self.post_dataloading_process)
-        pipelining = recipe.pipelining_fn
+        pipelining, build_optimizers = recipe.pipelining_fn, recipe.build_optimizers_fn
         return replace(
             recipe,
             pipelining_fn=pipelining and partial(self._pipeline, pipelining),
+            build_optimizers_fn=partial(self._build_optimizers, build_optimizers),
             build_validator_fn=validator,
         )
 
-    def _pipeline(self, pipelining: Any, *args: Any) -> Any:  # noqa: ANN401 (torchtitan's)
+    def _pipeline(self, pipelining: Any, model: nn.Module, *args: Any) -> Any:  # noqa: ANN401 (torchtitan's)
+        self._whole_model = list(model.named_parameters())  # on the meta device
         *others, loss_fn = args
         self._pipeline_loss = DividedLoss(loss_fn)
-        return pipelining(*others, self._pipeline_loss)
+        return pipelining(model, *others, self._pipeline_loss)
+
+    def _build_optimizers(self, build: Any, *args: Any) -> Any:  # noqa: ANN401 (torchtitan's)
+        """Tell the optimizers of a pipeline stage of the other stages' parameters."""
+        return build(*args, self._whole_model)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor | float

@@ -1,0 +1,187 @@
+"""``train.py --plan``: its figures are what real ranks are seen to hold."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.tensor import DTensor
+
+from parallel import resnet, transformer
+from tests.ranks import run_on_ranks
+from tests.titan_runs import image_run, text_run, trainer_of, write_text
+from titan_shampoo import engine, titan
+from titan_shampoo.block_optimizer import BlockOptimizer
+from titan_shampoo.config import ConfigError, check_world, read_config, read_plan_request
+from titan_shampoo.distributed.exchange import Exchange
+from titan_shampoo.titan.config import make_job_config
+from titan_shampoo.titan.planning import RunPlan
+
+ROOT = Path(__file__).parent.parent
+DDP = {
+    "parallelism__data_parallel_replicate_degree": 4,
+    "parallelism__data_parallel_shard_degree": 1,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "Shampoo, fsdp": {"optimizer__name": "Shampoo"},
+    "SOAP, hsdp": {"optimizer__name": "SOAP", "parallelism__data_parallel_replicate_degree": 2},
+    "KLShampoo, fsdp x tp": {
+        "optimizer__name": "KLShampoo",
+        "parallelism__tensor_parallel_degree": 2,
+        "optimizer__kl_shampoo__momentum": 0.9,
+    },
+    "Shampoo, pp x fsdp": {
+        "optimizer__name": "Shampoo",
+        "parallelism__pipeline_parallel_degree": 2,
+        "parallelism__pipeline_parallel_microbatch_size": 2,
+    },
+    "AdamW, ddp": {"optimizer__name": "AdamW", **DDP},
+    "SGD, fsdp": {"optimizer__name": "SGD", "optimizer__sgd__momentum": 0.9},
+}
+
+
+def bytes_of(tensors: Any) -> int:
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in local)
+
+
+def measured(runs: list[list[str]]) -> list[dict[str, int]]:
+    """Bytes on this rank after one step of each run."""
+    return [_measured(args) for args in runs]
+
+
+def _measured(args: list[str]) -> dict[str, int]:
+    seen: list[Exchange] = []
+
+    class Seen(Exchange):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch, trainer_of(args) as trainer:
+        patch.setattr(engine, "Exchange", Seen)
+        trainer.train()
+        params = [param for part in trainer.model_parts for param in part.parameters()]
+        found = Counter({
+            "parameters": bytes_of(params),
+            "gradients": bytes_of(param.grad for param in params),
+            "buffers": bytes_of(b for part in trainer.model_parts for b in part.buffers()),
+        })  # fmt: skip
+        for optimizer in trainer.optimizers.optimizers:
+            found["state"] += bytes_of(v for s in optimizer.state.values() for v in s.values())
+            if isinstance(optimizer, BlockOptimizer) and optimizer._engine is not None:
+                for tensors in optimizer._engine._workspace.values():
+                    found["in a step"] += bytes_of(tensors)
+        for exchange in seen:
+            found["in a step"] += bytes_of([exchange._inbox, exchange._shelf])
+            if exchange._bucket.team.num_replicas > 1:  # what is sent to the other replicas
+                found["in a step"] += exchange._bucket.shelf_width * exchange._shelf.itemsize
+        return dict(found)
+
+
+def plan_of(args: list[str], world_size: int) -> RunPlan:
+    settings = read_config(args)
+    check_world(settings, world_size)
+    job_config = make_job_config(settings)
+    recipes = {
+        "llama3": titan.transformer(transformer.parallelize, transformer.pipeline),
+        "resnet": titan.resnet(resnet.parallelize),
+    }
+    return titan.plan_run(job_config, recipes[job_config.model.name], world_size)
+
+
+def planned(plan: RunPlan) -> list[dict[str, float]]:
+    """What the plan says of each rank, in the same classes as what is measured."""
+    found: dict[int, Counter[str]] = {}
+    for stage in plan.stages:
+        for what, figures, unit in stage.rows:
+            kinds = ("state", "in a step", "parameters", "gradients", "buffers")
+            kind = next((kind for kind in kinds if kind in what and "sent" not in what), None)
+            for rank, value in zip(stage.ranks, figures, strict=True):
+                if unit == "B" and kind:
+                    found.setdefault(rank, Counter())[kind] += value
+    return [dict(found[rank]) for rank in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("plans")
+    write_text(folder)
+    found = {
+        name: text_run(folder, name, training__steps=1, **settings)
+        for name, settings in LAYOUTS.items()
+    }
+    images = {"optimizer__name": "Shampoo", "optimizer__shampoo__block_size": 256}
+    return found | {"Shampoo, images, ddp": image_run(folder, "images", **images, **DDP)}
+
+
+@pytest.fixture(scope="module")
+def measurements(runs: dict[str, list[str]]) -> dict[str, list[dict[str, int]]]:
+    """By run, what each of four ranks holds."""
+    results = run_on_ranks(4, measured, list(runs.values()), timeout=300)
+    return {name: [rank[i] for rank in results] for i, name in enumerate(runs)}
+
+
+@pytest.mark.parametrize("run", [*LAYOUTS, "Shampoo, images, ddp"])
+def test_memory_is_what_four_ranks_hold(
+    runs: dict[str, list[str]], measurements: dict[str, list[dict[str, int]]], run: str
+) -> None:
+    ranks = planned(plan_of(runs[run], 4))
+    assert len(ranks) == 4
+    for mine, seen in zip(ranks, measurements[run], strict=True):
+        for kind, size in seen.items():
+            assert mine.get(kind, 0) == pytest.approx(size, rel=0.02, abs=64), kind
+        assert mine.keys() >= seen.keys()
+
+
+def run_train(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_plan_of_llama_8b_on_512_ranks_is_printed_in_a_minute(tmp_path: Path) -> None:
+    start = time.monotonic()
+    found = run_train(
+        "--plan", "--json", "--world-size", "512", "--model.flavor", "8B",
+        f"--job.dump_folder={tmp_path}", "--optimizer.name=Shampoo",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert time.monotonic() - start < 60
+    (stage,) = json.loads(found.stdout)["stages"]
+    assert stage["ranks"] == list(range(512))
+    assert sum(stage["per_rank"]["parameters"]) == 4 * 8_030_261_248
+    assert stage["methods"]["Shampoo"]["imbalance"] < 1.05
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_the_plan_are_refused_without_it() -> None:
+    for flag in ("--json", "--world-size=8"):
+        with pytest.raises(ConfigError, match="add --plan"):
+            read_plan_request([flag], 1)
+
+
+def test_a_world_size_that_is_no_number_is_refused() -> None:
+    for text in ("many", "0", "-1", ""):
+        with pytest.raises(ConfigError, match="expected a number of ranks"):
+            read_plan_request(["--plan", f"--world-size={text}"], 1)
+
+
+def test_the_plan_is_for_the_ranks_that_were_started_unless_told_otherwise() -> None:
+    settings = ["--model.flavor", "8B"]
+    request, rest = read_plan_request(["--plan", *settings], 3)
+    assert request is not None
+    assert (request.world_size, request.as_json, rest) == (3, False, settings)
+    assert read_plan_request(settings, 3) == (None, settings)
+
+
+def test_a_plan_is_checked_against_its_own_world_size(tmp_path: Path) -> None:
+    found = run_train(
+        "--plan", "--world-size", "6", "--parallelism.tensor_parallel_degree", "4",
+        f"--job.dump_folder={tmp_path}",
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "there are 6 ranks" in found.stderr

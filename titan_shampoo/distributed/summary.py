@@ -1,0 +1,271 @@
+"""A plan in figures, for every rank at once: work, memory, messages.
+
+Nothing is simulated rank by rank: who owns which block and which shard holds how much of it are
+tables, and the figures are sums over them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from titan_shampoo.distributed.advice import suggestions
+from titan_shampoo.distributed.blocks import Block, Parameter, Tables
+from titan_shampoo.distributed.plan import bucket_members
+
+Figures = NDArray[np.float64]
+"""One number per rank."""
+
+
+@dataclass(slots=True)
+class Summary:
+    """What every rank has to do, to keep and to send; arrays are ``(ranks,)``."""
+
+    ranks: NDArray[np.int64]
+    """Numbers of the ranks that the columns belong to."""
+    blocks: Figures
+    """Blocks that a rank owns."""
+    step_flops: Figures
+    """Floating-point operations of every step, refreshes not counted."""
+    refresh_flops: dict[int, NDArray[np.float64]]
+    """Those of the refreshes in each turn, ``(period, ranks)``, by period."""
+    state: dict[str, Figures]
+    """Bytes of state by kind."""
+    working: dict[str, Figures]
+    """Bytes that exist during a step: stacks, directions, messages."""
+    sent: Figures
+    """Bytes sent to other ranks in a step."""
+    collectives: int
+    """Collectives in a step, the check of the gradients not counted."""
+    aligned: int
+    """Blocks that lie inside one shard and are worked on there."""
+    cut: int
+    """Blocks that travel because shard edges cut them."""
+    balancing: int
+    """Blocks that travel to relieve a rank."""
+    suggestions: list[str] = field(default_factory=list)
+    """What to change, in words."""
+
+    @property
+    def mean_flops(self) -> Figures:
+        """Operations per step, averaged over the period."""
+        return self.step_flops + sum(
+            (turns.mean(axis=0) for turns in self.refresh_flops.values()),
+            np.zeros_like(self.step_flops),
+        )
+
+    @property
+    def imbalance(self) -> float:
+        """Largest over mean work of a rank, over a whole period."""
+        return _imbalance(self.mean_flops)
+
+    @property
+    def worst_imbalance(self) -> float:
+        """Largest over mean work of a rank, in the worst single step of a period."""
+        worst = self.imbalance
+        for turns in self.refresh_flops.values():
+            rest = self.mean_flops - turns.mean(axis=0)
+            worst = max([worst, *(_imbalance(rest + turn) for turn in turns)])
+        return worst
+
+    @property
+    def largest_refresh(self) -> Figures:
+        """Operations of the refreshes in the step of the period that has most."""
+        zeros = np.zeros_like(self.step_flops)
+        return sum((turns.max(axis=0) for turns in self.refresh_flops.values()), zeros)
+
+    def rows(self) -> list[tuple[str, Figures, str]]:
+        """Triples (what, figures, unit) for a table."""
+        return [
+            ("blocks owned", self.blocks, ""),
+            ("arithmetic in every step", self.step_flops, "FLOP"),
+            ("arithmetic of refreshes, per step", self.mean_flops - self.step_flops, "FLOP"),
+            ("arithmetic of refreshes, largest step", self.largest_refresh, "FLOP"),
+            *((f"state: {kind}", figures, "B") for kind, figures in self.state.items()),
+            *((f"in a step: {kind}", figures, "B") for kind, figures in self.working.items()),
+            ("sent in a step", self.sent, "B"),
+        ]
+
+    def notes(self) -> list[str]:
+        """What no table of ranks says."""
+        return [
+            f"work per rank, largest / mean: {self.imbalance:.3f} over a period, "
+            f"{self.worst_imbalance:.3f} in its worst step",
+            f"blocks: {self.aligned} stay in their shard, {self.cut} travel because shard edges "
+            f"cut them, {self.balancing} for balance",
+            f"collectives in a step: {self.collectives}, and the check of the gradients",
+            *self.suggestions,
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """What :meth:`notes` says, for programs."""
+        return {
+            "imbalance": self.imbalance,
+            "worst_imbalance": self.worst_imbalance,
+            "blocks": {"aligned": self.aligned, "cut": self.cut, "balancing": self.balancing},
+            "collectives": self.collectives,
+            "suggestions": self.suggestions,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*table(self.rows()), *self.notes()])
+
+
+def summarize(
+    params: Sequence[Parameter],
+    blocks: Sequence[Block],
+    like_parameters: Mapping[str, Mapping[int, int]],
+) -> Summary:
+    """The figures of a plan for all ranks of its teams.
+
+    Args:
+        params: The plan's parameters.
+        blocks: The plan's blocks.
+        like_parameters: Bytes on each rank of state that lies like its parameter, by kind.
+    """
+    teams = {param.team.ranks for param in params}
+    numbers = [rank for team in teams for row in team for rank in row]
+    ranks = np.unique(numbers or [rank for held in like_parameters.values() for rank in held])
+    sums = _Sums(ranks, params)
+    by_param: list[list[Block]] = [[] for _ in params]
+    for block in blocks:
+        by_param[block.param].append(block)
+    for members in bucket_members(params):
+        sums.add_bucket([(params[number], by_param[number]) for number in members])
+    for kind, held in like_parameters.items():
+        sums.state[kind] = np.array([held.get(rank, 0) for rank in ranks.tolist()], np.float64)
+    is_cut = np.array([block.is_cut for block in blocks], bool)
+    abroad = np.array([block.shard not in block.shards for block in blocks], bool)
+    balancing = int((is_cut & abroad & [len(b.shards) == 1 for b in blocks]).sum())
+    return Summary(
+        ranks=ranks,
+        blocks=sums.blocks,
+        step_flops=sums.step_flops,
+        refresh_flops=sums.refresh_flops,
+        state=sums.state,
+        working=sums.working,
+        sent=sums.sent,
+        collectives=sums.collectives,
+        aligned=int((~is_cut).sum()),
+        cut=int(is_cut.sum()) - balancing,
+        balancing=balancing,
+        suggestions=suggestions(params, blocks),
+    )
+
+
+class _Sums:
+    """Figures that grow bucket by bucket."""
+
+    def __init__(self, ranks: NDArray[np.int64], params: Sequence[Parameter]) -> None:
+        self.tables = Tables()
+        self.column = np.zeros(int(ranks.max(initial=0)) + 1, np.int64)
+        self.column[ranks] = np.arange(len(ranks))
+        self.num_ranks = len(ranks)
+        self.blocks, self.step_flops, self.sent = (np.zeros(len(ranks)) for _ in range(3))
+        self.refresh_flops = {
+            period: np.zeros((period, len(ranks))) for period in {p.period for p in params}
+        }
+        self.state: dict[str, Figures] = {}
+        kinds = ("blocks in stacks", "directions", "messages")
+        self.working: dict[str, Figures] = {kind: np.zeros(len(ranks)) for kind in kinds}
+        self.collectives = 0
+
+    def add_bucket(self, members: Sequence[tuple[Parameter, list[Block]]]) -> None:
+        """Add the work, the memory and the messages of one bucket."""
+        team, dtype = members[0][0].team, members[0][0].dtype
+        message_size = members[0][0].message_dtype.itemsize
+        traffic = _Traffic(len(team.ranks), len(team.ranks[0]))
+        for param, blocks in members:
+            self._add_work(param, blocks)
+            traffic.add(self.tables.of(param)[0], blocks)
+        columns = self.column[np.array(team.ranks)].reshape(-1)
+        sent, buffers, num_collectives = traffic.totals()
+        self.sent[columns] += message_size * sent.reshape(-1)
+        self.working["messages"][columns] += message_size * buffers.reshape(-1)
+        self.working["directions"][columns] += dtype.itemsize * traffic.held.reshape(-1)
+        self.working["blocks in stacks"][columns] += dtype.itemsize * traffic.owned.reshape(-1)
+        self.collectives += num_collectives
+
+    def _add_work(self, param: Parameter, blocks: list[Block]) -> None:
+        ranks = np.array(param.team.ranks)
+        owners = self.column[ranks[[b.replica for b in blocks], [b.shard for b in blocks]]]
+        costs = np.array(param.block_costs, np.float64).reshape(-1, 2)
+        np.add.at(self.blocks, owners, 1)
+        np.add.at(self.step_flops, owners, costs[:, 0])
+        turns = [block.turn for block in blocks]
+        np.add.at(self.refresh_flops[param.period], (turns, owners), costs[:, 1])
+        by_shape = {shape: param.state(shape) for shape in set(param.block_shapes)}
+        for kind in dict.fromkeys(kind for state in by_shape.values() for kind in state):
+            figures = self.state.setdefault(kind, np.zeros(self.num_ranks))
+            sizes = [by_shape[shape].get(kind, 0) for shape in param.block_shapes]
+            np.add.at(figures, owners, np.array(sizes, np.float64))
+
+
+class _Traffic:
+    """Elements that each rank of a team ``(replicas, shards)`` holds, owns and sends."""
+
+    def __init__(self, num_replicas: int, num_shards: int) -> None:
+        shape = (num_replicas, num_shards)
+        self.held, self.owned, self.leaving, self.own_part, self.shared, self.outbox = (
+            np.zeros(shape) for _ in range(6)
+        )
+        self.inbox = np.zeros(shape)
+
+    def add(self, table: NDArray[np.int64], blocks: list[Block]) -> None:
+        """Add the blocks of one parameter; ``table`` is (shards, blocks)."""
+        replicas = np.array([block.replica for block in blocks], np.int64)
+        shards = np.array([block.shard for block in blocks], np.int64)
+        is_cut = np.array([block.is_cut for block in blocks], bool)
+        sizes, kept = table.sum(axis=0), table[shards, np.arange(len(blocks))]
+        self.held += table.sum(axis=1)
+        np.add.at(self.owned, (replicas, shards), sizes)
+        np.add.at(self.inbox, (replicas, shards), sizes * is_cut)
+        np.add.at(self.own_part, (replicas, shards), kept * is_cut)
+        np.add.at(self.shared, replicas, table.T)
+        np.add.at(self.outbox, replicas, (table * is_cut).T)
+
+    def totals(self) -> tuple[Figures, Figures, int]:
+        """Elements sent to other ranks, elements of message buffers, number of collectives."""
+        num_replicas = len(self.held)
+        travels = bool(self.inbox.any())
+        sent = self.outbox + self.inbox - 2 * self.own_part
+        width = self.shared.max(axis=0) if num_replicas > 1 else np.zeros(self.held.shape[1])
+        sent = sent + (num_replicas - 1) * width
+        # The shelf of all replicas, the copy of one's own part of it, and the inbox.
+        buffers = num_replicas * np.maximum(width, self.outbox) + self.inbox
+        buffers = buffers + (width if num_replicas > 1 else 0)
+        gathers = num_replicas > 1 and bool(width.any())
+        return sent, buffers, 2 * travels + gathers
+
+
+def _imbalance(work: Figures) -> float:
+    mean = float(work.mean()) if len(work) else 0.0
+    return float(work.max()) / mean if mean else 1.0
+
+
+def table(rows: Iterable[tuple[str, Figures, str]]) -> list[str]:
+    """Lines with the smallest, mean and largest figure over the ranks, in readable units."""
+    lines = [f"{'per rank':<46}{'least':>14}{'mean':>14}{'most':>14}"]
+    for what, figures, unit in rows:
+        values = [readable(value, unit) for value in (figures.min(), figures.mean(), figures.max())]
+        lines.append(f"{what:<46}" + "".join(f"{value:>14}" for value in values))
+    return lines
+
+
+def readable(value: float, unit: str) -> str:
+    """A number with three digits: ``readable(3 * 2**20, "B")`` is ``"3.00 MiB"``.
+
+    >>> readable(3 * 2**20, "B"), readable(2.5e12, "FLOP"), readable(7, "")
+    ('3.00 MiB', '2.50 TFLOP', '7')
+    """
+    base, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (
+        1000, ("", "K", "M", "G", "T", "P")
+    )  # fmt: skip
+    if not unit:
+        return f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
+    power = 0 if value < 1 else min(int(math.log(value, base)), len(prefixes) - 1)
+    digits = 0 if power == 0 else 2
+    return f"{value / base**power:.{digits}f} {prefixes[power]}{unit}"

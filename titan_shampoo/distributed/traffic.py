@@ -1,0 +1,167 @@
+"""This rank's part of the work: its stacks, and the copies and message sizes of each bucket."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from titan_shampoo.distributed.blocks import Block, Parameter
+from titan_shampoo.distributed.copies import Copy, Memory, Piece, View, coalesce, pieces
+from titan_shampoo.distributed.layout import Team
+
+Packet = tuple[Block, Piece, View]
+"""A piece of a block, and where it lies in a message."""
+
+
+@dataclass(slots=True)
+class Stack:
+    """Blocks of one shape that this rank owns, worked on together as ``(len(blocks), *shape)``."""
+
+    group: int
+    shape: tuple[int, ...]
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Parameters whose blocks travel together, and how."""
+
+    team: Team
+    dtype: torch.dtype
+    params: list[int]
+    stacks: list[int]
+    """Positions in the plan's list of stacks."""
+    gather: list[Copy] = field(default_factory=list)
+    """Gradient shards to stacks and outbox."""
+    unpack: list[Copy] = field(default_factory=list)
+    """Inbox to stacks; reversed on the way back."""
+    share: list[Copy] = field(default_factory=list)
+    """Stacks of blocks inside this shard to the rest of this replica's part of the shelf."""
+    scatter: list[Copy] = field(default_factory=list)
+    """Stacks (one replica), outbox and shelf to direction shards."""
+    outbox_splits: list[int] = field(default_factory=list)
+    """Elements sent to each shard of this replica."""
+    inbox_splits: list[int] = field(default_factory=list)
+    """Elements received from each shard of this replica."""
+    shelf_width: int = 0
+    """Elements that each replica contributes to the all-gather, padding included."""
+    travels: bool = False
+    """Whether any rank of the team sends or receives gradient pieces."""
+
+
+def add_stacks(
+    bucket: Bucket, stacks: list[Stack], params: Sequence[Parameter], blocks: list[Block]
+) -> None:
+    """One stack per group and block shape for the blocks that this rank owns."""
+    me = (bucket.team.replica, bucket.team.shard)
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    for block in blocks:
+        if (block.replica, block.shard) != me:
+            continue
+        key = (params[block.param].group, block.shape)
+        if key not in numbers:
+            numbers[key] = len(stacks)
+            stacks.append(Stack(*key))
+        stacks[numbers[key]].blocks.append(block)
+    bucket.stacks = list(numbers.values())
+
+
+class Traffic:
+    """The copies and message sizes of this rank for one bucket."""
+
+    def __init__(
+        self, params: Sequence[Parameter], blocks: list[Block], bucket: Bucket, stacks: list[Stack]
+    ) -> None:
+        team = bucket.team
+        self.params, self.bucket = params, bucket
+        self.travels = any(block.is_cut for block in blocks)
+        self.here = [block for block in blocks if team.shard in block.shards]
+        """Blocks of which this rank holds a part."""
+        self.mine = [b for b in blocks if (b.replica, b.shard) == (team.replica, team.shard)]
+        """Blocks that this rank owns."""
+        self.places = {
+            (block.param, block.index): (("stack", number), position * block.numel)
+            for number in bucket.stacks
+            for position, block in enumerate(stacks[number].blocks)
+        }
+
+    def fill_in(self) -> None:
+        """Complete the bucket."""
+        bucket, team = self.bucket, self.bucket.team
+        bucket.travels = self.travels
+        outboxes = [self.outbox(replica) for replica in range(team.num_replicas)]
+        residents = [
+            self.resident(replica, sum(splits)) for replica, (_, splits) in enumerate(outboxes)
+        ]
+        sent, bucket.outbox_splits = outboxes[team.replica]
+        received, bucket.inbox_splits = self.inbox()
+        resident = residents[team.replica]
+        bucket.gather = [
+            Copy(self.shard(b), p.in_shard, ("outbox", 0), view) for b, p, view in sent
+        ]
+        bucket.unpack = [Copy(("inbox", 0), view, *self.place(b, p)) for b, p, view in received]
+        local = [Copy(self.shard(b), p.in_shard, *self.place(b, p)) for b, p, _ in resident]
+        if team.num_replicas == 1:
+            bucket.scatter = [copy.reversed() for copy in bucket.gather + local]
+        else:
+            bucket.share = [Copy(*self.place(b, p), ("shelf", team.replica), view)
+                            for b, p, view in resident]  # fmt: skip
+            shelves = [[*box, *rest] for (box, _), rest in zip(outboxes, residents, strict=True)]
+            bucket.shelf_width = max(sum(p.numel for _, p, _ in shelf) for shelf in shelves)
+            bucket.scatter = [
+                Copy(("shelf", replica), view, self.shard(b), p.in_shard)
+                for replica, shelf in enumerate(shelves)
+                for b, p, view in shelf
+            ]
+        bucket.gather += local
+        for name in ("gather", "unpack", "share", "scatter"):
+            setattr(bucket, name, coalesce(getattr(bucket, name)))
+
+    def shard(self, block: Block) -> Memory:
+        """This rank's shard of the parameter of ``block``."""
+        return ("param", block.param)
+
+    def place(self, block: Block, piece: Piece) -> tuple[Memory, View]:
+        """Where a piece of a block that this rank owns lies in its stack."""
+        memory, offset = self.places[block.param, block.index]
+        return memory, piece.in_block.shifted(offset)
+
+    def outbox(self, replica: int) -> tuple[list[Packet], list[int]]:
+        """Pieces of this shard that travel to owners in ``replica``; elements for each owner."""
+        team = self.bucket.team
+        cut = [block for block in self.here if block.is_cut and block.replica == replica]
+        splits = [0] * team.num_shards
+        packets: list[Packet] = []
+        filled = 0
+        for block in sorted(cut, key=lambda block: block.shard):
+            for piece in self._pieces(block, team.shard):
+                packets.append((block, piece, piece.packed(filled)))
+                splits[block.shard] += piece.numel
+                filled += piece.numel
+        return packets, splits
+
+    def inbox(self) -> tuple[list[Packet], list[int]]:
+        """Pieces of blocks that come to this rank, by their shard; elements from each shard."""
+        splits = [0] * self.bucket.team.num_shards
+        packets: list[Packet] = []
+        filled = 0
+        arriving = [(shard, b) for b in self.mine if b.is_cut for shard in b.shards]
+        for shard, block in sorted(arriving, key=lambda pair: pair[0]):
+            for piece in self._pieces(block, shard):
+                packets.append((block, piece, piece.packed(filled)))
+                splits[shard] += piece.numel
+                filled += piece.numel
+        return packets, splits
+
+    def resident(self, replica: int, offset: int) -> list[Packet]:
+        """Blocks inside this shard that ``replica`` works on, packed from ``offset``."""
+        packets: list[Packet] = []
+        for block in self.here:
+            if not block.is_cut and block.replica == replica:
+                for piece in self._pieces(block, self.bucket.team.shard):
+                    packets.append((block, piece, piece.packed(offset)))
+                    offset += piece.numel
+        return packets
+
+    def _pieces(self, block: Block, shard: int) -> list[Piece]:
+        return pieces(self.params[block.param].region(shard), block.start, block.extent)

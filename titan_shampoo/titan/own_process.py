@@ -1,0 +1,54 @@
+"""A call in a process of its own, which leaves nothing behind."""
+
+import multiprocessing
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 (any function)
+    """Return what ``function(*args)`` returns in a fork of this process.
+
+    DTensor caches results together with the meshes that they were found on, and cannot be told that
+    a process group is gone: a second one in the same process finds groups that no longer exist.
+
+    Args:
+        function: Its result and its exceptions must be picklable; what it warns of is not shown.
+        args: Passed on as they are.
+
+    Raises:
+        RuntimeError: If the process died without a word.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, function, args))
+    with warnings.catch_warnings():
+        # Python warns of forks beside threads; the fork starts none and waits for none.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"planning died with exit code {process.exitcode}") from None
+    process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)  # threads of the parent do not exist here
+    warnings.simplefilter("ignore")
+    result: tuple[Any, Exception | None]
+    try:
+        result = (function(*args), None)
+    except Exception as error:  # handed to the parent, whatever it is
+        error.add_note(traceback.format_exc())
+        result = (None, error)
+    sender.send(result)
