@@ -1,5 +1,6 @@
 """The stages of a pipeline refresh as one process would that holds the whole model."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_parameters_of_a_model_need_names() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 4))
     with pytest.raises(ValueError, match="tensor without a name"):
         Shampoo([("w", weight)], all_params=[weight])
+
+
+def test_a_copy_of_a_stage_keeps_its_turns() -> None:
+    weights = tensors(0)
+    names = [name for name in SHAPES if stage_of(name) == 1]
+    whole = [(name, torch.empty(shape, device="meta")) for name, shape in SHAPES.items()]
+    params = [(name, torch.nn.Parameter(weights[name])) for name in names]
+    optimizer = Shampoo(params, block_size=4, all_params=whole)
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert optimizer._engine is not None
+    expected = [block.turn for block in optimizer._engine.plan.blocks]
+    assert [block.turn for block in again._engine.plan.blocks] == expected
 
 
 def turns_of(args: list[str]) -> dict[tuple[str, int], int]:

@@ -40,7 +40,7 @@ def fsdp_parameters(
     shapes: Iterable[tuple[int, ...]],
     num_shards: int,
     *,
-    block_size: int,
+    block_size: int | tuple[int, int],
     num_replicas: int = 1,
     me: tuple[int, int] = (0, 0),
     alignment: Alignment = "global",

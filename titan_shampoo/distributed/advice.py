@@ -16,6 +16,10 @@ SMALLEST = 32
 """Blocks below this are not worth preconditioning as matrices; none is suggested."""
 
 SMALLEST_ALIGNED = 8
+"""Rows or columns of a block below which it is not worth being aligned."""
+
+MOST_BLOCKS = 200_000
+"""Blocks of a model for which another size is still tried out: some seconds of planning."""
 
 
 def suggestions(params: Sequence[Parameter], blocks: Sequence[Block]) -> list[str]:
@@ -32,7 +36,7 @@ def suggestions(params: Sequence[Parameter], blocks: Sequence[Block]) -> list[st
         found.append(
             f"work is uneven: the busiest rank has {before:.2f} times the mean; "
             + (f"set block_size = {size}" if size else
-               f"no block_size from {SMALLEST} up makes it even")
+               "no smaller block_size that was tried makes it even")
         )  # fmt: skip
     rows = aligned_rows(params)
     if any(block.is_cut and len(block.shards) > 1 for block in blocks) and rows:
@@ -64,6 +68,8 @@ def balanced_block_size(params: Sequence[Parameter], before: float) -> int | Non
     tried = {}
     for size in _smaller_sizes(params):
         smaller = [_with_block_size(param, size) for param in params]
+        if sum(param.grid.num_blocks for param in smaller) > MOST_BLOCKS:
+            break
         tried[size] = imbalance(smaller, assigned_blocks(smaller))
         if tried[size] <= ACCEPTED:
             return size

@@ -136,8 +136,8 @@ def replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
         return None
     if parallel_dims.dp_replicate_enabled:
         return parallel_dims.get_mesh("dp_replicate").get_group()
-    alone, _ = dist.new_subgroups(group_size=1)
-    return alone
+    # Made by this rank alone: new_subgroups would make one for each rank of the world, everywhere.
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _grouped(
