@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from titan_shampoo.statistics.sharding import (
+    DataParallelism,
     LayerSharding,
     compute_device,
-    data_meshes,
+    data_parallelism,
     layer_sharding,
     local_size,
 )
@@ -36,8 +37,8 @@ class TappedLayer:
     A row is one application of the weight: a token of a linear layer, one position of one sample of
     a convolution. All sums are float32, or float64 for float64 parameters. ``output_sum`` is the
     gradient at the bias, whether or not the layer has one, of the loss *as it is differentiated on
-    this rank*: what is done to gradients afterwards (division by the number of ranks in FSDP2's or
-    DDP's reduction, unscaling, clipping) must be done to it as well.
+    this rank*: what is done to gradients afterwards (``sharding.gradient_divisor``, unscaling) must
+    be done to it as well.
 
     The matrix of a convolution is ``(d_out, channels_in / groups * kernel height * kernel width)``.
     With groups, its input statistics are the mean over the groups, so that they fit the weight.
@@ -154,7 +155,7 @@ def tap(
         ValueError: If a layer cannot be tapped: a forward replaced on the instance, a convolution
             under tensor parallelism.
     """
-    meshes = data_meshes(model)
+    data = data_parallelism(model)
     users = Counter(id(param) for module in model.modules() for param in _own_parameters(module))
     layers = []
     for name, module in model.named_modules():
@@ -164,7 +165,7 @@ def tap(
         clean = unwrapped_name(name, model)
         if users[id(weight)] > 1 or not weight.requires_grad or (skip and skip(clean)):
             continue
-        sharding = layer_sharding(weight, meshes.get((id(module), "weight")))
+        sharding = layer_sharding(weight, data.get((id(module), "weight"), DataParallelism()))
         layer = TappedLayer(clean, module, sharding)
         _tap_layer(layer, moments)
         layers.append(layer)
@@ -227,20 +228,27 @@ def _tap_layer(layer: TappedLayer, moments: Moments) -> None:
     d_out, d_in = weight.shape[0], weight[0].numel()
     leaves.has_bias = layer.bias is not None
     constant = int(leaves.has_bias)
-    leaves.input = _zeros(weight, local_size(d_in, weight, sharding.input_axes) + 1)
-    leaves.output = _zeros(weight, local_size(d_out, weight, sharding.output_axes))
-    leaves.input_moment = leaves.output_moment = None
+    shapes: dict[str, tuple[int, ...]] = {
+        "input": (local_size(d_in, weight, sharding.input_axes) + 1,),
+        "output": (local_size(d_out, weight, sharding.output_axes),),
+    }
     if moments != "none":
-        leaves.input_moment = _zeros(weight, d_in + constant, d_in + constant)
+        shapes["input_moment"] = (d_in + constant, d_in + constant)
     if moments == "both":
-        leaves.output_moment = _zeros(weight, d_out, d_out)
+        shapes["output_moment"] = (d_out, d_out)
+    for name in ("input", "output", "input_moment", "output_moment"):
+        setattr(leaves, name, _fitting(getattr(leaves, name, None), shapes.get(name), weight))
 
 
-def _zeros(weight: Tensor, *shape: int) -> Tensor:
-    """A leaf of zeros of one element, for the layer of ``weight``."""
+def _fitting(leaf: Tensor | None, shape: tuple[int, ...] | None, weight: Tensor) -> Tensor | None:
+    """``leaf`` if it fits, else a new one: zeros of one element, of ``shape``."""
+    if shape is None:
+        return None
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    zero = torch.zeros((), dtype=dtype, device=compute_device(weight))
-    return zero.expand(shape).requires_grad_()
+    device = compute_device(weight)
+    if leaf is not None and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
+        return leaf
+    return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
 
 
 def _sum_of(leaf: Tensor) -> Tensor:

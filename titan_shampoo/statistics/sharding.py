@@ -5,21 +5,36 @@ parallelism the ranks share the rows and cut the weight: column-wise its outputs
 inputs. Both meet in one DTensor, whose placements alone do not say which axis is which.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import DDP, replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
-DataMeshes = dict[tuple[int, str], DeviceMesh]
-"""The mesh that FSDP2 cuts a parameter over, by identity of the module and name in it."""
+ParameterKey = tuple[int, str]
+"""Identity of a module, and the name of a parameter in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallelism:
+    """How FSDP2, HSDP or DDP treat a parameter."""
+
+    mesh: DeviceMesh | None = None
+    """What FSDP2 and HSDP put it on; None for DDP and for nothing."""
+    gradient_divisor: float = 1.0
+    """By what the sum of the gradients over the ranks is divided."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSharding:
-    """Roles of the axes of the mesh of a layer's weight; all empty for a plain tensor.
+    """Roles of the axes of the mesh of a layer's weight; none for a plain tensor.
 
     Ranks along an axis in none of them see the same rows, inputs and outputs.
     """
@@ -30,47 +45,90 @@ class LayerSharding:
     """Along these the input is cut: ranks see the same rows, and each its own part of them."""
     output_axes: tuple[int, ...] = ()
     """Along these the output is cut."""
+    gradient_divisor: float = 1.0
+    """By what gradients are divided when they are added up over the ranks that have different rows.
+
+    The gradient is that of the summed losses of these ranks, divided by this; so the sum of
+    ``output_sum`` over them divided by this is the bias gradient, and ``output_moment`` is to be
+    divided by its square.
+    """
 
 
-def layer_sharding(weight: Tensor, data_mesh: DeviceMesh | None) -> LayerSharding:
+def layer_sharding(weight: Tensor, data: DataParallelism) -> LayerSharding:
     """How the layer of ``weight`` is cut.
 
     Args:
-        weight: ``(d_out, d_in, ...)``, or a stack of such with a leading dim.
-        data_mesh: Where FSDP2 or HSDP cuts it; None if they do not.
+        weight: ``(d_out, d_in, ...)``.
+        data: How FSDP2, HSDP or DDP treat it.
     """
     if not isinstance(weight, DTensor):
-        return LayerSharding()
-    data_axes = _axes_of(data_mesh, weight.device_mesh)
+        return LayerSharding(gradient_divisor=data.gradient_divisor)
+    row_axes = _axes_of(data.mesh, weight.device_mesh)
     cut_dims = {
         axis: placement.dim
         for axis, placement in enumerate(weight.placements)
-        if axis not in data_axes and isinstance(placement, Shard)
+        if axis not in row_axes and isinstance(placement, Shard)
     }
     return LayerSharding(
-        row_axes=data_axes,
+        row_axes=row_axes,
         input_axes=tuple(axis for axis, dim in cut_dims.items() if dim == 1),
         output_axes=tuple(axis for axis, dim in cut_dims.items() if dim == 0),
+        gradient_divisor=data.gradient_divisor,
     )
 
 
-def data_meshes(model: nn.Module) -> DataMeshes:
-    """The mesh of every parameter of ``model`` that FSDP2 or HSDP manages."""
-    meshes: DataMeshes = {}
+def data_parallelism(model: nn.Module) -> dict[ParameterKey, DataParallelism]:
+    """How FSDP2, HSDP or DDP treat the parameters of ``model``; those left alone are left out."""
+    found: dict[ParameterKey, DataParallelism] = {}
     for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state = module._get_fsdp_state()
-        # One group per unit until torch 2.12, several since.
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for param in (param for group in groups if group for param in group.fsdp_params):
-            owners = param._module_info
-            for owner, name in (
-                (owners.module, owners.param_name),
-                *zip(owners.shared_modules, owners.shared_param_names, strict=True),
-            ):
-                meshes[id(owner), name] = param.mesh_info.mesh
-    return meshes
+        replicas = _num_ddp_replicas(module)
+        if replicas is not None:
+            replicated = DataParallelism(gradient_divisor=replicas)
+            for owner in module.modules():
+                found |= {(id(owner), name): replicated for name in owner._parameters}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            found |= _fully_sharded(module)
+    return found
+
+
+def _fully_sharded(unit: FSDPModule) -> dict[ParameterKey, DataParallelism]:
+    """How FSDP2 treats the parameters that it manages in one of its units."""
+    found = {}
+    for group, param in _managed(unit):
+        mesh = param.mesh_info.mesh
+        divisor = group.gradient_divide_factor
+        data = DataParallelism(mesh, float(mesh.size() if divisor is None else divisor))
+        owners = param._module_info
+        found[id(owners.module), owners.param_name] = data
+        for owner, name in zip(owners.shared_modules, owners.shared_param_names, strict=True):
+            found[id(owner), name] = data
+    return found
+
+
+def _managed(unit: FSDPModule) -> Iterator[tuple[Any, Any]]:
+    """FSDP2's records: pairs of a group of parameters and a parameter in it."""
+    state = unit._get_fsdp_state()
+    # A unit had at most one group in torch before 2.13.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is not None:
+            yield from ((group, param) for param in group.fsdp_params)
+
+
+def _num_ddp_replicas(module: nn.Module) -> int | None:
+    """Over how many ranks DDP, as a wrapper or composable, averages gradients; None without it."""
+    if isinstance(module, DistributedDataParallel):
+        return module.process_group.size()
+    if not isinstance(module, DDP):
+        return None
+    state: Any = replicate.state(module)
+    if state.has_initialized:
+        return state._ddp.process_group.size()
+    mesh, group = (state._init_kwargs.get(name) for name in ("device_mesh", "process_group"))
+    if mesh is not None:
+        return mesh.size()
+    return dist.get_world_size(group)
 
 
 def local_size(size: int, weight: Tensor, axes: tuple[int, ...]) -> int:

@@ -43,9 +43,9 @@ class Leaves:
     """``(d_in + 1,)``, the part of the input that this rank sees."""
     output: Tensor
     """``(d_out,)``, the part of the output that this rank sees."""
-    input_moment: Tensor | None = None
+    input_moment: Tensor | None
     """``(d_in, d_in)``, or ``(d_in + 1, d_in + 1)`` with a bias; the whole input."""
-    output_moment: Tensor | None = None
+    output_moment: Tensor | None
     """``(d_out, d_out)``; the whole output."""
 
     def __init__(self, name: str, patches: Patches | None) -> None:
