@@ -268,10 +268,15 @@ def tp2(sequence, wrap):
     verify(model, batch, layers)
 
 
+def compiled(block: nn.Module) -> nn.Module:
+    block.compile(fullgraph=True, backend="aot_eager")
+    return block
+
+
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda block: block,
     "checkpointed": checkpoint_wrapper,
-    "compiled": functools.partial(torch.compile, fullgraph=True, backend="aot_eager"),
+    "compiled": compiled,
 }
 
 
