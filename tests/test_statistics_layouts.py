@@ -71,7 +71,8 @@ def expected(dtype=torch.float64) -> Sums:
 
 def sums_of(layer: TappedLayer) -> dict[str, Tensor]:
     names = ("input_sum", "output_sum", "input_moment", "output_moment")
-    return {name: getattr(layer, name).clone() for name in names}
+    values = {name: getattr(layer, name) for name in names}
+    return {name: value.clone() for name, value in values.items() if value is not None}
 
 
 def reduced(layer: TappedLayer) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from titan_shampoo.statistics.sharding import (
+    NO_DATA_PARALLELISM,
     DataParallelism,
     LayerSharding,
     compute_device,
@@ -55,28 +56,31 @@ class TappedLayer:
     sharding: LayerSharding
     """Which axes of the mesh of ``weight`` cut rows, inputs and outputs."""
 
-    def __init__(self, name: str, module: nn.Module, sharding: LayerSharding) -> None:
+    def __init__(self, name: str, module: nn.Module, data: Mapping[str, DataParallelism]) -> None:
         self.name = name
         self.module = module
         self.num_stacked = 0
-        self.sharding = sharding
+        self._data = data
+        self.sharding = layer_sharding(self.weight, data["weight"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {tuple(self.weight.shape)})"
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter that the module has now; FSDP2 replaces it."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
+        """What ranks store of the weight that the module has now; FSDP2 replaces it."""
+        weight = self._stored("weight")
+        assert weight is not None
         return weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias that the module has now."""
-        bias = self.module.bias
-        assert bias is None or isinstance(bias, nn.Parameter)
-        return bias
+        """What ranks store of the bias that the module has now."""
+        return self._stored("bias")
+
+    def _stored(self, name: str) -> nn.Parameter | None:
+        param = self.module._parameters[name]
+        return param if param is None else self._data[name].stored(param)
 
     @property
     def leaves(self) -> Leaves:
@@ -165,8 +169,10 @@ def tap(
         clean = unwrapped_name(name, model)
         if users[id(weight)] > 1 or not weight.requires_grad or (skip and skip(clean)):
             continue
-        sharding = layer_sharding(weight, data.get((id(module), "weight"), DataParallelism()))
-        layer = TappedLayer(clean, module, sharding)
+        by_name = {
+            key: data.get((id(module), key), NO_DATA_PARALLELISM) for key in ("weight", "bias")
+        }
+        layer = TappedLayer(clean, module, by_name)
         _tap_layer(layer, moments)
         layers.append(layer)
     return layers
