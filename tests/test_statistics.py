@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import schedules
 from torch.nn.utils.parametrizations import weight_norm
 
 from tests.reference.statistics import conv_rows, linear_rows
-from titan_shampoo.statistics import TappedLayer, check_counts, tap
+from titan_shampoo.statistics import TappedLayer, check_counts, check_schedule, tap, untapped
 
 
 def loss_of(output: Tensor) -> Tensor:
@@ -162,6 +163,44 @@ def test_tied_frozen_parametrized_and_skipped_layers_are_left_out():
     )
     model["head"].weight = model["embedding"].weight
     assert names(tap(model, skip=lambda name: name == "router")) == ["kept"]
+
+
+def test_reasons_are_given_for_what_is_left_out():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1 = nn.Parameter(torch.zeros(2, 4, 3))
+
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(4, 3),
+            "head": nn.Linear(3, 4),
+            "router": nn.Linear(3, 3),
+            "experts": Experts(),
+            "conv1d": nn.Conv1d(3, 3, 1),
+            "norm": nn.LayerNorm(3),
+            "frozen": nn.Linear(3, 3).requires_grad_(False),
+            "kept": nn.Linear(3, 3),
+        }
+    )
+    model["head"].weight = model["embedding"].weight
+    layers = tap(model, skip=lambda name: name == "router")
+    assert untapped(model, layers) == {
+        "embedding.weight": "is shared by 2 modules",
+        "head.weight": "is shared by 2 modules",
+        "router.weight": "was skipped",
+        "experts.w1": "is a stack of matrices in Experts, which multiplies by them inside its own "
+        "forward, where a tap does not reach",
+        "conv1d.weight": "belongs to Conv1d, which is neither a linear layer nor a 2-d convolution",
+    }
+
+
+def test_schedules_with_split_backward_passes_are_refused():
+    for split in (schedules.ScheduleInterleavedZeroBubble, "ZBVZeroBubble", "DualPipeV"):
+        with pytest.raises(ValueError, match="use 1F1B or Interleaved1F1B"):
+            check_schedule(split)
+    for full in (schedules.Schedule1F1B, schedules.ScheduleInterleaved1F1B, "GPipe"):
+        check_schedule(full)
 
 
 def test_nothing_but_the_forward_of_the_layers_changes():
