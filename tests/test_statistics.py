@@ -319,6 +319,15 @@ def test_forward_replaced_on_the_instance_is_refused():
         tap(model)
 
 
+def test_moments_that_were_not_asked_for_are_refused():
+    module = nn.Linear(3, 2)
+    (layer,) = tap(module)
+    with pytest.raises(ValueError, match="tapped without moments"):
+        layer.collects_moments = True
+    with pytest.raises(ValueError, match="moments: got 'output', want one of none, input, both"):
+        tap(module, moments="output")  # type: ignore[arg-type]
+
+
 def test_model_that_has_moved_since_is_refused():
     model = nn.Sequential(nn.Linear(3, 2, device="meta"))
     tap(model)

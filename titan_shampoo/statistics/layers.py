@@ -1,14 +1,14 @@
 """Which layers are tapped, and what has been measured of each.
 
-layers = tap(model)              # before the first forward pass
-loss.backward()                  # any number of times
-layers[0].input_sum              # sums over the rows this rank has seen since
-layers[0].reset()
+``layers = tap(model)``, once, before the first forward pass; then any number of backward passes;
+then ``layers[0].input_sum`` is the sum over the rows that this rank has seen, and
+``layers[0].reset()`` begins anew.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,10 @@ class TappedLayer:
 
     @collects_moments.setter
     def collects_moments(self, value: bool) -> None:
+        if value and self.leaves.input_moment is None:
+            raise ValueError(
+                f'{self.name}: tapped without moments; call tap(model, moments="input" or "both")'
+            )
         self.leaves.collects_moments = value
 
     def reset(self) -> None:
@@ -154,8 +158,10 @@ def tap(
 
     Raises:
         ValueError: If a layer cannot be tapped: a forward replaced on the instance, a convolution
-            under tensor parallelism.
+            under tensor parallelism; or if there are no such moments.
     """
+    if moments not in get_args(Moments):
+        raise ValueError(f"moments: got {moments!r}, want one of {', '.join(get_args(Moments))}")
     data = data_parallelism(model)
     users = Counter(id(param) for module in model.modules() for param in _own_parameters(module))
     layers = []
@@ -197,20 +203,27 @@ def _tap_layer(layer: TappedLayer, moments: Moments) -> None:
         patches = None
     leaves = layer.leaves if is_tapped(module) else Leaves(layer.name, patches)
     attach(module, leaves)
-    weight = layer.weight
-    d_out, d_in = weight.shape[0], weight[0].numel()
     leaves.has_bias = layer.bias is not None
-    constant = int(leaves.has_bias)
+    shapes = _leaf_shapes(layer, moments)
+    for name in ("input", "output", "input_moment", "output_moment"):
+        leaf = getattr(leaves, name, None)
+        setattr(leaves, name, _fitting(leaf, shapes.get(name), layer.weight))
+
+
+def _leaf_shapes(layer: TappedLayer, moments: Moments) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves of ``layer`` on this rank."""
+    weight, sharding = layer.weight, layer.sharding
+    d_out, d_in = weight.shape[0], math.prod(weight.shape[1:])
     shapes: dict[str, tuple[int, ...]] = {
         "input": (local_size(d_in, weight, sharding.input_axes) + 1,),
         "output": (local_size(d_out, weight, sharding.output_axes),),
     }
     if moments != "none":
-        shapes["input_moment"] = (d_in + constant, d_in + constant)
+        d_row = d_in if layer.bias is None else d_in + 1
+        shapes["input_moment"] = (d_row, d_row)
     if moments == "both":
         shapes["output_moment"] = (d_out, d_out)
-    for name in ("input", "output", "input_moment", "output_moment"):
-        setattr(leaves, name, _fitting(getattr(leaves, name, None), shapes.get(name), weight))
+    return shapes
 
 
 def _fitting(leaf: Tensor | None, shape: tuple[int, ...] | None, weight: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ convolution. All sums are exact in the sense that they are formed in float32 (fl
 parameters) whatever the precision of the activations.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tenso
         total = input.reshape(-1, input.shape[-1]).sum(0, dtype=num_rows.dtype)
     else:
         image = _images(input).sum(0, keepdim=True, dtype=num_rows.dtype)
-        total = _unfolded(image, patches).sum((0, 1, 3)) / patches.groups
+        total = _unfolded(image, patches).sum((0, 3)).mean(0)
     return torch.cat([total, num_rows[None]])
 
 
@@ -105,7 +106,8 @@ def output_moment(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> 
 
 def num_rows(grad: Tensor, patches: Patches | None) -> int:
     """The number of rows behind the output gradient ``grad``."""
-    return grad.numel() // grad.shape[-1 if patches is None else -3]
+    shape = grad.shape
+    return math.prod(shape[:-1] if patches is None else (*shape[:-3], *shape[-2:]))
 
 
 def _unfolded(images: Tensor, patches: Patches) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tap: an identity after a layer's operation whose backward pass adds up statistics.
+"""The tap: an identity around a layer's operation whose backward pass adds up statistics.
 
 Its backward pass returns sums over the rows of the layer's input, and of the gradient at its
 output, as the gradients of *leaves*: tensors of zeros that are neither parameters nor buffers.
@@ -136,8 +136,7 @@ class _OutputTap(torch.autograd.Function):
     def forward(
         output: Tensor, count: Tensor, leaves: Leaves, zeros: Tensor, moment: Tensor | None
     ) -> Tensor:
-        # Detached, not returned as it is: that would be a view, which forbids relu(inplace=True)
-        # on the output; marking it as changed in place is refused by older compilers.
+        # Returned as it is, it would be a view, which relu(inplace=True) must not change.
         return output.detach()
 
     @staticmethod
