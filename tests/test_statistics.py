@@ -222,6 +222,26 @@ def test_nothing_but_the_forward_of_the_layers_changes():
         assert torch.equal(param.grad, reference.grad)
 
 
+def test_nothing_is_kept_that_the_layers_do_not_keep():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(2), nn.Linear(4, 2))
+    batch = torch.randn(2, 3, 4, 4)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    num_bytes = []
+    for _ in range(2):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(batch)
+        num_bytes.append({t.data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+        del output
+        tap(model, moments="both")
+    assert sum(num_bytes[0]) == sum(num_bytes[1]) > 0
+
+
 def test_copy_counts_for_itself():
     model = nn.Sequential(nn.Linear(3, 2))
     (layer,) = tap(model)

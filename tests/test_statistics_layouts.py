@@ -18,6 +18,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -125,19 +126,18 @@ def part_of(batch: Tensor, mesh: DeviceMesh, *axes: str) -> Tensor:
 
 def fsdp2_in_any_order():
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
-    for order in ("before", "after", "between"):
-        for wrap_layers in (False, True):
-            model = make_model()
-            layers = collected(model) if order == "before" else None
-            for block in model:
-                if order == "between":
-                    layers = collected(model)
-                if wrap_layers:
-                    fully_shard(block.gate, mesh=mesh)
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            layers = collected(model)
-            verify(model, part_of(make_batch(), mesh, "fsdp"), layers)
+    for order, wrap_layers in (("before", True), ("after", False), ("between", True)):
+        model = make_model()
+        if order == "before":
+            tap(model, moments="both")
+        for block in model:
+            if order == "between":
+                tap(model, moments="both")
+            if wrap_layers:
+                fully_shard(block.gate, mesh=mesh)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        verify(model, part_of(make_batch(), mesh, "fsdp"), collected(model))
 
 
 def test_fsdp2_in_any_order():
@@ -151,12 +151,14 @@ def fsdp2_sums():
         fully_shard(unit, mesh=mesh)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    layers = collected(model)
+    with CommDebugMode() as communication:
+        layers = collected(model)
+    assert communication.get_total_counts() == 0
     assert {layer.sharding.gradient_divisor for layer in layers} == {1.0}
     verify(model, part_of(make_batch(), mesh, "fsdp"), layers)
 
 
-def test_gradient_divisor_is_that_of_fsdp2():
+def test_gradient_divisor_is_that_of_fsdp2_and_tapping_communicates_nothing():
     run_on_ranks(2, fsdp2_sums)
 
 
