@@ -12,14 +12,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import PEERS, peers
+from benchmarks.peers import PEERS, from_folder, peers
 from benchmarks.workloads import WORKLOADS, NamedParameters, machine
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.fallback import falls_back
@@ -99,7 +99,9 @@ def _tensors(value: object) -> list[Tensor]:
     return []
 
 
-def contestants(workload: str, block: int, period: int, *, with_peers: bool) -> dict[str, Any]:
+def contestants(
+    workload: str, block: int, period: int, *, with_peers: bool, folders: Mapping[str, Path]
+) -> dict[str, Any]:
     """Optimizers with parameters of their own, equal for all."""
     make = WORKLOADS[workload]
     ours = {"lr": 1e-9, "block_size": block, "precondition_frequency": period, "start_step": 1}
@@ -107,6 +109,11 @@ def contestants(workload: str, block: int, period: int, *, with_peers: bool) -> 
     params = make()
     found = {
         "Shampoo": shampoo,
+        "Shampoo, paper's merge": Shampoo(make(), merge="paper", **ours),
+        "Shampoo, bfloat16 roots": Shampoo(make(), root_dtype=torch.bfloat16, **ours),
+        "Shampoo, cheapest": Shampoo(
+            make(), root_dtype=torch.bfloat16, factor_frequency=2, root_method="qr", **ours
+        ),
         "SOAP": SOAP(make(), **ours),
         "AdamW": torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True),
         "floor": Floor(shampoo, params, period),
@@ -114,6 +121,8 @@ def contestants(workload: str, block: int, period: int, *, with_peers: bool) -> 
     if with_peers:
         matrices = {name: _matrices(make()) for name in PEERS}
         found |= peers(matrices, block, period)
+    for name, folder in folders.items():
+        found[name] = from_folder(folder, _matrices(make()), block, period)
     return found
 
 
@@ -123,10 +132,16 @@ def _matrices(params: NamedParameters) -> list[torch.nn.Parameter]:
 
 
 def measure(
-    workload: str, block: int, period: int, count: int, *, with_peers: bool
+    workload: str,
+    block: int,
+    period: int,
+    count: int,
+    *,
+    with_peers: bool,
+    folders: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
     """A row for each contestant."""
-    found = contestants(workload, block, period, with_peers=with_peers)
+    found = contestants(workload, block, period, with_peers=with_peers, folders=folders)
     for _ in range(period + 1):  # every block has its roots, every buffer its memory
         for contestant in found.values():
             contestant.step()
@@ -168,15 +183,24 @@ def main(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="other libraries too")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="Shampoo of the published PyTorch implementation, from its sources in a folder",
+    )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(args)
     torch.set_num_threads(options.threads)
+    folders = {name: Path(path) for name, _, path in (peer.partition("=") for peer in options.peer)}
     print(machine())
     rows = []
     for workload in options.workload:
         for block in options.block:
             for period in options.period:
-                found = measure(workload, block, period, options.steps, with_peers=options.peers)
+                found = measure(workload, block, period, options.steps,
+                                with_peers=options.peers, folders=folders)  # fmt: skip
                 print(table(found), flush=True)
                 rows += found
     if options.json:

@@ -5,6 +5,9 @@ the ``bench`` extra; a library that is missing ends the benchmark, so that no co
 without a word.
 """
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +56,37 @@ def peers(matrices: "dict[str, Parameters]", block: int, period: int) -> dict[st
             matrices["heavyball SOAP"],
         ),
     }
+
+
+def from_folder(folder: Path, matrices: Parameters, block: int, period: int) -> Any:  # noqa: ANN401 (whatever is there)
+    """Shampoo of the published PyTorch implementation, from a folder with its sources.
+
+    It is set up as ours by default: Adam grafting, eigendecomposition, all roots in one step.
+
+    Args:
+        folder: Holds the package ``distributed_shampoo`` (github facebookresearch/optimizers).
+        matrices: Its parameters.
+        block: Block size; dims are merged as in the paper.
+        period: Steps between two refreshes.
+
+    Raises:
+        SystemExit: If the package is not there.
+    """
+    if not (folder / "distributed_shampoo").is_dir():
+        raise SystemExit(f"{folder} has no package distributed_shampoo")
+    sys.path.insert(0, str(folder))
+    shampoo = importlib.import_module("distributed_shampoo")
+    types = importlib.import_module("distributed_shampoo.shampoo_types")
+    return shampoo.DistributedShampoo(
+        matrices,
+        lr=1e-9,
+        betas=(0.9, 0.999),
+        epsilon=1e-12,
+        max_preconditioner_dim=block,
+        precondition_frequency=period,
+        start_preconditioning_step=max(period, 1),
+        grafting_config=types.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
+    )
 
 
 class WithGradients:
