@@ -219,6 +219,12 @@ class Checkpoint:
     last_save_model_only: bool = False
     """Save only the model at the end; the run can then not be resumed or extended"""
 
+    fallback: bool = True
+    """If the newest checkpoint is not good, resume from the newest one that is"""
+
+    keep_latest_k: int = 10
+    """How many checkpoints are kept, all of them verified; 0 keeps all"""
+
 
 @dataclass
 class JobConfig:

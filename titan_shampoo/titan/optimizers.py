@@ -19,6 +19,8 @@ from torchtitan.distributed import ParallelDims
 
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
+from titan_shampoo.distributed.geometry import make_grid
+from titan_shampoo.fallback import falls_back
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.initialization import unwrapped_name
 
@@ -82,6 +84,14 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
             for optimizer in self.optimizers
             for name, state in _state_by_name(optimizer)
             for key, value in state.items()
+        }
+
+    def geometry(self) -> dict[str, dict[str, Any]]:
+        """What the state of each parameter on this rank means: method, shape and block grid."""
+        return {
+            name: description
+            for optimizer in self.optimizers
+            for name, description in _descriptions(optimizer)
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -221,6 +231,47 @@ def _allocate_state(optimizer: Optimizer) -> None:
             elif group["momentum"]:
                 # Unlike a buffer that torch makes in the first step, it is dampened in that step.
                 optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+
+
+def _descriptions(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Method, shape and grid of each parameter, as plain JSON values."""
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            described: dict[str, Any] = {"shape": list(param.shape)}
+            if not isinstance(optimizer, BlockOptimizer):
+                described["method"] = type(optimizer).__name__
+            elif falls_back(name, param, group):
+                described["method"] = "AdamW"
+            else:
+                described["method"] = group["method"]
+                described |= _grid_description(optimizer, tuple(param.shape), group)
+            yield name, described
+
+
+def _grid_description(
+    optimizer: BlockOptimizer, shape: tuple[int, ...], group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The grid of a parameter, the options that make it, and what else gives state its meaning."""
+    described: dict[str, Any] = {}
+    options = {key: group[key] for key in optimizer.grid_options if key in group}
+    if "block_size" in options:
+        grid = make_grid(shape, **options)
+        pairs = zip(grid.block_size, grid.merged_shape, strict=True)
+        described["grid"] = {
+            "merged_shape": list(grid.merged_shape),
+            "block_size": [min(size, extent) for size, extent in pairs],
+            "batch_dims": grid.batch_dims,
+        }
+        described["options"] = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in options.items()
+        }
+    if "exponent" in group:
+        exponent = group["exponent"]
+        described["meaning"] = {
+            "exponent": list(exponent) if isinstance(exponent, tuple) else exponent
+        }
+    return described
 
 
 def _state_by_name(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
