@@ -35,7 +35,7 @@ def _grid_problems(name: str, own: dict[str, Any], other: dict[str, Any]) -> Ite
     if mine != theirs:
         yield (
             f"{name}: blocks cut at {_edges(theirs)} in the checkpoint, {_edges(mine)} in this "
-            f"run; set {_options(other)}, or checkpoint.reblock"
+            f"run; set {_options(own, other)}"
         )
     for key, value in own.get("meaning", {}).items():
         saved = other.get("meaning", {}).get(key)
@@ -53,8 +53,10 @@ def _edges(grid: dict[str, Any] | None) -> str:
     return " x ".join(f"({cut})" for cut in cuts)
 
 
-def _options(geometry: dict[str, Any]) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in geometry.get("options", {}).items())
+def _options(own: dict[str, Any], other: dict[str, Any]) -> str:
+    """The options of the checkpoint that differ here."""
+    mine, theirs = own.get("options", {}), other.get("options", {})
+    return ", ".join(f"{key} = {theirs[key]}" for key in theirs if theirs[key] != mine.get(key))
 
 
 def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:

@@ -32,7 +32,7 @@ from checkpoint.record import describe_run, flattened
 from checkpoint.retention import Retention
 from checkpoint.saving import BackgroundSave, write
 from checkpoint.signals import StopRequest
-from checkpoint.state import MODEL, RunState, in_dtype, staged
+from checkpoint.state import MODEL, RunState, in_dtype
 from checkpoint.verify import read_manifest
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +90,9 @@ class CheckpointManager:
         self._group = _new_group()
         self._votes = _new_group()
         self._loading = Loading(self._state, self._settings, self._votes)
-        self._background = BackgroundSave(self._group)
+        self._background = BackgroundSave(
+            self._group, pinned=config.async_mode == "async_with_pinned_mem"
+        )
         self._tidying = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._retention = Retention(Path(self.folder), config.keep_latest_k)
         self._stop = StopRequest()
@@ -218,8 +220,7 @@ class CheckpointManager:
         place = step_folder(Path(self.folder), step)
         if self._config.async_mode != "disabled":
             self._is_retry, self._pending_step = is_retry, step
-            tensors = staged(self._full_state())
-            self._background.start(place, tensors, self._record(step))
+            self._background.start(place, self._full_state(), self._record(step))
             return
         try:
             self._write_with_retry(step)
@@ -298,7 +299,7 @@ class CheckpointManager:
     # ---- the rest
 
     def maybe_wait_for_staging(self) -> None:
-        """Do nothing: copies are complete when ``save`` returns."""
+        """Do nothing: whatever changes the state is enqueued behind the copies."""
 
     def close(self) -> None:
         """Wait for what is being written, and let other runs have the folder."""

@@ -76,6 +76,9 @@ class NativeReader(dcp.FileSystemReader):
             ) from error
         if not isinstance(found, Metadata):
             raise CheckpointError(f"{path}: holds {type(found).__name__}, wanted Metadata")
+        for entry in (found.storage_data or {}).values():
+            if Path(entry.relative_path).name != entry.relative_path:
+                raise CheckpointError(f"{path}: {entry.relative_path} lies outside of the folder")
         found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
         return found
 

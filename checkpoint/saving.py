@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint.errors import in_one_line
+from checkpoint.staging import Staging
 from checkpoint.writer import Writer
 
 _logger = logging.getLogger(__name__)
@@ -44,16 +45,23 @@ def write(
 class BackgroundSave:
     """Writes one checkpoint at a time in a thread, which is the same thread on every rank."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, pinned: bool) -> None:
         """Write with the collectives of ``group``, which nobody else may use meanwhile."""
         self._group = group
+        self._staging = Staging(pinned=pinned)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
     def start(self, place: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
-        """Begin to write tensors that nobody changes meanwhile."""
+        """Copy the tensors and begin to write the copies."""
         assert self._saving is None, "the last save must be finished first"
-        self._saving = self._thread.submit(write, place, tensors, record, self._group)
+        copies, wait_for_copies = self._staging.copy(tensors)
+
+        def save() -> None:
+            wait_for_copies()
+            write(place, copies, record, self._group)
+
+        self._saving = self._thread.submit(save)
 
     @property
     def is_running(self) -> bool:

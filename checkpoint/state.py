@@ -20,11 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from checkpoint.manifest import MODEL_PREFIX, OPTIMIZER_PREFIX
-from titan_shampoo.distributed.state import BlockTensor
 
 MODEL, OPTIMIZER = "model", "optimizer"
 PREFIXES = {MODEL: MODEL_PREFIX, OPTIMIZER: OPTIMIZER_PREFIX}
@@ -93,26 +90,6 @@ class RunState:
         """Method, shape and block grid of the parameters on this rank."""
         found: Geometry = self._optimizers.geometry()
         return found
-
-
-def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in CPU memory, so that training may go on while they are written."""
-    return {key: _staged(value) for key, value in tensors.items()}
-
-
-def _staged(tensor: Tensor) -> BlockTensor:
-    if isinstance(tensor, BlockTensor):
-        chunks = tensor.chunks
-    elif isinstance(tensor, DTensor):
-        _, start = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        local = tensor.to_local()
-        chunks = {tuple(start): local} if local.numel() else {}
-    else:
-        chunks = {(0,) * tensor.ndim: tensor} if tensor.numel() else {}
-    copies = {start: chunk.detach().to("cpu", copy=True) for start, chunk in chunks.items()}
-    return BlockTensor(tuple(tensor.shape), copies, tensor.dtype)
 
 
 def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from checkpoint.manager import CheckpointManager
+from checkpoint.reader import whole_tensors
+from checkpoint.saving import write
+from checkpoint.verify import verify
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.titan import ParallelDims
@@ -146,9 +149,11 @@ class Run:
             self.manager.save(number, last_step=number == last)
         return self.progress.value
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """Weights of this rank's parameters in global coordinates."""
-        return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+    def save_to(self, place: Path) -> None:
+        """Write what the manager would, elsewhere."""
+        manager = self.manager
+        record = manager._record(self.progress.value)
+        write(place, manager._full_state(), record, manager._group)
 
     def local_bytes(self) -> str:
         """A hash of everything on this rank: weights, optimizer state, counters."""
@@ -175,8 +180,11 @@ def run_in(folder: Path, *args: Any, **kwargs: Any) -> Iterator[Run]:
         run.manager.close()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+def content(folder: Path) -> dict[str, Tensor]:
+    """Every global tensor of a good checkpoint but the generators'."""
+    manifest = verify(folder)
+    keys = [key for key in manifest.tensors if not key.startswith("rng.")]
+    return dict(whole_tensors(folder, manifest, keys))
 
 
 def placement(layout: str) -> tuple[Any, ParallelDims]:
