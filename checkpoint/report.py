@@ -94,7 +94,9 @@ def compared(first_path: Path, first: Manifest, second_path: Path, second: Manif
         "first": {"path": str(first_path), "step": first.step, "run": first.record.get("run")},
         "second": {"path": str(second_path), "step": second.step, "run": second.record.get("run")},
         "settings": settings_differences(
-            first.record.get("settings", {}), second.record.get("settings", {})
+            first.record.get("settings", {}),
+            second.record.get("settings", {}),
+            places=("in the first", "in the second"),
         ),
         "geometry": [
             name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)
@@ -128,7 +130,9 @@ def lines_of_comparison(report: Report) -> list[str]:
     for what, keys in report["tensors"].items():
         shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         lines.append(f"  {what:18} {len(keys)} tensors: {shown}")
-    largest = sorted(report["values"].items(), key=lambda item: -item[1])
+    largest = sorted(
+        report["values"].items(), key=lambda item: (not item[0].startswith(MODEL_PREFIX), -item[1])
+    )
     lines += [f"  value     {key}: by {change:.2g} of its largest" for key, change in largest[:10]]
     if len(largest) > 10:
         lines.append(f"  value     and {len(largest) - 10} more tensors")

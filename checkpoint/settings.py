@@ -13,10 +13,14 @@ _NOT_HYPERPARAMETERS = (
 _SHOWN = 60
 
 
-def settings_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def settings_differences(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    places: tuple[str, str] = ("in the checkpoint", "now"),
+) -> list[str]:
     """One line per setting that has changed since a checkpoint was saved."""
     return [
-        f"{key}: {_shown(saved, key)} in the checkpoint, {_shown(now, key)} now"
+        f"{key}: {_shown(saved, key)} {places[0]}, {_shown(now, key)} {places[1]}"
         for key in sorted(saved.keys() | now.keys())
         if key not in _NOT_HYPERPARAMETERS and saved.get(key) != now.get(key)
     ]
