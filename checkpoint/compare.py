@@ -35,7 +35,7 @@ def _grid_problems(name: str, own: dict[str, Any], other: dict[str, Any]) -> Ite
     if mine != theirs:
         yield (
             f"{name}: blocks cut at {_edges(theirs)} in the checkpoint, {_edges(mine)} in this "
-            f"run; set {_options(own, other)}"
+            f"run; set {_options(own, other)}, or checkpoint.reblock"
         )
     for key, value in own.get("meaning", {}).items():
         saved = other.get("meaning", {}).get(key)

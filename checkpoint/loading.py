@@ -23,9 +23,11 @@ from checkpoint.compare import (
 from checkpoint.errors import CheckpointError, in_one_line
 from checkpoint.finding import Found, verify_together
 from checkpoint.hugging_face import load_hugging_face
+from checkpoint.manifest import OPTIMIZER_PREFIX
 from checkpoint.native import load_native
 from checkpoint.ranks import from_rank_0, gathered
-from checkpoint.reader import Reader
+from checkpoint.reader import Reader, whole_tensors
+from checkpoint.reblock import can_reblock, fill, grid_of, is_factor, is_per_block
 from checkpoint.settings import settings_differences
 from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, RunState
 
@@ -39,12 +41,19 @@ class Loading:
         state: The run's, changed in place.
         settings: Of this run, by dotted name.
         group: All ranks.
+        reblocks: Whether Shampoo's factors may be approximated for another block size.
     """
 
     def __init__(
-        self, state: RunState, settings: Mapping[str, Any], group: dist.ProcessGroup
+        self,
+        state: RunState,
+        settings: Mapping[str, Any],
+        group: dist.ProcessGroup,
+        *,
+        reblocks: bool,
     ) -> None:
         self._state, self._settings, self._group = state, settings, group
+        self._reblocks = reblocks
 
     def load(self, found: Found, components: set[str]) -> None:
         """Load some components of a checkpoint that is good, if it is this run's.
@@ -55,9 +64,12 @@ class Loading:
         manifest, record = found.manifest, found.manifest.record
         is_everything = components == set(self._state.components)
         tensors = self._state.tensors(components)
-        self._check(found, components, tensors)
+        recut = self._to_recut(record) if OPTIMIZER in components else []
+        exact = {key: t for key, t in tensors.items() if not _is_recut(key, recut)}
+        self._check(found, components, exact, recut)
         rows = self._generators(found) if is_everything else {}
-        self._read(found, tensors | rows)
+        self._read(found, exact | rows)
+        self._recut(found, recut, tensors)
         if MODEL in components:
             self._state.take_model(_without_prefix(tensors))
         values = record.get("values", {})
@@ -98,10 +110,49 @@ class Loading:
         load_native(folder, model, self._group)
         self._state.take_model(model)
 
-    def _check(self, found: Found, components: set[str], tensors: Mapping[str, Tensor]) -> None:
+    def _to_recut(self, record: Mapping[str, Any]) -> list[str]:
+        """Parameters of this rank whose blocks have another size, if that may be."""
+        saved, own = record.get("geometry", {}), self._state.geometry()
+        return [
+            name
+            for name, one in own.items()
+            if self._reblocks
+            and name in saved
+            and one.get("grid") != saved[name].get("grid")
+            and can_reblock(one, saved[name])
+        ]
+
+    def _recut(self, found: Found, recut: list[str], tensors: Mapping[str, Tensor]) -> None:
+        """Approximate the factors of blocks of another size."""
+        saved, own = found.manifest.record.get("geometry", {}), self._state.geometry()
+        for name in recut:
+            prefix = f"{OPTIMIZER_PREFIX}{name}."
+            keys = [k for k in found.manifest.tensors if k.startswith(prefix)]
+            factors = {
+                key.removeprefix(prefix): whole
+                for key, whole in whole_tensors(
+                    found.folder, found.manifest, [k for k in keys if is_factor(k, prefix)]
+                )
+            }
+            state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            grids = grid_of(saved[name]), grid_of(own[name])
+            fill(state, factors, *grids, int(state["step"]), self._state.options_of(name))
+        if recut:
+            _say(
+                "%d parameters have blocks of another size: their factors are approximate",
+                len(recut),
+            )
+
+    def _check(
+        self,
+        found: Found,
+        components: set[str],
+        tensors: Mapping[str, Tensor],
+        recut: list[str],
+    ) -> None:
         """Refuse, on all ranks, a checkpoint that is not this run's."""
-        problems = list(self._problems(found, components, tensors))
-        extra = unwanted(tensors, found.manifest)
+        problems = list(self._problems(found, components, tensors, recut))
+        extra = {key for key in unwanted(tensors, found.manifest) if not _is_recut(key, recut)}
         told = gathered((problems[:1], len(problems), extra), self._group)
         nobodys = sorted(set.intersection(*(extra for *_, extra in told)))
         lines = [line for first, *_ in told for line in first]
@@ -112,11 +163,16 @@ class Loading:
             raise CheckpointError(f"{found.folder}: {lines[0]}{more}")
 
     def _problems(
-        self, found: Found, components: set[str], tensors: Mapping[str, Tensor]
+        self,
+        found: Found,
+        components: set[str],
+        tensors: Mapping[str, Tensor],
+        recut: list[str],
     ) -> Iterator[str]:
         record = found.manifest.record
         if OPTIMIZER in components:
-            yield from geometry_problems(self._state.geometry(), record.get("geometry", {}))
+            own = {k: one for k, one in self._state.geometry().items() if k not in recut}
+            yield from geometry_problems(own, record.get("geometry", {}))
         yield from tensor_problems(tensors, found.manifest)
         for name in sorted(components - PREFIXES.keys() - record.get("values", {}).keys()):
             yield f"{name}: not in the checkpoint"
@@ -142,6 +198,14 @@ class Loading:
             saved.get("device"),
             dist.get_world_size(),
         )
+
+
+def _is_recut(key: str, recut: list[str]) -> bool:
+    """Whether a tensor belongs to blocks that are approximated."""
+    name = key.removeprefix(OPTIMIZER_PREFIX)
+    return any(
+        name.startswith(f"{one}.") and is_per_block(name.removeprefix(f"{one}.")) for one in recut
+    )
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

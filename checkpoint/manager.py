@@ -89,7 +89,12 @@ class CheckpointManager:
         self._check_settings()
         self._group = _new_group()
         self._votes = _new_group()
-        self._loading = Loading(self._state, self._settings, self._votes)
+        self._loading = Loading(
+            self._state,
+            self._settings,
+            self._votes,
+            reblocks=config.reblock == "approximate",
+        )
         self._background = BackgroundSave(
             self._group, pinned=config.async_mode == "async_with_pinned_mem"
         )

@@ -86,6 +86,12 @@ class RunState:
         for name, value in values.items():
             self._values[name].load_state_dict(value)
 
+    def options_of(self, name: str) -> Mapping[str, Any]:
+        """The parameter group to which a parameter belongs."""
+        groups = (g for optimizer in self._optimizers.optimizers for g in optimizer.param_groups)
+        found: Mapping[str, Any] = next(group for group in groups if name in group["param_names"])
+        return found
+
     def geometry(self) -> Geometry:
         """Method, shape and block grid of the parameters on this rank."""
         found: Geometry = self._optimizers.geometry()
