@@ -161,7 +161,12 @@ class CheckpointManager:
         """Begin from somebody else's checkpoint, if the settings name one."""
         config, loading = self._config, self._loading
         if config.initial_load_in_hf:
-            path = config.initial_load_path or self._adapter.hf_assets_path
+            path = config.initial_load_path or getattr(self._adapter, "hf_assets_path", None)
+            if not path:
+                raise CheckpointError(
+                    "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, or "
+                    "model.hf_assets_path"
+                )
             loading.load_hugging_face(Path(path), self._adapter)
         elif config.initial_load_path:
             only_model = config.initial_load_model_only
@@ -297,6 +302,7 @@ class CheckpointManager:
             parts: Iterable[dict[str, Any]] = gathered(self._state.geometry(), self._votes)
             self._geometry = {name: one for part in parts for name, one in part.items()}
         record = describe_run(step, self._run, MODEL if is_model_only else "full")
+        record["world"]["mesh"] = self._state.mesh()
         if not is_model_only:
             record |= {"values": self._state.values(), "geometry": self._geometry}
         return record | {"settings": self._settings}

@@ -63,7 +63,7 @@ def lines_of_description(report: Report) -> list[str]:
     lines = [
         f"{report['path']}",
         f"  step {report['step']} of run {report['run']}, {report['kind']}, {report['created']}",
-        f"  by {world.get('ranks')} ranks on {world.get('device')}, "
+        f"  by {world.get('ranks')} ranks on {world.get('device')}{_mesh(world)}, "
         + ", ".join(f"{name} {version}" for name, version in software.items()),
         f"  {_size(total)} in {len(report['files'])} files",
     ]
@@ -77,6 +77,11 @@ def lines_of_description(report: Report) -> list[str]:
             f"{names[0]}{more}"
         )
     return lines
+
+
+def _mesh(world: dict[str, Any]) -> str:
+    axes = [f"{name} {extent}" for name, extent in (world.get("mesh") or {}).items()]
+    return f" ({' x '.join(axes)})" if axes else ""
 
 
 def compared(first_path: Path, first: Manifest, second_path: Path, second: Manifest) -> Report:

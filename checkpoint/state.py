@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from checkpoint.manifest import MODEL_PREFIX, OPTIMIZER_PREFIX
 
@@ -85,6 +86,14 @@ class RunState:
         """Load plain state of some components."""
         for name, value in values.items():
             self._values[name].load_state_dict(value)
+
+    def mesh(self) -> dict[str, int]:
+        """Names and extents of the axes over which weights are sharded, or replicated with them."""
+        meshes = (t.device_mesh for t in self.model().values() if isinstance(t, DTensor))
+        mesh = max(meshes, key=lambda mesh: mesh.ndim, default=None)
+        if mesh is None:
+            return {}
+        return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
 
     def options_of(self, name: str) -> Mapping[str, Any]:
         """The parameter group to which a parameter belongs."""

@@ -16,18 +16,18 @@ METHODS = ("Shampoo", "SOAP", "KLShampoo", "AdamW", "SGD")
 NOISE = 0.1
 
 
-def digests_of_resumed_runs(folder, method, starts):
+def digests_of_resumed_runs(folder, method, starts, steps):
     """The final digest of a run, and of those resumed after each of ``starts``."""
     with run_in(folder, "fsdp2", method, noise=NOISE) as run:
         run.manager.load()
-        run.train(STEPS)
+        run.train(steps)
         whole = run.local_bytes()
     found = {}
     for start in starts:
         with run_in(folder, "fsdp2", method, noise=NOISE, load_only=True) as run:
             assert run.manager.load(start)
             assert run.progress.value == start
-            run.train(STEPS)
+            run.train(steps)
             found[start] = run.local_bytes()
     return whole, found
 
@@ -35,10 +35,19 @@ def digests_of_resumed_runs(folder, method, starts):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_resumed_after_any_step_ends_with_the_same_bits(tmp_path, method):
     starts = range(1, STEPS) if method == "Shampoo" else (1, 2, 3, 5, 8)
-    for whole, found in run_on_ranks(2, digests_of_resumed_runs, tmp_path, method, starts):
-        assert {start: digest == whole for start, digest in found.items()} == dict.fromkeys(
-            starts, True
-        )
+    assert_same_bits(tmp_path, method, starts, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_one_of_twenty_steps_may_be_the_last_before_an_interruption(tmp_path, method):
+    assert_same_bits(tmp_path, method, range(1, 20), 20)
+
+
+def assert_same_bits(folder, method, starts, steps):
+    ranks = run_on_ranks(2, digests_of_resumed_runs, folder, method, starts, steps)
+    for whole, found in ranks:
+        assert [start for start, digest in found.items() if digest != whole] == []
 
 
 def drop(run, what):
