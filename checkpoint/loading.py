@@ -82,21 +82,38 @@ class Loading:
             for line in settings_differences(record["settings"], self._settings):
                 _say("%s", line)
 
-    def load_initial(self, folder: Path, *, only_model: bool) -> None:
-        """Begin from another run's checkpoint, of this format or of torch's own.
+    def load_initial(self, config: Any, adapter: Any) -> bool:  # noqa: ANN401 (torchtitan's)
+        """Begin from somebody else's checkpoint, if the settings name one; returns whether.
+
+        Args:
+            config: The ``[checkpoint]`` table.
+            adapter: torchtitan's state-dict adapter, or None if the model has none.
 
         Raises:
             CheckpointError: On every rank, if it is not good or does not fit.
         """
+        path = config.initial_load_path
+        if config.initial_load_in_hf:
+            self._load_hugging_face(path, adapter)
+            return True
+        if not path:
+            return False
+        folder, only_model = Path(path), config.initial_load_model_only
         if from_rank_0((folder / ".metadata").is_file, self._group, folder):
             self._load_native(folder, only_model=only_model)
-            return
-        found = verify_together(folder, self._group)
-        self.load(found, {MODEL} if only_model else set(self._state.components))
+        else:
+            found = verify_together(folder, self._group)
+            self.load(found, {MODEL} if only_model else set(self._state.components))
+        return True
 
-    def load_hugging_face(self, folder: Path, adapter: Any) -> None:  # noqa: ANN401 (torchtitan's)
-        """Load weights that are stored under Hugging Face's names."""
-        model = self._state.model()
+    def _load_hugging_face(self, path: str | None, adapter: Any) -> None:  # noqa: ANN401
+        path = path or getattr(adapter, "hf_assets_path", None)
+        if not path:
+            raise CheckpointError(
+                "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, or "
+                "model.hf_assets_path"
+            )
+        folder, model = Path(path), self._state.model()
         load_hugging_face(folder, model, adapter, self._group)
         self._state.take_model(model)
 

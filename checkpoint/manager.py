@@ -8,7 +8,7 @@ used in ``finding``, what the state of a run is in ``state``.
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -31,6 +31,7 @@ from checkpoint.reader import model_weights
 from checkpoint.record import describe_run, flattened
 from checkpoint.retention import Retention
 from checkpoint.saving import BackgroundSave, write
+from checkpoint.settings import check_settings
 from checkpoint.signals import StopRequest
 from checkpoint.state import MODEL, RunState, in_dtype
 from checkpoint.verify import read_manifest
@@ -86,7 +87,7 @@ class CheckpointManager:
         )
         self._settings = {} if job_config is None else flattened(job_config)
         self._adapter = sd_adapter
-        self._check_settings()
+        check_settings(config, self._state.components)
         self._group = _new_group()
         self._votes = _new_group()
         self._loading = Loading(
@@ -136,7 +137,7 @@ class CheckpointManager:
         else:
             found = find_step(folder, step, self._votes, changes_names=writes)
         if found is None:
-            return self._load_initial()
+            return self._loading.load_initial(self._config, self._adapter)
         if found.manifest.record.get("kind") == MODEL:
             raise CheckpointError(
                 f"{found.folder}: holds the model only and cannot be resumed; to begin from it "
@@ -157,24 +158,6 @@ class CheckpointManager:
             self._lock = FolderLock(Path(self.folder), patience=patience)
         sweep(Path(self.folder))
 
-    def _load_initial(self) -> bool:
-        """Begin from somebody else's checkpoint, if the settings name one."""
-        config, loading = self._config, self._loading
-        if config.initial_load_in_hf:
-            path = config.initial_load_path or getattr(self._adapter, "hf_assets_path", None)
-            if not path:
-                raise CheckpointError(
-                    "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, or "
-                    "model.hf_assets_path"
-                )
-            loading.load_hugging_face(Path(path), self._adapter)
-        elif config.initial_load_path:
-            only_model = config.initial_load_model_only
-            loading.load_initial(Path(config.initial_load_path), only_model=only_model)
-        else:
-            return False
-        return True
-
     # ---- saving
 
     @torch.no_grad()
@@ -189,9 +172,12 @@ class CheckpointManager:
             CheckpointError: On every rank, if the last state of a run could not be saved. Other
                 failures are said, retried once, and training goes on.
         """
-        if not self.enable or self.load_only:
+        if not self.enable:
             return
         stops, ended = self._agree()
+        if self.load_only:
+            self.stopped = stops
+            return
         failed = ended and not self._finish_background(curr_step)
         if stops and not last_step:
             self._save_and_stop(curr_step)
@@ -299,7 +285,7 @@ class CheckpointManager:
     def _record(self, step: int, *, is_model_only: bool = False) -> dict[str, Any]:
         """What the manifest says beside files and tensors; the same on all ranks."""
         if self._geometry is None:
-            parts: Iterable[dict[str, Any]] = gathered(self._state.geometry(), self._votes)
+            parts = gathered(self._state.geometry(), self._votes)
             self._geometry = {name: one for part in parts for name, one in part.items()}
         record = describe_run(step, self._run, MODEL if is_model_only else "full")
         record["world"]["mesh"] = self._state.mesh()
@@ -324,24 +310,6 @@ class CheckpointManager:
         if self._lock is not None:
             self._lock.release()
 
-    def _check_settings(self) -> None:
-        config = self._config
-        if config.async_mode == "async_with_pinned_mem" and not torch.accelerator.is_available():
-            raise CheckpointError(
-                'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU; set it to "async"'
-            )
-        if config.initial_load_in_hf_quantized:
-            raise CheckpointError(
-                "checkpoint.initial_load_in_hf_quantized: no model here can be read from "
-                "quantized files; remove it"
-            )
-        unknown = set(config.exclude_from_loading) - set(self._state.components)
-        if unknown:
-            raise CheckpointError(
-                f"checkpoint.exclude_from_loading: {', '.join(sorted(unknown))}: no such "
-                f"component; there are: {', '.join(self._state.components)}"
-            )
-
 
 def _new_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
@@ -350,11 +318,11 @@ def _new_group() -> dist.ProcessGroup:
 
 
 def _logged(do: Callable[[], None]) -> None:
-    """Run what no run should end for; say what went wrong."""
+    """Run what no run should end for, in a thread whose errors nobody sees."""
     try:
         do()
-    except OSError as error:
-        _logger.warning("old checkpoints are not deleted: %s", error)
+    except Exception as error:
+        _logger.warning("old checkpoints are not deleted: %s: %s", type(error).__name__, error)
 
 
 def _say(level: int, message: str, *args: object) -> None:

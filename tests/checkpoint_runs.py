@@ -104,7 +104,8 @@ class Run:
             checkpoint_config=table,
             base_folder=str(folder),
         )
-        self.manager._settings = settings or {}
+        if settings:
+            self.manager._settings.update(settings)
 
     def _model(self) -> nn.Module:
         model = nn.Module()

@@ -88,8 +88,8 @@ def test_the_next_ten_steps_are_those_of_the_uninterrupted_run(saved, world):
                 torch.testing.assert_close(
                     found[key],
                     expected[key],
-                    rtol=1e-4,
-                    atol=1e-5,
+                    rtol=1e-9,
+                    atol=1e-9,
                     msg=f"{source} -> {target}: {key}",
                 )
 
