@@ -1,6 +1,21 @@
-"""What a run saves and how it resumes."""
+"""What a run saves and how it resumes.
+
+The manager is imported on first use: ``python -m checkpoint verify`` must not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError
-from checkpoint.manager import CheckpointManager
+
+if TYPE_CHECKING:
+    from checkpoint.manager import CheckpointManager
 
 __all__ = ["CheckpointError", "CheckpointManager"]
+
+
+def __getattr__(name: str) -> object:
+    """The manager, which needs torch."""
+    if name != "CheckpointManager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("checkpoint.manager").CheckpointManager

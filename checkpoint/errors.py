@@ -1,8 +1,6 @@
 """What can be wrong with checkpoints, in one line that names the path."""
 
-from torch.distributed.checkpoint.api import CheckpointException
-
-from titan_shampoo.config import ConfigError
+from titan_shampoo.config.errors import ConfigError
 
 
 class CheckpointError(ConfigError):
@@ -11,8 +9,12 @@ class CheckpointError(ConfigError):
 
 def in_one_line(path: object, problem: str, cause: BaseException) -> CheckpointError:
     """Return ``path: problem: cause``, with the first failed rank's cause if several failed."""
-    if isinstance(cause, CheckpointException) and cause.failures:
-        rank, (cause, _) = min(cause.failures.items())
-        problem = f"{problem} (rank {rank})"
+    failures = getattr(cause, "failures", None)  # torch.distributed.checkpoint's collective error
+    rank = None
+    if failures:
+        rank, (cause, _) = min(failures.items())
+    if isinstance(cause, CheckpointError):
+        return cause
+    where = problem if rank is None else f"{problem} (rank {rank})"
     lines = str(cause).strip().splitlines() or ["no reason given"]
-    return CheckpointError(f"{path}: {problem}: {type(cause).__name__}: {lines[0]}")
+    return CheckpointError(f"{path}: {where}: {type(cause).__name__}: {lines[0]}")

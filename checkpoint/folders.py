@@ -1,68 +1,99 @@
-r"""Where checkpoints lie, and what makes one complete.
+r"""Where checkpoints lie: everything in one folder, a rename apart.
 
-    outputs/checkpoint/step-20                complete: renamed to this place when all was written
-    outputs/checkpoint.incomplete/step-30     being written, or left by a run that died
-    outputs/checkpoint.incomplete/step-20.old on its way out: superseded or no longer kept
+    checkpoint/step-20                    complete, and never written to again
+    checkpoint/step-30.writing-1c9e02     being written, or left by a run that died
+    checkpoint/step-10.trash-77ab40       on its way out
+    checkpoint/step-25.bad                did not verify; kept for whoever wants to know why
+    checkpoint/step-40.superseded         later than the step that a run was told to start from
+    checkpoint/.lock                      held by the run that writes here
 
-Only ``^step-\d+$`` folders of the first kind are ever resumed or counted.
+Only ``^step-\d+$`` is ever resumed or counted. A rename is all that happens to a complete
+checkpoint, so a run that dies at any moment leaves each one whole under some name.
 """
 
 import os
 import re
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 _STEP = re.compile(r"step-(\d+)")
-_OLD = ".old"
+_TEMPORARY = re.compile(r"(step-\d+|hf-step-\d+)\.(writing|trash)-[0-9a-f]{8}")
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Return the steps that have a complete checkpoint in ``folder``, ascending.
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in ``folder``, ascending; whether it is good is not asked.
 
     Raises:
         OSError: If ``folder`` exists and cannot be listed.
     """
     if not folder.exists():
         return []
-    found = [(_STEP.fullmatch(entry.name), entry) for entry in folder.iterdir()]
-    # torch.distributed.checkpoint writes .metadata last: whoever wrote the folder finished it.
-    return sorted(int(name[1]) for name, entry in found if name and (entry / ".metadata").is_file())
+    names = [_STEP.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(int(name[1]) for name in names if name and name[1] == str(int(name[1])))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return folder / f"step-{step}"
+
+
+def writing_name(place: Path) -> Path:
+    """A new name beside ``place`` for what is being written; a rename makes it complete."""
+    return place.with_name(f"{place.name}.writing-{uuid.uuid4().hex[:8]}")
 
 
 def commit(written: Path, place: Path) -> None:
-    """Move a checkpoint that is ``written`` to its ``place``, in place of one that may be there."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    old = written.with_name(place.name + _OLD)
-    replaces = place.exists()
-    if replaces:
-        place.rename(old)
+    """Make what is ``written`` complete, at once and for good.
+
+    Raises:
+        FileExistsError: If there is something at ``place``: it is not overwritten.
+    """
+    sync_folder(written)
+    if place.exists():  # rename() would replace an empty folder
+        raise FileExistsError(f"{place} exists, and a checkpoint is never overwritten")
     written.rename(place)
-    _sync(place.parent)
-    if replaces:
-        shutil.rmtree(old)
+    sync_folder(place.parent)
 
 
-def set_aside(place: Path, incomplete: Path) -> Path:
-    """Move a checkpoint out of sight, at once, so that deleting it can take its time."""
-    incomplete.mkdir(parents=True, exist_ok=True)
-    return place.rename(incomplete / (place.name + _OLD))
+def set_aside(place: Path, reason: str) -> Path:
+    """Rename a checkpoint to ``<name>.<reason>``, or ``<name>.<reason>-2`` and so on."""
+    aside = next(name for name in _names(place, reason) if not name.exists())
+    place.rename(aside)
+    sync_folder(place.parent)
+    return aside
 
 
-def sweep(folder: Path, incomplete: Path) -> None:
-    """Delete what dead runs left in ``incomplete``, but for what they were about to replace."""
-    for old in incomplete.glob("*" + _OLD):
-        place = folder / old.name.removesuffix(_OLD)
-        # Died between the two renames of commit(): the old one is the only one.
-        died_in_commit = (incomplete / place.name).exists() and not place.exists()
-        if died_in_commit:
-            old.rename(place)
-    shutil.rmtree(incomplete, ignore_errors=True)
+def discard(place: Path) -> None:
+    """Delete a folder; the rename before means that nobody ever finds half of it."""
+    trash = place
+    if not _TEMPORARY.fullmatch(place.name):
+        trash = place.with_name(f"{place.name}.trash-{uuid.uuid4().hex[:8]}")
+        place.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
+def sweep(folder: Path) -> None:
+    """Delete what runs that died were writing or deleting; the lock must be held."""
+    if folder.exists():
+        for entry in folder.iterdir():
+            if _TEMPORARY.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _names(place: Path, reason: str) -> Iterator[Path]:
+    yield place.with_name(f"{place.name}.{reason}")
+    number = 2
+    while True:
+        yield place.with_name(f"{place.name}.{reason}-{number}")
+        number += 1

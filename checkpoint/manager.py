@@ -1,187 +1,330 @@
-"""When a run saves, and what it resumes from.
+"""When a run saves, when it stops, and what it resumes from.
 
-torchtitan's manager on torch.distributed.checkpoint, but a checkpoint is written beside its place
-and moved there when it is complete. So a folder that exists can be resumed, retention never counts
-what cannot, and saving a step again never destroys the only good copy of it.
+Takes the place of torchtitan's manager in its trainer: ``load`` before the first step, ``save``
+after each, ``close`` at the end. How a checkpoint is written stands in ``saving``, which one is
+used in ``finding``, what the state of a run is in ``state``.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import replace
+import os
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch import Tensor, nn
 
-from checkpoint.errors import CheckpointError, in_one_line
-from checkpoint.folders import commit, complete_steps, set_aside, sweep
-from titan_shampoo import titan
+from checkpoint import rng
+from checkpoint.errors import CheckpointError
+from checkpoint.finding import find_newest, find_step
+from checkpoint.folders import step_folder, sweep
+from checkpoint.hugging_face import export_weights
+from checkpoint.loading import Loading
+from checkpoint.lock import FolderLock
+from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.reader import model_weights
+from checkpoint.record import describe_run, flattened
+from checkpoint.retention import Retention
+from checkpoint.saving import BackgroundSave, write
+from checkpoint.settings import check_settings
+from checkpoint.signals import StopRequest
+from checkpoint.state import MODEL, RunState, in_dtype
+from checkpoint.verify import read_manifest
 
 _logger = logging.getLogger(__name__)
 
-Saved = Future[Any] | AsyncSaveResponse | None
+_TIMEOUT = timedelta(hours=2)
+"""For collectives about checkpoints: a slow disk is no reason to end a run, a dead rank is noticed
+by its closed connection."""
+
+_RESTART_PATIENCE = 20.0
+"""Seconds that a restarted run waits for its predecessor's lock."""
 
 
-class CheckpointManager(titan.CheckpointManager):
-    """Saves every ``checkpoint.interval`` steps and after the last, resumes the newest.
+class CheckpointManager:
+    """Saves every ``checkpoint.interval`` steps, after the last, and when asked to stop.
 
-    Args and attributes are torchtitan's.
+    Attributes:
+        enable: Whether anything is saved or loaded.
+        folder: Where checkpoints lie.
+        stopped: Whether a signal has ended the run; true after the step that was saved then.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (torchtitan's)
-        """Take over torchtitan's arguments.
+    def __init__(
+        self,
+        dataloader: Any,  # noqa: ANN401 (anything with a state)
+        model_parts: list[nn.Module],
+        optimizers: Any,  # noqa: ANN401
+        lr_schedulers: Any,  # noqa: ANN401
+        states: dict[str, Any],
+        checkpoint_config: Any,  # noqa: ANN401 (merged dataclass)
+        sd_adapter: Any = None,  # noqa: ANN401 (torchtitan's)
+        base_folder: str = "",
+        ft_manager: object = None,  # torchtitan's replicas, which the configuration refuses
+        job_config: object = None,
+    ) -> None:
+        """Take what torchtitan's manager takes, and the settings of the run.
 
         Raises:
-            CheckpointError: If the way of saving needs hardware that is not there.
+            CheckpointError: If settings do not fit the hardware or each other.
         """
-        super().__init__(*args, **kwargs)
-        if self.enable_staging and not torch.accelerator.is_available():
-            raise CheckpointError(
-                'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU; set it to "async"'
-            )
+        self._config = config = checkpoint_config
+        self.enable: bool = config.enable
+        self.load_only: bool = config.load_only
+        self.folder = str(Path(base_folder) / config.folder)
+        self.stopped = self._is_open = False
+        if not self.enable:
+            return
+        self._state = RunState(
+            model_parts,
+            optimizers,
+            {"lr_scheduler": lr_schedulers, "dataloader": dataloader, **states},
+        )
+        self._settings = {} if job_config is None else flattened(job_config)
+        self._adapter = sd_adapter
+        check_settings(config, self._state.components)
+        self._group = _new_group()
+        self._votes = _new_group()
+        self._loading = Loading(
+            self._state,
+            self._settings,
+            self._votes,
+            reblocks=config.reblock == "approximate",
+        )
+        self._background = BackgroundSave(
+            self._group, pinned=config.async_mode == "async_with_pinned_mem"
+        )
+        self._tidying = ThreadPoolExecutor(1, thread_name_prefix="retention")
+        self._retention = Retention(Path(self.folder), config.keep_latest_k)
+        self._stop = StopRequest()
+        self._lock: FolderLock | None = None
+        self._run = from_rank_0(lambda: uuid.uuid4().hex[:12], self._votes, self.folder)
+        self._geometry: dict[str, Any] | None = None
+        self._saved_step = -1
+        self._pending_step = -1
+        self._is_retry = False
+        self._is_open = True
 
+    # ---- loading
+
+    @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Load a checkpoint and return whether there was one.
+        """Load a checkpoint in place and return whether there was one.
 
         Args:
-            step: The last step done in it; -1 means the newest complete one.
+            step: The last step done in it; -1 means the newest that is good.
 
         Raises:
-            CheckpointError: On every rank, if there is none of that step or it cannot be read.
+            CheckpointError: On every rank, before anything is changed, if there is none of that
+                step, or it is not good or not this run's.
         """
         if not self.enable:
             return False
-        # One rank looks: folders on network file systems do not look the same to all at once.
-        found = _decided_by_rank_0(self._look, step)
-        return bool(super().load(found))
+        folder, writes = Path(self.folder), not self.load_only
+        if writes:
+            from_rank_0(self._take_folder, self._votes, folder)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            step = -1  # The first attempt has gone on from there.
+        if step == -1:
+            found = find_newest(
+                folder, self._votes, fallback=self._config.fallback, changes_names=writes
+            )
+        else:
+            found = find_step(folder, step, self._votes, changes_names=writes)
+        if found is None:
+            return self._loading.load_initial(self._config, self._adapter)
+        if found.manifest.record.get("kind") == MODEL:
+            raise CheckpointError(
+                f"{found.folder}: holds the model only and cannot be resumed; to begin from it "
+                "set checkpoint.initial_load_path, and another checkpoint.folder"
+            )
+        self._run = found.manifest.record.get("run", self._run)
+        excluded = set(self._config.exclude_from_loading)
+        self._loading.load(found, set(self._state.components) - excluded)
+        self._saved_step = found.manifest.step
+        self._retention.trust(found.manifest.step)
+        return True
 
-    def _look(self, step: int) -> int:
-        """Return the step to load, or -1 for none, and clean up after runs that died."""
-        folder, incomplete = Path(self.folder), self._incomplete
+    def _take_folder(self) -> None:
+        """Make sure, on rank 0, that no other run writes here, and clean up after dead ones."""
+        if self._lock is None:
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            patience = _RESTART_PATIENCE if restarted else 0.0
+            self._lock = FolderLock(Path(self.folder), patience=patience)
+        sweep(Path(self.folder))
+
+    # ---- saving
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """See to everything that is due after a step, on all ranks together.
+
+        Args:
+            curr_step: The step that was done.
+            last_step: Whether it is the run's last.
+
+        Raises:
+            CheckpointError: On every rank, if the last state of a run could not be saved. Other
+                failures are said, retried once, and training goes on.
+        """
+        if not self.enable:
+            return
+        stops, ended = self._agree()
+        if self.load_only:
+            self.stopped = stops
+            return
+        failed = ended and not self._finish_background(curr_step)
+        if stops and not last_step:
+            self._save_and_stop(curr_step)
+        elif last_step:
+            self._save_last(curr_step)
+        elif failed or self._is_due(curr_step):
+            self._save_on_the_way(curr_step, is_retry=failed)
+
+    def _is_due(self, step: int) -> bool:
+        config = self._config
+        return step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any rank's background save ended."""
+        mine = [self._stop.received is not None, self._background.is_done]
+        votes = torch.tensor(mine, dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._votes)
+        stops, ended = votes.tolist()
+        return bool(stops), bool(ended)
+
+    def _finish_background(self, step: int) -> bool:
+        """Wait for the background save and return whether to be content with it."""
+        if not self._background.is_running:
+            return True
         try:
-            sweep(folder, incomplete)
-            steps = complete_steps(folder)
-        except OSError as error:
-            raise in_one_line(folder, "the checkpoint folder cannot be read", error) from error
-        if step in (-1, *steps):
-            return max(steps, default=-1) if step == -1 else step
-        existing = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(
-            f"checkpoint.load_step = {step}: {folder} has no complete checkpoint of that step; "
-            f"there are: {existing}"
+            self._background.finish()
+        except CheckpointError as error:
+            again = "" if self._is_retry else ", and is repeated now"
+            _say(logging.WARNING, "%s; training goes on after step %d%s", error, step, again)
+            return self._is_retry
+        self._complete(self._pending_step)
+        return True
+
+    def _save_on_the_way(self, step: int, *, is_retry: bool) -> None:
+        self._finish_background(step)
+        place = step_folder(Path(self.folder), step)
+        if self._config.async_mode != "disabled":
+            self._is_retry, self._pending_step = is_retry, step
+            self._background.start(place, self._full_state(), self._record(step))
+            return
+        try:
+            self._write_with_retry(step)
+        except CheckpointError as error:
+            _say(logging.WARNING, "%s; training goes on after step %d", error, step)
+
+    def _save_and_stop(self, step: int) -> None:
+        self._finish_background(step)
+        if self._saved_step != step:
+            self._write_with_retry(step)
+        self.stopped = True
+        _say(
+            logging.INFO,
+            "asked to stop: saved after step %d; the same command line goes on from there",
+            step,
         )
 
-    def _find_load_step(self, folder: str = "") -> int:
-        """Return -1: ``load`` has looked already, and found nothing, if torchtitan asks again."""
-        return -1
-
-    def dcp_load(
-        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
-    ) -> None:
-        """Load ``state_dict`` in place."""
-        with _errors_in_one_line(checkpoint_id, "this checkpoint cannot be loaded"):
-            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-
-    def dcp_save(
-        self,
-        state_dict: dict[str, Any],
-        checkpoint_id: str,
-        async_mode: titan.AsyncMode,
-        enable_garbage_collection: bool = False,
-        to_hf: bool = False,
-    ) -> Saved:
-        """Write ``state_dict`` beside ``checkpoint_id``, and move it there when it is complete."""
-        place = Path(checkpoint_id)
-        written = self._incomplete / place.name
-        start = time.monotonic()
-        if dist.get_rank() == 0:
-            rmtree(written, ignore_errors=True)
-        dist.barrier()
-        with _errors_in_one_line(place, "this checkpoint cannot be saved"):
-            saved = super().dcp_save(
-                state_dict, str(written), async_mode, enable_garbage_collection, to_hf
-            )
-
-        def complete() -> None:
-            if dist.get_rank() == 0:
-                commit(written, place)
-                _logger.info("saved %s in %.1f s", place, time.monotonic() - start)
-
-        return _then(saved, complete)
-
-    def _save_last_step(self, curr_step: int) -> None:
-        super()._save_last_step(curr_step)
-        self._purge_stale_checkpoints()
-
-    def _purge_stale_checkpoints(self) -> None:
-        """Delete all but the newest ``checkpoint.keep_latest_k`` complete checkpoints."""
-        if self.keep_latest_k == 0 or dist.get_rank() != 0:
+    def _save_last(self, step: int) -> None:
+        self._finish_background(step)
+        if self._saved_step == step:
             return
-        folder = Path(self.folder)
-        for step in complete_steps(folder)[: -self.keep_latest_k]:
-            trash = set_aside(folder / f"step-{step}", self._incomplete)
-            self.purge_queue.put(str(trash))
+        if not self._config.last_save_model_only:
+            self._write_with_retry(step)
+            return
+        dtype = getattr(torch, self._config.export_dtype)
+        model = self._state.tensors({MODEL})
+        if dtype != torch.float32:
+            model = in_dtype(model, dtype)
+        self._write_with_retry(step, model)
+        if self._config.last_save_in_hf:
+            from_rank_0(partial(self._export, step), self._votes, self.folder)
 
-    @property
-    def _incomplete(self) -> Path:
-        """What is being written; on the same file system, so that a rename completes it."""
-        return Path(f"{self.folder}.incomplete")
+    def _export(self, step: int) -> None:
+        place = step_folder(Path(self.folder), step)
+        out = place.with_name(f"hf-{place.name}")
+        export_weights(model_weights(place, read_manifest(place)), out, self._adapter)
+        _logger.info("exported %s", out)
 
+    def _write_with_retry(self, step: int, model: dict[str, Tensor] | None = None) -> None:
+        """Write a checkpoint now; once more if that fails.
 
-def _then(saved: Saved, complete: Callable[[], None]) -> Saved:
-    """Return ``saved`` with ``complete`` called at its end: now, or by the thread that waits."""
-    if isinstance(saved, AsyncSaveResponse):
-        return replace(saved, upload_completion=_chained(saved.upload_completion, complete))
-    if isinstance(saved, Future):
-        return _chained(saved, complete)
-    dist.barrier()  # Other formats than torch's own are finished by every rank on its own.
-    complete()
-    return None
-
-
-def _chained(written: "Future[Any]", complete: Callable[[], None]) -> "Future[None]":
-    """Return the future of ``complete``; ``written`` itself is done before its callbacks are."""
-    completed: Future[None] = Future()
-
-    def finish(written: "Future[Any]") -> None:
+        Raises:
+            CheckpointError: If both attempts failed.
+        """
+        place = step_folder(Path(self.folder), step)
+        tensors = self._full_state() if model is None else model
+        record = self._record(step, is_model_only=model is not None)
         try:
-            written.result()
-            complete()
-        except BaseException as error:
-            completed.set_exception(error)
-        else:
-            completed.set_result(None)
-
-    written.add_done_callback(finish)
-    return completed
-
-
-@contextmanager
-def _errors_in_one_line(path: object, problem: str) -> Iterator[None]:
-    """Turn what torch.distributed.checkpoint raises, the same on all ranks, into one line."""
-    try:
-        yield
-    except CheckpointException as error:  # not an Exception: it would pass most handlers
-        raise in_one_line(path, problem, error) from error
-
-
-def _decided_by_rank_0(decide: Callable[[int], int], step: int) -> int:
-    """Return what ``decide`` returns on rank 0, or raise on all ranks what it raises there."""
-    answer: list[int | str] = [0]
-    if dist.get_rank() == 0:
-        try:
-            answer = [decide(step)]
+            write(place, tensors, record, self._group)
         except CheckpointError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer)
-    (decided,) = answer
-    if isinstance(decided, str):
-        raise CheckpointError(decided)
-    return decided
+            _say(logging.WARNING, "%s; once more", error)
+            write(place, tensors, record, self._group)
+        self._complete(step)
+
+    def _complete(self, step: int) -> None:
+        """What follows a checkpoint that is complete."""
+        self._saved_step = step
+        if dist.get_rank() == 0:
+            self._retention.trust(step)
+            self._tidying.submit(_logged, self._retention.apply)
+
+    def _full_state(self) -> dict[str, Tensor]:
+        rows = rng.rng_rows(dist.get_rank(), dist.get_world_size())
+        return self._state.tensors(self._state.components) | rows
+
+    def _record(self, step: int, *, is_model_only: bool = False) -> dict[str, Any]:
+        """What the manifest says beside files and tensors; the same on all ranks."""
+        if self._geometry is None:
+            parts = gathered(self._state.geometry(), self._votes)
+            self._geometry = {name: one for part in parts for name, one in part.items()}
+        record = describe_run(step, self._run, MODEL if is_model_only else "full")
+        record["world"]["mesh"] = self._state.mesh()
+        if not is_model_only:
+            record |= {"values": self._state.values(), "geometry": self._geometry}
+        return record | {"settings": self._settings}
+
+    # ---- the rest
+
+    def maybe_wait_for_staging(self) -> None:
+        """Do nothing: whatever changes the state is enqueued behind the copies."""
+
+    def close(self) -> None:
+        """Wait for what is being written, and let other runs have the folder."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._finish_background(self._pending_step)
+        self._background.close()
+        self._tidying.shutdown()
+        self._stop.release()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _new_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _logged(do: Callable[[], None]) -> None:
+    """Run what no run should end for, in a thread whose errors nobody sees."""
+    try:
+        do()
+    except Exception as error:
+        _logger.warning("old checkpoints are not deleted: %s: %s", type(error).__name__, error)
+
+
+def _say(level: int, message: str, *args: object) -> None:
+    if dist.get_rank() == 0:
+        _logger.log(level, message, *args)

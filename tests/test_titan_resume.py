@@ -70,10 +70,10 @@ def loading_errors(commands):
 
 
 def test_checkpoints_that_cannot_be_used_are_one_line_on_every_rank(whole):
-    broken = interrupted(whole, "broken") / "checkpoint" / "step-3"
-    (broken / ".metadata").write_bytes(b"not a pickle")
-    missing = interrupted(whole, "missing") / "checkpoint" / "step-3"
-    (missing / "__1_0.distcp").unlink()
+    broken = interrupted(whole, "broken") / "checkpoint" / "step-3" / "manifest.json"
+    broken.write_bytes(b"not a manifest")
+    missing = interrupted(whole, "missing") / "checkpoint" / "step-3" / "rank-00001.safetensors"
+    missing.unlink()
     (whole / "file").mkdir()
     (whole / "file" / "checkpoint").write_text("a file")
     distracted = interrupted(whole, "distracted") / "checkpoint"
@@ -84,6 +84,8 @@ def test_checkpoints_that_cannot_be_used_are_one_line_on_every_rank(whole):
         text_run(whole, "file", **SAVING),
         text_run(whole, "whole", **SAVING, checkpoint__load_step=4),
         text_run(whole, "distracted", **SAVING),
+        text_run(whole, "whole", **SAVING | {"optimizer__shampoo.block_size": 32}),
+        text_run(whole, "whole", **SAVING | {"optimizer__name": "SOAP"}),
     ]
     first, second = run_on_ranks(2, loading_errors, commands, timeout=120)
     assert first == second
@@ -94,20 +96,22 @@ def test_checkpoints_that_cannot_be_used_are_one_line_on_every_rank(whole):
     assert "checkpoint.load_step = 4" in first[3]
     assert "there are: 3, 6" in first[3]
     assert first[4] == ""  # step-30.bad is nobody's checkpoint
+    assert "set block_size = 64" in first[5]
+    assert '"shampoo" in the checkpoint, "soap" in this run' in first[6]
 
 
 def kept_checkpoints(args):
     with trainer_of(args) as trainer:
         trainer.train()
-    return sorted(path.name for path in (Path(args[1]) / "checkpoint").iterdir())
+        trainer.close()
+    return sorted(path.name for path in (Path(args[1]) / "checkpoint").glob("step*"))
 
 
 def test_retention_keeps_the_newest_complete_ones(whole):
     settings = {**SAVING, "checkpoint__interval": 2, "checkpoint__keep_latest_k": 2}
-    incomplete = whole / "kept" / "checkpoint" / "step-1"
-    incomplete.mkdir(parents=True)
+    (whole / "kept" / "checkpoint" / "step-1.bad").mkdir(parents=True)
     (kept,) = run_on_ranks(1, kept_checkpoints, text_run(whole, "kept", **settings), timeout=120)
-    assert kept == ["step-1", "step-4", "step-6"]
+    assert kept == ["step-1.bad", "step-4", "step-6"]
 
 
 def build(args):

@@ -145,6 +145,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Blocks on this rank that kept their last good roots, since the start."""
         return 0 if self._engine is None else int(self._engine.failed_refreshes)
 
+    def grids(self) -> dict[str, Grid]:
+        """The block grid of each preconditioned parameter, by name."""
+        params = [] if self._engine is None else self._engine.plan.params
+        return {param.name: param.grid for param in params}
+
     def plan_summary(self) -> Summary:
         """What every rank owns, computes, keeps and sends in a step; readable by ``print``."""
         like_parameters: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)

@@ -252,6 +252,18 @@ class Checkpoint:
     last_save_model_only: bool = False
     """Save only the model at the end; the run can then not be resumed or extended"""
 
+    fallback: bool = True
+    """If the newest checkpoint is not good, resume from the newest one that is"""
+
+    reblock: Literal["refuse", "approximate"] = "refuse"
+    """
+    What to do with a checkpoint of another block_size: refuse it, or approximate Shampoo's factors
+    for the new blocks
+    """
+
+    keep_latest_k: int = 10
+    """How many checkpoints are kept, all of them verified; 0 keeps all"""
+
 
 @dataclass
 class JobConfig:

@@ -10,7 +10,6 @@ from titan_shampoo.titan.runtime import install_cpu_runtime
 
 install_cpu_runtime()
 
-from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -24,11 +23,10 @@ from titan_shampoo.titan.planning import plan_run
 from titan_shampoo.titan.recipes import resnet, transformer
 from titan_shampoo.titan.seed import run_seed
 from titan_shampoo.titan.trainer import Trainer
+from titan_shampoo.titan.weights import weights_adapter
 
 __all__ = [
     "TORCH_DTYPE_MAP",
-    "AsyncMode",
-    "CheckpointManager",
     "JobConfig",
     "ParallelDims",
     "TrainSpec",
@@ -42,4 +40,5 @@ __all__ = [
     "resnet",
     "run_seed",
     "transformer",
+    "weights_adapter",
 ]

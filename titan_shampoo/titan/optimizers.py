@@ -20,6 +20,7 @@ from torchtitan.distributed import ParallelDims
 
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
+from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.initialization import unwrapped_name
 
@@ -104,6 +105,14 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
             for optimizer in self.optimizers
             for name, state in _state_by_name(optimizer)
             for key, value in state.items()
+        }
+
+    def geometry(self) -> dict[str, dict[str, Any]]:
+        """What the state of each parameter on this rank means: method, shape and block grid."""
+        return {
+            name: description
+            for optimizer in self.optimizers
+            for name, description in _descriptions(optimizer)
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,6 +259,46 @@ def _allocate_state(optimizer: Optimizer) -> None:
             elif group["momentum"]:
                 # Unlike a buffer that torch makes in the first step, it is dampened in that step.
                 optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+
+
+def _descriptions(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Method, shape and grid of each parameter, as plain JSON values."""
+    grids = optimizer.grids() if isinstance(optimizer, BlockOptimizer) else {}
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            described: dict[str, Any] = {"shape": list(param.shape)}
+            if not isinstance(optimizer, BlockOptimizer):
+                described["method"] = type(optimizer).__name__
+            elif name in grids:
+                described["method"] = group["method"]
+                described |= _grid_description(optimizer, grids[name], group)
+            else:
+                described["method"] = "AdamW"
+            yield name, described
+
+
+def _grid_description(
+    optimizer: BlockOptimizer, grid: Grid, group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The grid of a parameter, the options that make it, and what else gives state its meaning."""
+    options = {key: group[key] for key in optimizer.grid_options if key in group}
+    described: dict[str, Any] = {
+        "grid": {
+            "merged_shape": list(grid.merged_shape),
+            "edges": [list(edges) for edges in grid.edges],
+            "batch_dims": grid.batch_dims,
+        },
+        "options": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in options.items()
+        },
+    }
+    if "exponent" in group:
+        exponent = group["exponent"]
+        described["meaning"] = {
+            "exponent": list(exponent) if isinstance(exponent, tuple) else exponent
+        }
+    return described
 
 
 def _state_by_name(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -7,7 +7,7 @@ of labels). AdamW with clipping hides both; damped methods are ruined by them.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,13 +18,14 @@ from typing import Any
 import torch.distributed as dist
 import torchtitan.train
 from torch import Tensor, nn
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import LossFunction, TrainSpec
 
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.titan.metrics import Progress
+from titan_shampoo.titan.restarts import init_process_group
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -35,7 +36,8 @@ class Trainer(torchtitan.train.Trainer):
     Args:
         job_config: Checked; ``model.name`` names the recipe.
         recipe: What is trained: model, data, loss, how it is sharded.
-        checkpoint_manager: Class that saves and resumes the run.
+        checkpoint_manager: Makes what saves and resumes the run, of torchtitan's arguments and
+            ``job_config``.
 
     Raises:
         ConfigError: If the recipe has no flavour of the wanted name.
@@ -47,7 +49,7 @@ class Trainer(torchtitan.train.Trainer):
         self,
         job_config: JobConfig,
         recipe: TrainSpec,
-        checkpoint_manager: type[CheckpointManager],
+        checkpoint_manager: Callable[..., Any],
     ) -> None:
         """Build everything that the run needs."""
         flavor = job_config.model.flavor
@@ -59,8 +61,14 @@ class Trainer(torchtitan.train.Trainer):
         self._pipeline_loss: DividedLoss | None = None
         self._whole_model: list[tuple[str, nn.Parameter]] | None = None
         _register(job_config.model.name, self._adapted(recipe))
-        with _replaced(torchtitan.train, "CheckpointManager", checkpoint_manager):
+        manager = partial(checkpoint_manager, job_config=job_config)
+        with _replaced(torchtitan.train, "CheckpointManager", manager):
             super().__init__(job_config)
+
+    def init_distributed(self) -> ParallelDims:
+        """Form the process group, apart from what an earlier attempt of torchrun left behind."""
+        with _replaced(dist, "init_process_group", init_process_group):
+            return super().init_distributed()
 
     def _adapted(self, recipe: TrainSpec) -> TrainSpec:
         """Give the pipeline a loss that can be divided, the validator this trainer's batches."""
@@ -112,6 +120,10 @@ class Trainer(torchtitan.train.Trainer):
         """Return the batches; torchtitan asks once, as soon as the checkpoint is loaded."""
         self.metrics_processor.begin(self.step)
         return super().batch_generator(data_iterable)
+
+    def should_continue_training(self) -> bool:
+        """Whether there is another step to do, and nobody asked the run to stop."""
+        return super().should_continue_training() and not self.checkpointer.stopped
 
     def train(self) -> None:
         """Train to the last step, and say where everything lies."""

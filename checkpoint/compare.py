@@ -1,0 +1,77 @@
+"""Whether a checkpoint is this run's: same parameters, same methods, same grids.
+
+Answered from the manifest, before a tensor changes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from checkpoint.manifest import Manifest
+from checkpoint.state import PREFIXES, Geometry
+from checkpoint.writer import DTYPE_NAMES
+
+
+def geometry_problems(mine: Geometry, theirs: Geometry) -> Iterator[str]:
+    """One line per parameter whose optimizer state means something else in a checkpoint."""
+    for name, own in mine.items():
+        other = theirs.get(name)
+        if other is None:
+            yield f"{name}: not a trained parameter in the checkpoint"
+        elif own["method"] != other["method"]:
+            yield (
+                f'{name}: state of "{other["method"]}" in the checkpoint, "{own["method"]}" in '
+                "this run; set optimizer.name or optimizer.groups"
+            )
+        elif own["shape"] != other["shape"]:
+            yield f"{name}: shape {other['shape']} in the checkpoint, {own['shape']} in this run"
+        else:
+            yield from _grid_problems(name, own, other)
+
+
+def _grid_problems(name: str, own: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    mine, theirs = own.get("grid"), other.get("grid")
+    if mine != theirs:
+        yield (
+            f"{name}: blocks cut at {_edges(theirs)} in the checkpoint, {_edges(mine)} in this "
+            f"run; set {_options(own, other)}, or checkpoint.reblock"
+        )
+    for key, value in own.get("meaning", {}).items():
+        saved = other.get("meaning", {}).get(key)
+        if saved != value:
+            yield f"{name}: {key} = {saved} in the checkpoint, {value} in this run"
+
+
+def _edges(grid: dict[str, Any] | None) -> str:
+    if grid is None:
+        return "nothing"
+    cuts = []
+    for along in grid["edges"]:
+        edges = [*map(str, along)]
+        cuts.append(", ".join(edges if len(edges) < 7 else [*edges[:3], "...", edges[-1]]))
+    return " x ".join(f"({cut})" for cut in cuts)
+
+
+def _options(own: dict[str, Any], other: dict[str, Any]) -> str:
+    """The options of the checkpoint that differ here."""
+    mine, theirs = own.get("options", {}), other.get("options", {})
+    return ", ".join(f"{key} = {theirs[key]}" for key in theirs if theirs[key] != mine.get(key))
+
+
+def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
+    """One line per wanted tensor that a checkpoint has not, or has otherwise."""
+    for key, tensor in wanted.items():
+        entry = manifest.tensors.get(key)
+        if entry is None:
+            yield f"{key}: not in the checkpoint"
+        elif entry.shape != tuple(tensor.shape):
+            yield f"{key}: {list(entry.shape)} in the checkpoint, {list(tensor.shape)} in this run"
+        elif entry.dtype != DTYPE_NAMES.get(tensor.dtype):
+            yield f"{key}: {entry.dtype} in the checkpoint, {tensor.dtype} in this run"
+
+
+def unwanted(wanted: Mapping[str, Tensor], manifest: Manifest) -> set[str]:
+    """Keys of a checkpoint that this rank does not want though it wants others of the kind."""
+    prefixes = tuple(p for p in PREFIXES.values() if any(key.startswith(p) for key in wanted))
+    return {key for key in manifest.tensors if key.startswith(prefixes)} - wanted.keys()

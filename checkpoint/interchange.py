@@ -1,0 +1,148 @@
+"""Checkpoints for other programs, and from them, in one process."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoint.errors import CheckpointError, in_one_line
+from checkpoint.folders import commit, discard, writing_name
+from checkpoint.hugging_face import export_weights, weight_files
+from checkpoint.manifest import MODEL_PREFIX, Manifest
+from checkpoint.native import alone, read_native, write_native
+from checkpoint.reader import model_weights, whole_tensors
+from checkpoint.record import describe_run
+from checkpoint.writer import Writer
+
+Told = Callable[[int], object]
+"""Is told how many bytes have been done since the last call."""
+
+
+def export(
+    folder: Path, manifest: Manifest, out: Path, *, to: str, dtype: str | None, told: Told
+) -> None:
+    """Write a checkpoint for another program.
+
+    Args:
+        folder: The checkpoint, verified.
+        manifest: Its manifest.
+        out: A folder that does not exist yet.
+        to: "hf": weights as safetensors; "dcp": everything in torch's own format.
+        dtype: What weights are converted to; None keeps theirs.
+        told: Is told of the progress.
+
+    Raises:
+        CheckpointError: If it cannot be done; nothing is left of it then.
+    """
+    convert_to = None if dtype is None else getattr(torch, dtype)
+    if to == "hf":
+        settings = manifest.record.get("settings", {})
+        adapter = _adapter(settings.get("model.name"), settings.get("model.flavor"))
+        weights = _told(model_weights(folder, manifest), told)
+        export_weights(weights, out, adapter, convert_to)
+        return
+    if out.exists():
+        raise CheckpointError(f"{out}: exists; name another folder")
+    # Weights under the bare names that torchtitan gives them, everything else as it is here.
+    tensors = {
+        key.removeprefix(MODEL_PREFIX): _converted(whole, key, convert_to)
+        for key, whole in _told(whole_tensors(folder, manifest, manifest.tensors), told)
+    }
+    writing = writing_name(out)
+    try:
+        writing.mkdir(parents=True)
+        write_native(writing, tensors)
+        commit(writing, out)
+    except OSError as error:
+        raise in_one_line(out, "not exported", error) from error
+    finally:
+        if writing.exists():
+            discard(writing)
+
+
+def convert(source: Path, out: Path, *, flavor: str | None) -> None:
+    """Make a checkpoint of another program's weights, to begin a run from.
+
+    Args:
+        source: A folder of safetensors files, or of torch's own format.
+        out: A folder that does not exist yet.
+        flavor: The Llama-style transformer whose names and order weights are brought to; None
+            keeps names.
+
+    Raises:
+        CheckpointError: If it cannot be done; nothing is left of it then.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder")
+    if (source / ".metadata").is_file():
+        weights = _model_of_native(read_native(source))
+    else:
+        weights = dict(_stored(source))
+    adapter = _adapter("llama3", flavor) if flavor else None
+    if adapter is not None:
+        weights = _translated(weights, adapter, source)
+    writer = Writer(out, describe_run(0, "converted", "model") | {"source": str(source)})
+    tensors = {MODEL_PREFIX + name: tensor for name, tensor in weights.items()}
+    try:
+        with alone():
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
+    except CheckpointException as error:
+        writer.discard()
+        raise in_one_line(out, "not written", error) from error
+
+
+def _told(tensors: Iterator[tuple[str, Tensor]], told: Told) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in tensors:
+        yield key, tensor
+        told(tensor.nbytes)
+
+
+def _converted(tensor: Tensor, key: str, dtype: torch.dtype | None) -> Tensor:
+    is_weight = key.startswith(MODEL_PREFIX) and tensor.is_floating_point()
+    return tensor.to(dtype) if dtype is not None and is_weight else tensor
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    files = weight_files(folder)
+    with ExitStack() as stack:
+        opened: dict[str, Any] = {}
+        for key, name in files.items():
+            try:
+                if name not in opened:
+                    opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+                yield key, opened[name].get_tensor(key)
+            except (SafetensorError, OSError) as error:
+                raise in_one_line(folder / name, "cannot be read", error) from error
+
+
+def _model_of_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights among the tensors of a training run of torchtitan's."""
+    others = re.compile(r"(optimizer|optim|lr_scheduler|dataloader|train_state|rng)\.")
+    kept = {key: tensor for key, tensor in tensors.items() if not others.match(key)}
+    if kept and all(key.startswith(MODEL_PREFIX) for key in kept):
+        return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in kept.items()}
+    return kept
+
+
+def _translated(weights: Mapping[str, Tensor], adapter: Any, source: Path) -> dict[str, Tensor]:  # noqa: ANN401
+    """Weights under the model's names; one at a time, since some have no equivalent."""
+    native: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        try:
+            native |= adapter.from_hf({key: tensor})
+        except KeyError:
+            raise CheckpointError(f"{source}: {key}: not a weight of a Llama") from None
+    return native
+
+
+def _adapter(name: str | None, flavor: str | None) -> Any:  # noqa: ANN401 (torchtitan's)
+    from titan_shampoo.titan import weights_adapter  # noqa: PLC0415 (imports torchtitan)
+
+    return weights_adapter(name, flavor)

@@ -1,0 +1,235 @@
+"""Taking over a checkpoint: nothing changes before all of it is known to be this run's.
+
+The files have been verified by then (``checkpoint.finding``). Here names, shapes, methods and grids
+are compared, on all ranks, and then tensors are loaded in place.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoint import rng
+from checkpoint.compare import (
+    geometry_problems,
+    tensor_problems,
+    unwanted,
+)
+from checkpoint.errors import CheckpointError, in_one_line
+from checkpoint.finding import Found, verify_together
+from checkpoint.hugging_face import load_hugging_face
+from checkpoint.manifest import OPTIMIZER_PREFIX
+from checkpoint.native import load_native
+from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.reader import Reader, whole_tensors
+from checkpoint.reblock import can_reblock, fill, grid_of, is_factor, is_per_block
+from checkpoint.settings import settings_differences
+from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, RunState
+
+_logger = logging.getLogger(__name__)
+
+
+class Loading:
+    """Loads checkpoints into a run.
+
+    Args:
+        state: The run's, changed in place.
+        settings: Of this run, by dotted name.
+        group: All ranks.
+        reblocks: Whether Shampoo's factors may be approximated for another block size.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        settings: Mapping[str, Any],
+        group: dist.ProcessGroup,
+        *,
+        reblocks: bool,
+    ) -> None:
+        self._state, self._settings, self._group = state, settings, group
+        self._reblocks = reblocks
+
+    def load(self, found: Found, components: set[str]) -> None:
+        """Load some components of a checkpoint that is good, if it is this run's.
+
+        Raises:
+            CheckpointError: On every rank and before anything changes, if it is not.
+        """
+        manifest, record = found.manifest, found.manifest.record
+        is_everything = components == set(self._state.components)
+        tensors = self._state.tensors(components)
+        recut = self._to_recut(record) if OPTIMIZER in components else []
+        exact = {key: t for key, t in tensors.items() if not _is_recut(key, recut)}
+        self._check(found, components, exact, recut)
+        rows = self._generators(found) if is_everything else {}
+        self._read(found, exact | rows)
+        self._recut(found, recut, tensors)
+        if MODEL in components:
+            self._state.take_model(_without_prefix(tensors))
+        values = record.get("values", {})
+        self._state.take_values({name: values[name] for name in values if name in components})
+        if rows:
+            rng.restore(rows)
+        elif is_everything:
+            self._reseed(manifest.step, record)
+        if self._settings and record.get("settings"):
+            for line in settings_differences(record["settings"], self._settings):
+                _say("%s", line)
+
+    def load_initial(self, config: Any, adapter: Any) -> bool:  # noqa: ANN401 (torchtitan's)
+        """Begin from somebody else's checkpoint, if the settings name one; returns whether.
+
+        Args:
+            config: The ``[checkpoint]`` table.
+            adapter: torchtitan's state-dict adapter, or None if the model has none.
+
+        Raises:
+            CheckpointError: On every rank, if it is not good or does not fit.
+        """
+        path = config.initial_load_path
+        if config.initial_load_in_hf:
+            self._load_hugging_face(path, adapter)
+            return True
+        if not path:
+            return False
+        folder, only_model = Path(path), config.initial_load_model_only
+        if from_rank_0((folder / ".metadata").is_file, self._group, folder):
+            self._load_native(folder, only_model=only_model)
+        else:
+            found = verify_together(folder, self._group)
+            self.load(found, {MODEL} if only_model else set(self._state.components))
+        return True
+
+    def _load_hugging_face(self, path: str | None, adapter: Any) -> None:  # noqa: ANN401
+        path = path or getattr(adapter, "hf_assets_path", None)
+        if not path:
+            raise CheckpointError(
+                "checkpoint.initial_load_in_hf needs checkpoint.initial_load_path, or "
+                "model.hf_assets_path"
+            )
+        folder, model = Path(path), self._state.model()
+        load_hugging_face(folder, model, adapter, self._group)
+        self._state.take_model(model)
+
+    def _load_native(self, folder: Path, *, only_model: bool) -> None:
+        if not only_model:
+            raise CheckpointError(
+                f"{folder}: of torch's own format, of which only the model is read; set "
+                "checkpoint.initial_load_model_only = true"
+            )
+        model = self._state.model()
+        load_native(folder, model, self._group)
+        self._state.take_model(model)
+
+    def _to_recut(self, record: Mapping[str, Any]) -> list[str]:
+        """Parameters of this rank whose blocks have another size, if that may be."""
+        saved, own = record.get("geometry", {}), self._state.geometry()
+        return [
+            name
+            for name, one in own.items()
+            if self._reblocks
+            and name in saved
+            and one.get("grid") != saved[name].get("grid")
+            and can_reblock(one, saved[name])
+        ]
+
+    def _recut(self, found: Found, recut: list[str], tensors: Mapping[str, Tensor]) -> None:
+        """Approximate the factors of blocks of another size."""
+        saved, own = found.manifest.record.get("geometry", {}), self._state.geometry()
+        for name in recut:
+            prefix = f"{OPTIMIZER_PREFIX}{name}."
+            keys = [k for k in found.manifest.tensors if k.startswith(prefix)]
+            factors = {
+                key.removeprefix(prefix): whole
+                for key, whole in whole_tensors(
+                    found.folder, found.manifest, [k for k in keys if is_factor(k, prefix)]
+                )
+            }
+            state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            grids = grid_of(saved[name]), grid_of(own[name])
+            fill(state, factors, *grids, int(state["step"]), self._state.options_of(name))
+        if recut:
+            _say(
+                "%d parameters have blocks of another size: their factors are approximate",
+                len(recut),
+            )
+
+    def _check(
+        self,
+        found: Found,
+        components: set[str],
+        tensors: Mapping[str, Tensor],
+        recut: list[str],
+    ) -> None:
+        """Refuse, on all ranks, a checkpoint that is not this run's."""
+        problems = list(self._problems(found, components, tensors, recut))
+        extra = {key for key in unwanted(tensors, found.manifest) if not _is_recut(key, recut)}
+        told = gathered((problems[:1], len(problems), extra), self._group)
+        nobodys = sorted(set.intersection(*(extra for *_, extra in told)))
+        lines = [line for first, *_ in told for line in first]
+        lines += [f"{key}: in the checkpoint, not in this run" for key in nobodys[:1]]
+        if lines:
+            count = max(number for _, number, _ in told) + len(nobodys)
+            more = f" (and {count - 1} more)" if count > 1 else ""
+            raise CheckpointError(f"{found.folder}: {lines[0]}{more}")
+
+    def _problems(
+        self,
+        found: Found,
+        components: set[str],
+        tensors: Mapping[str, Tensor],
+        recut: list[str],
+    ) -> Iterator[str]:
+        record = found.manifest.record
+        if OPTIMIZER in components:
+            own = {k: one for k, one in self._state.geometry().items() if k not in recut}
+            yield from geometry_problems(own, record.get("geometry", {}))
+        yield from tensor_problems(tensors, found.manifest)
+        for name in sorted(components - PREFIXES.keys() - record.get("values", {}).keys()):
+            yield f"{name}: not in the checkpoint"
+
+    def _read(self, found: Found, tensors: dict[str, Tensor]) -> None:
+        reader = Reader(found.folder, found.manifest)
+        try:
+            dcp.load(tensors, storage_reader=reader, process_group=self._group)
+        except CheckpointException as error:  # not an Exception: it would pass most handlers
+            raise in_one_line(found.folder, "cannot be loaded", error) from error
+
+    def _generators(self, found: Found) -> dict[str, Tensor]:
+        """Rows of this rank's random generators to load; none if other ranks saved them."""
+        rows = rng.rng_rows(dist.get_rank(), dist.get_world_size())
+        return {} if any(tensor_problems(rows, found.manifest)) else rows
+
+    def _reseed(self, step: int, record: Mapping[str, Any]) -> None:
+        rng.reseed(self._settings.get("debug.seed") or 0, step, dist.get_rank())
+        saved = record.get("world", {})
+        _say(
+            "random generators are seeded anew: saved by %s %s ranks, here are %d",
+            saved.get("ranks"),
+            saved.get("device"),
+            dist.get_world_size(),
+        )
+
+
+def _is_recut(key: str, recut: list[str]) -> bool:
+    """Whether a tensor belongs to blocks that are approximated."""
+    name = key.removeprefix(OPTIMIZER_PREFIX)
+    return any(
+        name.startswith(f"{one}.") and is_per_block(name.removeprefix(f"{one}.")) for one in recut
+    )
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = PREFIXES[MODEL]
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def _say(message: str, *args: object) -> None:
+    if dist.get_rank() == 0:
+        _logger.info(message, *args)

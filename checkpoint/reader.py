@@ -1,0 +1,173 @@
+"""Reading a checkpoint: any box of any tensor, for any number of ranks.
+
+Whether the files are what was written is checked before (``checkpoint.verify``): reading trusts
+them, but for what would be copied silently into the wrong place or type.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from checkpoint.errors import CheckpointError
+from checkpoint.manifest import MODEL_PREFIX, Box, Index, Manifest, TensorEntry
+from checkpoint.writer import TORCH_DTYPES
+
+
+class Reader(StorageReader):
+    """Loads from one checkpoint into whatever the planner wants.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest, verified.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._boxes = {
+            (key, box.start): (box, entry) for key, entry, box in self._manifest.entries()
+        }
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: a reader reads one checkpoint."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Every path will do."""
+        return True
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 (torch's)
+        """Return the tensors and boxes of the manifest as torch's planner wants them."""
+        entries = {key: _metadata(entry) for key, entry in self._manifest.tensors.items()}
+        return Metadata(state_dict_metadata=dict(entries))
+
+    def set_up_storage_reader(
+        self,
+        metadata: Metadata,
+        is_coordinator: bool,
+        *args: Any,  # noqa: ANN401 (torch's)
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Do nothing: everything is known."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        """Copy every wanted box into place.
+
+        Raises:
+            CheckpointError: If a file cannot be read, or has another type than is wanted.
+        """
+        by_file: dict[str, list[tuple[ReadItem, Box, TensorEntry]]] = defaultdict(list)
+        for item in plan.items:
+            box, entry = self._boxes[_place(item.storage_index)]
+            by_file[box.file].append((item, box, entry))
+        for name, wanted in by_file.items():
+            with _opened(self._folder / name) as file:
+                for item, box, entry in wanted:
+                    source = _read(file, item.storage_index.fqn, box, entry, item)
+                    target = planner.resolve_tensor(item).detach()
+                    if target.dtype != source.dtype:
+                        raise CheckpointError(
+                            f"{item.storage_index.fqn}: {source.dtype} in the checkpoint, "
+                            f"{target.dtype} in this run"
+                        )
+                    target.copy_(source)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def whole_tensors(
+    folder: Path, manifest: Manifest, keys: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of a checkpoint on the CPU, one at a time.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+    """
+    opened: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for key in keys:
+            entry = manifest.tensors[key]
+            whole = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+            for box in entry.boxes:
+                if box.file not in opened:
+                    opened[box.file] = stack.enter_context(_opened(folder / box.file))
+                ranges = zip(box.start, box.extent, strict=True)
+                place = tuple(slice(start, start + extent) for start, extent in ranges)
+                whole[place] = _checked(opened[box.file], key, box, entry)
+            yield key, whole
+
+
+def model_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Whole weights and buffers of a checkpoint by the model's own names."""
+    keys = [key for key in manifest.tensors if key.startswith(MODEL_PREFIX)]
+    for key, whole in whole_tensors(folder, manifest, keys):
+        yield key.removeprefix(MODEL_PREFIX), whole
+
+
+def _metadata(entry: TensorEntry) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=TORCH_DTYPES[entry.dtype]),
+        size=torch.Size(entry.shape),
+        chunks=[
+            ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.extent))
+            for box in entry.boxes
+        ],
+    )
+
+
+def _place(index: MetadataIndex) -> tuple[str, Index]:
+    return index.fqn, tuple(index.offset or ())
+
+
+def _read(file: Any, key: str, box: Box, entry: TensorEntry, item: ReadItem) -> Tensor:  # noqa: ANN401
+    """The part of a box that is wanted."""
+    if not entry.shape or tuple(item.lengths) == box.extent:
+        return _checked(file, key, box, entry)
+    found = file.get_slice(box.entry(key, entry.shape))
+    if tuple(found.get_shape()) != box.extent:
+        raise SafetensorError(f"{key} has another shape than the manifest says")
+    ranges = zip(item.storage_offsets, item.lengths, strict=True)
+    part: Tensor = found[tuple(slice(start, start + length) for start, length in ranges)]
+    return part
+
+
+def _checked(file: Any, key: str, box: Box, entry: TensorEntry) -> Tensor:  # noqa: ANN401 (safetensors')
+    found: Tensor = file.get_tensor(box.entry(key, entry.shape))
+    if tuple(found.shape) != box.extent or found.dtype != TORCH_DTYPES[entry.dtype]:
+        raise SafetensorError(f"{key} has another shape or dtype than the manifest says")
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error

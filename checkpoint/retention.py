@@ -1,0 +1,56 @@
+"""How many checkpoints are kept: the newest ones that are good, and nobody deletes the last.
+
+A checkpoint counts when every byte of it has been verified: by this process, which wrote or loaded
+it, or here, once. Runs in a thread of rank 0, after the next one is complete.
+"""
+
+import logging
+from pathlib import Path
+
+from checkpoint.errors import CheckpointError
+from checkpoint.folders import discard, set_aside, step_folder, steps_in
+from checkpoint.verify import read_manifest, verify
+
+_logger = logging.getLogger(__name__)
+
+
+class Retention:
+    """Keeps the newest good checkpoints of a folder.
+
+    Args:
+        folder: Where checkpoints lie.
+        keep: How many; 0 means all.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._verified: set[int] = set()
+
+    def trust(self, step: int) -> None:
+        """Take the checkpoint of this step for verified: this process wrote it or read it all."""
+        self._verified.add(step)
+
+    def apply(self) -> None:
+        """Delete what is older than the newest good ones; set aside what is not good."""
+        if self._keep == 0:
+            return
+        good = 0
+        for step in reversed(steps_in(self._folder)):
+            place = step_folder(self._folder, step)
+            if good == self._keep:
+                discard(place)
+                continue
+            try:
+                self._verify(step, place)
+            except CheckpointError as error:
+                kept = set_aside(place, "bad")
+                _logger.warning("not counted as kept: %s; now %s", error, kept.name)
+            else:
+                good += 1
+
+    def _verify(self, step: int, place: Path) -> None:
+        if step in self._verified:
+            read_manifest(place)
+        else:
+            verify(place)
+            self._verified.add(step)

@@ -1,0 +1,64 @@
+"""Copies of the state in CPU memory, so that training may go on while they are written.
+
+From a GPU into page-locked memory the copy is several times as fast, and the host does not wait for
+it: the copies are enqueued behind the step just done, whatever the next step changes comes after
+them, and the thread that writes waits for them.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from titan_shampoo.distributed.state import BlockTensor
+
+Chunks = dict[tuple[int, ...], Tensor]
+
+
+class Staging:
+    """Copies states, into the same memory every time.
+
+    Args:
+        pinned: Copy what lies on a GPU into page-locked memory, which is kept.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """Copies of some tensors, and what waits until they are complete."""
+        copies: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            chunks = {at: self._copied(key, at, t) for at, t in local_chunks(tensor).items()}
+            copies[key] = BlockTensor(tuple(tensor.shape), chunks, tensor.dtype)
+        if not self._pinned:
+            return copies, lambda: None
+        copied = torch.Event()
+        copied.record()
+        return copies, copied.synchronize
+
+    def _copied(self, key: str, at: tuple[int, ...], chunk: Tensor) -> Tensor:
+        chunk = chunk.detach()
+        if not self._pinned or chunk.device.type == "cpu":
+            return chunk.to("cpu", copy=True)
+        kept = self._kept.get((key, at))
+        if kept is None or kept.shape != chunk.shape or kept.dtype != chunk.dtype:
+            kept = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True)
+            self._kept[key, at] = kept
+        return kept.copy_(chunk, non_blocking=True)
+
+
+def local_chunks(tensor: Tensor) -> Chunks:
+    """This rank's parts of a global tensor by their first index."""
+    if isinstance(tensor, BlockTensor):
+        return tensor.chunks
+    if not isinstance(tensor, DTensor):
+        return {(0,) * tensor.ndim: tensor} if tensor.numel() else {}
+    local = tensor.to_local()
+    _, start = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return {tuple(start): local} if local.numel() else {}

@@ -1,0 +1,43 @@
+"""By how much the tensors of two checkpoints differ."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint.manifest import Manifest
+from checkpoint.reader import whole_tensors
+
+
+def value_differences(
+    first: tuple[Path, Manifest],
+    second: tuple[Path, Manifest],
+    keys: Sequence[str],
+    told: Callable[[int], object],
+) -> dict[str, float]:
+    """Largest change of an element of each tensor that differs, relative to its largest element.
+
+    Args:
+        first: A checkpoint.
+        second: Another, with tensors of the same shapes.
+        keys: Which tensors.
+        told: Is told how many bytes have been compared since the last call.
+    """
+    changes = {}
+    pairs = zip(whole_tensors(*first, keys), whole_tensors(*second, keys), strict=True)
+    for (key, one), (_, two) in pairs:
+        if not torch.equal(_bits(one), _bits(two)):
+            changes[key] = _change(one.double(), two.double())
+        told(one.nbytes + two.nbytes)
+    return changes
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, which unlike its numbers are equal to themselves."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _change(one: Tensor, two: Tensor) -> float:
+    largest = float(one.abs().max())
+    return float((one - two).abs().max()) / largest if largest else float("inf")

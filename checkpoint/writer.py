@@ -1,0 +1,315 @@
+"""Writing a checkpoint: torch.distributed.checkpoint plans who writes what, this stores it.
+
+Each rank streams its boxes into safetensors files, hashing on the way; rank 0 adds the manifest and
+renames the folder when every rank's data are on the disk. No pickle, and nothing is overwritten.
+"""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageMeta, StorageWriter, WriteResult
+from torch.futures import Future
+
+from checkpoint.errors import CheckpointError
+from checkpoint.folders import commit, discard, writing_name
+from checkpoint.manifest import MANIFEST, SUMS, Box, File, Index, Manifest, TensorEntry
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""torch's dtypes by safetensors' names."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+MAX_FILE_BYTES = 4 << 30
+"""A rank begins another file here, so that readers can share the hashing."""
+
+_OVERLAPPED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a global tensor as it will lie in a file: the memory of adjacent chunks."""
+
+    key: str
+    dtype: str
+    shape: Index
+    start: Index
+    extent: Index
+    items: tuple[WriteItem, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one rank has on the disk."""
+
+    files: dict[str, File]
+    boxes: list[tuple[Part, str]]
+
+
+class Writer(StorageWriter):
+    """Writes one checkpoint.
+
+    Args:
+        place: Where it will lie when it is complete.
+        record: What the manifest says beside files and tensors; read on rank 0 only.
+    """
+
+    def __init__(self, place: Path, record: dict[str, Any]) -> None:
+        self._place, self._record = place, record
+        self._writing: Path | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: a writer writes once."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Every path will do."""
+        return True
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Return None: the manifest has it."""
+        return None
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Do nothing: what is to be known comes with the plan."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan, if all of it can be stored.
+
+        Raises:
+            CheckpointError: If something is not a tensor of a known dtype.
+        """
+        for item in plan.items:
+            data = item.tensor_data
+            if data is None:
+                raise CheckpointError(f"{item.index.fqn}: not a tensor")
+            if data.properties.dtype not in DTYPE_NAMES:
+                raise CheckpointError(f"{item.index.fqn}: {data.properties.dtype} cannot be saved")
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Name the folder, on rank 0, and tell all ranks.
+
+        Raises:
+            CheckpointError: If there is a checkpoint already, or no room for one.
+        """
+        if self._place.exists():
+            raise CheckpointError(f"{self._place}: exists, and a checkpoint is never overwritten")
+        need = sum(part.bytes for plan in plans for part in _parts(plan.items))
+        try:
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            if need > shutil.disk_usage(self._place.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._writing = writing_name(self._place)
+            self._writing.mkdir()
+        except OSError as error:
+            raise _no_room(self._place, error, need) from error
+        common = (str(self._writing), need)
+        return [replace(plan, storage_data=(rank, *common)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
+        """Write this rank's boxes.
+
+        Raises:
+            CheckpointError: If the disk does not take them.
+        """
+        rank, folder, need = plan.storage_data
+        written = Written({}, [])
+        try:
+            for number, parts in enumerate(_files(_parts(plan.items))):
+                name = f"rank-{rank:05d}{f'-{number}' if number else ''}.safetensors"
+                written.files[name] = _write_file(Path(folder) / name, parts, planner)
+                written.boxes.extend((part, name) for part in parts)
+        except OSError as error:
+            raise _no_room(self._place, error, need) from error
+        size = sum(file.bytes for file in written.files.values())
+        slim = [(replace(part, items=()), name) for part, name in written.boxes]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(MetadataIndex("rank"), size, Written(written.files, slim))])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the manifest and make the checkpoint complete, on rank 0.
+
+        Raises:
+            CheckpointError: If the disk does not take it, or boxes are missing.
+        """
+        assert self._writing is not None, "torch finished a save that it had not begun"
+        manifest = Manifest(self._record)
+        boxes: dict[str, list[Box]] = {}
+        kinds: dict[str, tuple[str, Index]] = {
+            key: (DTYPE_NAMES[entry.properties.dtype], tuple(entry.size))
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)  # prepare_local_plan lets nothing else pass
+        }
+        for (result,) in results:
+            manifest.files.update(result.storage_data.files)
+            for part, name in result.storage_data.boxes:
+                boxes.setdefault(part.key, []).append(Box(part.start, part.extent, name))
+        for key, (dtype, shape) in kinds.items():
+            ordered = sorted(boxes.get(key, []), key=lambda box: box.start)
+            manifest.tensors[key] = TensorEntry(dtype, shape, tuple(ordered))
+            problem = manifest.tensors[key].problem()
+            if problem:
+                raise CheckpointError(f"{self._place}: {key}: {problem}")
+        try:
+            self._complete(manifest)
+        except OSError as error:
+            need = sum(file.bytes for file in manifest.files.values())
+            raise _no_room(self._place, error, need) from error
+
+    def _complete(self, manifest: Manifest) -> None:
+        assert self._writing is not None
+        content = manifest.to_bytes()
+        for name, data in ((MANIFEST, content), (SUMS, manifest.sums(content))):
+            with (self._writing / name).open("xb") as file:
+                file.write(data)
+                _to_disk(file)
+        commit(self._writing, self._place)
+        self._writing = None
+
+    def discard(self) -> None:
+        """Remove what was written of a checkpoint that failed; on rank 0, after all ranks."""
+        if self._writing is not None:
+            discard(self._writing)
+            self._writing = None
+
+
+def _parts(items: Sequence[WriteItem]) -> list[Part]:
+    """Boxes to write: chunks of a tensor that are adjacent along its first dim become one."""
+    ordered = sorted(
+        (_part(item) for item in items),
+        # Wide elements first: then every entry of a file is aligned to its own.
+        key=lambda part: (-TORCH_DTYPES[part.dtype].itemsize, part.key, part.start[1:], part.start),
+    )
+    parts: list[Part] = []
+    for part in ordered:
+        if part.bytes == 0:
+            continue
+        if parts and _adjacent(parts[-1], part):
+            last = parts.pop()
+            part = replace(
+                last,
+                extent=(last.extent[0] + part.extent[0], *last.extent[1:]),
+                items=last.items + part.items,
+                bytes=last.bytes + part.bytes,
+            )
+        parts.append(part)
+    return parts
+
+
+def _part(item: WriteItem) -> Part:
+    data = item.tensor_data
+    assert data is not None
+    extent = tuple(data.chunk.sizes)
+    return Part(
+        item.index.fqn,
+        DTYPE_NAMES[data.properties.dtype],
+        tuple(data.size),
+        tuple(data.chunk.offsets),
+        extent,
+        (item,),
+        data.chunk.sizes.numel() * data.properties.dtype.itemsize,
+    )
+
+
+def _adjacent(first: Part, second: Part) -> bool:
+    return (
+        first.key == second.key
+        and bool(first.start)
+        and first.start[1:] == second.start[1:]
+        and first.extent[1:] == second.extent[1:]
+        and first.start[0] + first.extent[0] == second.start[0]
+    )
+
+
+def _files(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """The parts of each file of a rank."""
+    file: list[Part] = []
+    size = 0
+    for part in parts:
+        if file and size + part.bytes > MAX_FILE_BYTES:
+            yield file
+            file, size = [], 0
+        file.append(part)
+        size += part.bytes
+    if file:
+        yield file
+
+
+def _write_file(path: Path, parts: Sequence[Part], planner: SavePlanner) -> File:
+    """Write one safetensors file and return its size and hash."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for part in parts:
+        name = Box(part.start, part.extent, path.name).entry(part.key, part.shape)
+        header[name] = {
+            "dtype": part.dtype,
+            "shape": part.extent,
+            "data_offsets": [offset, offset + part.bytes],
+        }
+        offset += part.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
+        head = struct.pack("<Q", len(text)) + text
+        for data in itertools.chain([memoryview(head)], _contents(parts, planner)):
+            if len(data) < _OVERLAPPED_BYTES:
+                digest.update(data)
+                file.write(data)
+            else:
+                hashed = hasher.submit(digest.update, data)
+                file.write(data)
+                hashed.result()
+        _to_disk(file)
+        return File(file.tell(), digest.hexdigest())
+
+
+def _contents(parts: Iterable[Part], planner: SavePlanner) -> Iterator[memoryview]:
+    """The bytes of parts, one chunk at a time: a rank's state need not exist twice."""
+    for part in parts:
+        for item in part.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor)
+            yield _bytes_of(tensor)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    content: Any = flat.view(torch.uint8).numpy()
+    return memoryview(content)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _no_room(place: Path, error: OSError, need: int) -> CheckpointError:
+    """Why a checkpoint could not be written, with the numbers that a full disk is about."""
+    folder = place.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    reason = error.strerror or str(error)
+    return CheckpointError(f"{place}: not saved: {reason}; needs {need:,} bytes, free are {free:,}")

@@ -1,0 +1,141 @@
+"""Whole runs under torchrun: killed, signalled, restarted; and weights that come and go."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.verify import read_manifest, verify
+from tests.checkpoint_runs import content
+from tests.ranks import run_on_ranks
+from tests.titan_runs import text_run, train_all, write_text
+
+ROOT = Path(__file__).parents[1]
+SAVING = {
+    "checkpoint__enable": True,
+    "checkpoint__interval": 2,
+    "training__steps": 12,
+    "optimizer__name": "Shampoo",
+    "optimizer__shampoo.precondition_frequency": 2,
+    "optimizer__shampoo.block_size": 64,
+}
+
+
+def torchrun(args, folder, *options):
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*launch, *options, "train.py", *args],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
+
+
+def workers_of(process):
+    """The ranks that a torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def equal(first, second):
+    one, two = content(first), content(second)
+    return one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("restart")
+    write_text(folder)
+    run_on_ranks(2, train_all, [text_run(folder, "whole", **SAVING)], timeout=120)
+    return folder
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_killed_ranks_from_the_newest_checkpoint(whole):
+    process = torchrun(text_run(whole, "killed", **SAVING), whole, "--max-restarts=3")
+    folder = whole / "killed" / "checkpoint"
+    for step, rank in ((2, 1), (6, 0), (8, 1)):
+        wait_for(folder / f"step-{step}", process)
+        os.kill(sorted(workers_of(process))[rank], signal.SIGKILL)
+        time.sleep(3)  # until the others have been ended
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert re.search(r"resumed after step \d+ of 12", said)
+    verify(folder / "step-12")
+    assert equal(folder / "step-12", whole / "whole" / "checkpoint" / "step-12")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signalled_ranks_save_and_end_well_and_the_same_command_goes_on(whole, number):
+    args = text_run(whole, f"signalled-{number}", **{**SAVING, "checkpoint__interval": 1000})
+    place = whole / f"signalled-{number}"
+    process = torchrun(args, whole)
+    wait_for(place / "metrics.jsonl", process)
+    for worker in workers_of(process):
+        os.kill(worker, number)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    stopped = re.search(r"asked to stop: saved after step (\d+)", said)
+    assert stopped, said
+    assert read_manifest(place / "checkpoint" / f"step-{stopped[1]}").step == int(stopped[1])
+    run_on_ranks(2, train_all, [args], timeout=120)
+    assert equal(place / "checkpoint" / "step-12", whole / "whole" / "checkpoint" / "step-12")
+
+
+@pytest.mark.slow
+def test_orphaned_ranks_keep_a_new_run_out(whole):
+    args = text_run(whole, "orphans", **{**SAVING, "training__steps": 100_000})
+    process = torchrun(args, whole)
+    wait_for(whole / "orphans" / "checkpoint" / "step-2", process)
+    orphans = workers_of(process)
+    process.kill()
+    process.wait()
+    try:
+        second = torchrun(args, whole)
+        said, _ = second.communicate(timeout=100)
+    finally:
+        for orphan in orphans:
+            os.kill(orphan, signal.SIGKILL)
+        process.communicate()
+    assert second.returncode != 0
+    assert "another run writes here (process " in said
+
+
+@pytest.mark.slow
+def test_weights_go_out_in_hugging_faces_format_and_begin_another_run(whole):
+    out = text_run(
+        whole, "exported", **SAVING,
+        checkpoint__last_save_model_only=True, checkpoint__last_save_in_hf=True,
+    )  # fmt: skip
+    exported = whole / "exported" / "checkpoint"
+    run_on_ranks(2, train_all, [out], timeout=120)
+    assert (exported / "hf-step-12" / "model.safetensors").is_file()
+    begin = {**SAVING, "training__steps": 1, "optimizer__lr": 1e-30}
+    runs = {
+        "from-hf": {"checkpoint__initial_load_in_hf": True, "path": exported / "hf-step-12"},
+        "from-model": {"path": exported / "step-12"},
+        "from-full": {"path": whole / "whole" / "checkpoint" / "step-12"},
+    }
+    for name, settings in runs.items():
+        path = settings.pop("path")
+        args = text_run(whole, name, **begin, checkpoint__initial_load_path=path, **settings)
+        run_on_ranks(2, train_all, [args], timeout=120)
+    found = [content(whole / name / "checkpoint" / "step-1") for name in runs]
+    for key in (key for key in found[0] if key.startswith("model.")):
+        assert (found[0][key] == found[1][key]).all(), key
+        assert (found[0][key] == found[2][key]).all(), key
