@@ -276,6 +276,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             period=options["precondition_frequency"],
             cost=lambda shape: Cost(*self.rule.cost(shape, options)),
             alignment=options["block_alignment"],
+            is_staggered=options["refresh"] == "staggered",
             state=lambda shape: state_bytes(self.rule, shape, options, dtype),
             communication_dtype=options["communication_dtype"],
         )
