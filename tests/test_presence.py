@@ -55,8 +55,9 @@ def gradients_of_one_process(step: int) -> dict[str, Tensor]:
 
 def optimizer_of(params: dict[str, Any], method: str, block_size: int) -> Any:
     return METHODS[method](
-        params.items(), lr=0.1, block_size=block_size, precondition_frequency=3, start_step=1
-    )
+        params.items(), lr=0.1, block_size=block_size, precondition_frequency=3, start_step=1,
+        weight_decay=0.1,
+    )  # fmt: skip
 
 
 def train_sharded(method: str, block_size: int) -> dict[str, Tensor]:
@@ -86,6 +87,41 @@ def test_absent_parts_of_a_gradient_count_as_zero(method: str, block_size: int) 
     for result in run_on_ranks(RANKS, train_sharded, method, block_size):
         for name, param in params.items():
             torch.testing.assert_close(result[name], param.detach(), rtol=1e-10, atol=1e-12)
+
+
+def train_with_late_reads(patterns: list[dict[int, list[str]]]) -> list[list[bool]]:
+    """Which parameters move in each step, if ranks lack what the pattern says, read a step late."""
+    mesh = init_device_mesh("cpu", (2,))
+    params: dict[str, Any] = {}
+    for name, whole in tensors(0).items():
+        placed = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        params[name] = torch.nn.Parameter(placed)
+    optimizer = optimizer_of(params, "Shampoo", 64)
+    optimizer._watch.late = True  # as on accelerators
+    moved = []
+    for missing in patterns:
+        for name, param in params.items():
+            absent = name in missing.get(dist.get_rank(), [])
+            param.grad = None if absent else param.detach().clone()
+        before = {name: param.detach().to_local().clone() for name, param in params.items()}
+        optimizer.step()
+        moved.append([not torch.equal(before[n], p.detach().to_local()) for n, p in params.items()])
+    return moved
+
+
+def test_late_reads_do_not_move_what_no_rank_has_a_gradient_of() -> None:
+    """News to all ranks counts at once, although the host reads the common numbers late."""
+    frozen = {0: ["other"], 1: ["other"]}
+    for moved in run_on_ranks(2, train_with_late_reads, [frozen, frozen, {}, frozen]):
+        assert moved == [[True, False, True]] * 2 + [[True] * 3, [True, False, True]]
+
+
+def test_late_reads_of_news_to_one_rank_stay_the_same_on_all() -> None:
+    """Rank 1 gets its gradient back a step before anything can be done about it on both."""
+    none, some = {0: ["matrix"], 1: ["matrix"]}, {0: ["matrix"]}
+    patterns: list[dict[int, list[str]]] = [none, some, some, {}, {}]
+    for moved in run_on_ranks(2, train_with_late_reads, patterns):
+        assert [step[0] for step in moved] == [False, False, True, True, True]
 
 
 def collectives_by_step(patterns: list[list[str]]) -> list[int]:

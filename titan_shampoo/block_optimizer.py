@@ -102,11 +102,11 @@ class BlockOptimizer(torch.optim.Optimizer):
             failures = self._engine.worst_failure()
         is_news = self._presence.is_news(here)
         verdict = verdict_of(grads.values(), failures, self._judges, is_news=is_news)
-        worst, news_to_any = self._watch.read(verdict)
+        worst, *flags = self._watch.read(verdict)
         self._watch.count(worst, self.defaults["max_skipped"])
         self._see_to_failures(worst)
-        if news_to_any:
-            self._presence.agree(here)
+        now = (lambda: verdict.tolist()[1:]) if self._watch.late else None
+        self._presence.follow(here, flags, now)
         grads = self._completed(grads)
         if self._watch.late:
             self._take_step(grads, taken=verdict[0].isfinite())
@@ -281,6 +281,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             period=options["precondition_frequency"],
             cost=lambda shape: Cost(*self.rule.cost(shape, options)),
             alignment=options["block_alignment"],
+            is_staggered=options["refresh"] == "staggered",
             state=lambda shape: state_bytes(self.rule, shape, options, dtype),
             communication_dtype=options["communication_dtype"],
         )

@@ -25,10 +25,10 @@ def verdict_of(
     *,
     is_news: bool,
 ) -> Tensor:
-    """Two numbers that are the same on all ranks, ``(2,)``; one all-reduce per group.
+    """Three numbers that are the same on all ranks, ``(3,)``; one all-reduce per group.
 
     The first is infinity if a gradient of any rank is not finite, else the most failures of any
-    rank. The second is 1 if something is news to any rank, else 0.
+    rank. The second is 1 if something is news to any rank, the third if it is none to any; else 0.
 
     Args:
         grads: Local gradients.
@@ -44,7 +44,8 @@ def verdict_of(
         dtype = torch.float64 if wide else torch.float32
         norms = torch.stack(torch._foreach_norm(filled, 2, dtype=dtype))
         worst = worst.masked_fill(~norms.isfinite().all(), math.inf)
-    verdict = torch.stack([worst, torch.full_like(worst, float(is_news))])
+    flags = [torch.full_like(worst, float(flag)) for flag in (is_news, not is_news)]
+    verdict = torch.stack([worst, *flags])
     for group in groups:
         dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=group)
     return verdict

@@ -61,6 +61,8 @@ class Parameter:
     """Whether blocks may travel ("global"), or never leave their shard ("shard")."""
     state: Callable[[tuple[int, ...]], dict[str, int]] = _no_state
     """Bytes of state of a block of the given shape, by kind; for figures only."""
+    is_staggered: bool = True
+    """Whether its blocks have turns of their own; otherwise all are refreshed in one step."""
     communication_dtype: torch.dtype | None = None
     """Dtype in which its gradients and directions travel; None for ``dtype``."""
 
@@ -136,6 +138,10 @@ def assigned_blocks(
     """
     if turns is None:
         turns = spread_turns([param.claim for param in params])
+    turns = [
+        own if param.is_staggered else [0] * len(own)
+        for param, own in zip(params, turns, strict=True)
+    ]
     tables = Tables()
     jobs = [_job(param, tables, own) for param, own in zip(params, turns, strict=True)]
     blocks = []

@@ -5,9 +5,14 @@ parameter takes its step if any rank of its team has a gradient; what the others
 zero. To agree on that takes a collective, but only when something is new: every rank remembers what
 it had when the ranks last agreed, and raises one flag, in the reduction that every step makes
 anyway, if it now has anything else. Without a flag the answer is still the last one, on all ranks.
+
+Where the host reads that reduction a step late, ranks to which nothing is news do not know in time
+that others wait for them. News to all ranks (a frozen parameter, a branch that nobody used) is
+still acted upon at once: each rank has a reason of its own to wait for the numbers. News to some is
+acted upon by all in the next step; until then what was agreed before counts, on all ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,6 +35,28 @@ class Presence:
     def is_news(self, here: Sequence[bool]) -> bool:
         """Whether this rank has other gradients than when the ranks last agreed."""
         return list(here) != self._here
+
+    def follow(
+        self,
+        here: Sequence[bool],
+        flags: Sequence[float],
+        now: Callable[[], Sequence[float]] | None = None,
+    ) -> None:
+        """Agree if it is time to; called by all ranks in each step.
+
+        Args:
+            here: Which parameters have a gradient on this rank.
+            flags: Whether it is news to any rank, and whether it is none to any rank; of this step,
+                or of the one before where the host reads late.
+            now: Waits for the flags of this step; None where ``flags`` are those already.
+        """
+        is_news, is_known = flags
+        wanted = bool(is_news) if now is None else bool(is_news and is_known)
+        if now is not None and not wanted and self.is_news(here):
+            _, is_known = now()
+            wanted = not is_known
+        if wanted:
+            self.agree(here)
 
     def agree(self, here: Sequence[bool]) -> None:
         """Find out what each team has; called by all ranks of all teams if it is news to any.

@@ -175,18 +175,17 @@ class _Sums:
 
     def add_bucket(self, members: Sequence[tuple[Parameter, list[Block]]]) -> None:
         """Add the work, the memory and the messages of one bucket."""
-        team, dtype = members[0][0].team, members[0][0].dtype
-        message_size = members[0][0].message_dtype.itemsize
+        team, size = members[0][0].team, members[0][0].message_dtype.itemsize
+        columns = self.column[np.array(team.ranks)].reshape(-1)
         traffic = _Traffic(len(team.ranks), len(team.ranks[0]))
         for param, blocks in members:
             self._add_work(param, blocks)
-            traffic.add(self.tables.of(param)[0], blocks)
-        columns = self.column[np.array(team.ranks)].reshape(-1)
+            held, owned = traffic.add(self.tables.of(param)[0], blocks)
+            self.working["directions"][columns] += param.dtype.itemsize * held.reshape(-1)
+            self.working["blocks in stacks"][columns] += param.dtype.itemsize * owned.reshape(-1)
         sent, buffers, num_collectives = traffic.totals()
-        self.sent[columns] += message_size * sent.reshape(-1)
-        self.working["messages"][columns] += message_size * buffers.reshape(-1)
-        self.working["directions"][columns] += dtype.itemsize * traffic.held.reshape(-1)
-        self.working["blocks in stacks"][columns] += dtype.itemsize * traffic.owned.reshape(-1)
+        self.sent[columns] += size * sent.reshape(-1)
+        self.working["messages"][columns] += size * buffers.reshape(-1)
         self.collectives += num_collectives
 
     def _add_work(self, param: Parameter, blocks: list[Block]) -> None:
@@ -205,34 +204,39 @@ class _Sums:
 
 
 class _Traffic:
-    """Elements that each rank of a team ``(replicas, shards)`` holds, owns and sends."""
+    """Elements that each rank of a team ``(replicas, shards)`` sends and receives."""
 
     def __init__(self, num_replicas: int, num_shards: int) -> None:
-        shape = (num_replicas, num_shards)
-        self.held, self.owned, self.leaving, self.own_part, self.shared, self.outbox = (
-            np.zeros(shape) for _ in range(6)
+        self.inbox, self.outbox, self.own_part, self.shared = (
+            np.zeros((num_replicas, num_shards)) for _ in range(4)
         )
-        self.inbox = np.zeros(shape)
 
-    def add(self, table: NDArray[np.int64], blocks: list[Block]) -> None:
-        """Add the blocks of one parameter; ``table`` is (shards, blocks)."""
+    def add(self, table: NDArray[np.int64], blocks: list[Block]) -> tuple[Figures, Figures]:
+        """Add the blocks of one parameter; returns what each rank holds and owns of it.
+
+        Args:
+            table: Elements of each block on each shard, ``(shards, blocks)``.
+            blocks: In the order of the table.
+        """
         replicas = np.array([block.replica for block in blocks], np.int64)
         shards = np.array([block.shard for block in blocks], np.int64)
         is_cut = np.array([block.is_cut for block in blocks], bool)
         sizes, kept = table.sum(axis=0), table[shards, np.arange(len(blocks))]
-        self.held += table.sum(axis=1)
-        np.add.at(self.owned, (replicas, shards), sizes)
+        held, owned = np.zeros_like(self.inbox), np.zeros_like(self.inbox)
+        held += table.sum(axis=1)
+        np.add.at(owned, (replicas, shards), sizes)
         np.add.at(self.inbox, (replicas, shards), sizes * is_cut)
         np.add.at(self.own_part, (replicas, shards), kept * is_cut)
         np.add.at(self.shared, replicas, table.T)
         np.add.at(self.outbox, replicas, (table * is_cut).T)
+        return held, owned
 
     def totals(self) -> tuple[Figures, Figures, int]:
         """Elements sent to other ranks, elements of message buffers, number of collectives."""
-        num_replicas = len(self.held)
+        num_replicas = len(self.inbox)
         travels = bool(self.inbox.any())
         sent = self.outbox + self.inbox - 2 * self.own_part
-        width = self.shared.max(axis=0) if num_replicas > 1 else np.zeros(self.held.shape[1])
+        width = self.shared.max(axis=0) if num_replicas > 1 else np.zeros(self.inbox.shape[1])
         sent = sent + (num_replicas - 1) * width
         # The shelf of all replicas, the copy of one's own part of it, and the inbox.
         buffers = num_replicas * np.maximum(width, self.outbox) + self.inbox

@@ -52,16 +52,17 @@ class Bucket:
 def add_stacks(
     bucket: Bucket, stacks: list[Stack], params: Sequence[Parameter], blocks: list[Block]
 ) -> None:
-    """One stack per group and block shape for the blocks that this rank owns."""
+    """One stack per group, block shape and dtype for the blocks that this rank owns."""
     me = (bucket.team.replica, bucket.team.shard)
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    numbers: dict[tuple[int, tuple[int, ...], torch.dtype], int] = {}
     for block in blocks:
         if (block.replica, block.shard) != me:
             continue
-        key = (params[block.param].group, block.shape)
+        param = params[block.param]
+        key = (param.group, block.shape, param.dtype)
         if key not in numbers:
             numbers[key] = len(stacks)
-            stacks.append(Stack(*key))
+            stacks.append(Stack(param.group, block.shape))
         stacks[numbers[key]].blocks.append(block)
     bucket.stacks = list(numbers.values())
 
