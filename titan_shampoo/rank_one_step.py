@@ -1,0 +1,411 @@
+"""The step of Eva, Eva-f and Eva-s: mathematics meets distribution.
+
+Every rank works on its own tiles. What is summed over ranks are vectors of statistics, and four
+scalars per layer: ``|G|^2``, ``<G, V>`` and the squares of the two vectors of ``V``.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_shampoo.averages import averages_of
+from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.distributed.tiles import all_reduce_together
+from titan_shampoo.functional.eva import (
+    Curvature,
+    Terms,
+    curvature_square,
+    marginal_sums,
+    outer,
+    running_average_,
+    terms,
+)
+from titan_shampoo.functional.heavy_ball import Motion, move_, move_by_buffers_, rank_one_
+from titan_shampoo.functional.scaling import global_scale, scaling_sums
+from titan_shampoo.layer import Layer, Span, decayed
+
+SMALLEST_DAMPING = 1e-30
+"""So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
+
+MAX_KEPT = 1000
+"""Vectors of settings that are kept on the device; schedules change them without end."""
+
+_ROWS, _COLUMNS = slice(1), slice(1, None)
+
+Vectors = list[Tensor]
+Grads = Mapping[Tensor, Tensor]
+
+
+class RankOneStep:
+    """State and step of the layers that are preconditioned by one outer product each.
+
+    Args:
+        layers: What is preconditioned.
+        curvature: Of which method.
+        pipeline_group: Ranks with the other stages of a pipeline; None without one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        curvature: Curvature,
+        pipeline_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.layers, self.curvature = list(layers), curvature
+        self.device = layers[0].weight.device
+        wide = any(layer.dtype == torch.float64 for layer in layers)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.averages = []
+        if curvature != "gradient":
+            self.averages = averages_of(layers, with_outputs=curvature == "input_output")
+        self._place = {
+            id(layer): (averages, position)
+            for averages in self.averages
+            for position, layer in enumerate(averages.layers)
+        }
+        self.step_count = torch.zeros(len(layers), dtype=self.dtype, device=self.device)
+        """Steps that each layer has taken, ``(layers,)``."""
+        self.curvature_mean = torch.zeros_like(self.step_count)
+        """Running mean of the curvature's eigenvalue, ``(layers,)``, for relative damping."""
+        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self.momentum = {
+            param: torch.zeros_like(param, memory_format=torch.contiguous_format)
+            for layer in layers
+            if layer.options["momentum"] > 0
+            for param in (layer.weight, layer.bias)
+            if param is not None
+        }
+        self._spans = [layer.spans(_vector_dims(layer, curvature)) for layer in layers]
+        self._counts_here = torch.tensor(
+            [[True, True, *layer.tile.is_first] for layer in layers], device=self.device
+        )
+        self._bias_square = self._constant([float(layer.bias is not None) for layer in layers])
+        self._pipeline_group = pipeline_group
+        self._table: Tensor | None = None
+        self._is_reduced = True
+
+    def observe(self) -> None:
+        """Average what the layers have measured: one all-reduce for each group of token ranks."""
+        for averages in self.averages:
+            decay = [layer.options["statistics_decay"] for layer in averages.layers]
+            divisor = [_output_divisor(layer) for layer in averages.layers]
+            averages.update_(self._constant(decay), self._constant(divisor))
+
+    def step(self, grads: Grads, norms: Grads) -> None:
+        """One step for the layers whose local gradients are given, with their norms."""
+        if any(layer.options["weight_decay_type"] == "l2" for layer in self.layers):
+            grads, norms = self._decayed(grads), {}
+        moving = [layer.weight in grads for layer in self.layers]
+        matrices = [
+            layer.matrix(grads[layer.weight]).to(layer.dtype) if moves else None
+            for layer, moves in zip(self.layers, moving, strict=True)
+        ]
+        lefts, rights, products = self._factors(matrices, grads)
+        self._table = self._scalars(grads, norms, lefts, rights, products)
+        self._is_reduced = False
+        if self._needs_other_ranks():
+            self._table, self._is_reduced = self._reduced(self._table), True
+        found = self._terms(self._table, self._next_damping(self._constant(moving)))
+        self._apply(matrices, grads, lefts, rights, found)
+
+    # Scalars: from which all coefficients follow
+
+    def _factors(
+        self, matrices: Sequence[Tensor | None], grads: Grads
+    ) -> tuple[Vectors, Vectors, Vectors]:
+        """The two vectors of each V, and this rank's part of ``G right``."""
+        lefts, rights = self._vectors(matrices)
+        products = [
+            self._product(layer, matrix, right, grads)
+            for layer, matrix, right in zip(self.layers, matrices, rights, strict=True)
+        ]
+        if self.curvature == "input":
+            lefts = [one for (one,) in self._completed([[product] for product in products])]
+        return lefts, rights, products
+
+    def _scalars(
+        self, grads: Grads, norms: Grads, lefts: Vectors, rights: Vectors, products: Vectors
+    ) -> Tensor:
+        """This rank's part of ``|G|^2, <G, V>, |left|^2, |right|^2``, ``(layers, 4)``."""
+        scalars = []
+        for layer, left, right, product in zip(self.layers, lefts, rights, products, strict=True):
+            square = left.new_zeros(())
+            for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts)):
+                if param in grads and counts:
+                    norm = norms[param] if param in norms else _norm(grads[param], self.dtype)
+                    square = square + norm.square()
+            scalars += [square, left.dot(product), left.dot(left), right.dot(right)]
+        return torch.stack([scalar.to(self.dtype) for scalar in scalars]).view(-1, 4)
+
+    def _vectors(self, matrices: Sequence[Tensor | None]) -> tuple[Vectors, Vectors]:
+        """Vectors of V along rows and columns; those of Eva-f's rows come later."""
+        if self.curvature == "gradient":
+            return self._marginals(matrices)
+        places = [self._place[id(layer)] for layer in self.layers]
+        rights = [averages.inputs[position] for averages, position in places]
+        if self.curvature == "input":
+            return [], rights
+        return [averages.outputs[position] for averages, position in places], rights
+
+    def _marginals(self, matrices: Sequence[Tensor | None]) -> tuple[Vectors, Vectors]:
+        """Means of the gradient over all dims but one, those of the columns multiplied out."""
+        sums = []
+        for layer, matrix, spans in zip(self.layers, matrices, self._spans, strict=True):
+            shape = [len(span.positions) for span in spans]
+            empty = torch.zeros(shape, dtype=layer.dtype, device=self.device)
+            sums.append(marginal_sums(empty if matrix is None else matrix.view(shape)))
+        means = [
+            [total * (span.size / layer.weight.numel()) for span, total in zip(*both, strict=True)]
+            for layer, *both in zip(self.layers, self._spans, self._completed(sums), strict=True)
+        ]
+        return [vectors[0] for vectors in means], [outer(vectors[1:]) for vectors in means]
+
+    def _completed(self, partial: Sequence[Vectors]) -> list[Vectors]:
+        """Vectors along the spans of each layer, summed over all ranks that have a part of them."""
+        travelling: dict[Any, list[tuple[int, int, Span]]] = defaultdict(list)
+        completed = [list(vectors) for vectors in partial]
+        for number, (layer, spans) in enumerate(zip(self.layers, self._spans, strict=True)):
+            for index, span in enumerate(spans):
+                if span.is_partial:
+                    travelling[layer.tile.group].append((number, index, span))
+        for group, places in travelling.items():
+            wholes = []
+            for number, index, span in places:
+                vector = partial[number][index].to(self.dtype)
+                wholes.append(vector.new_zeros(span.size).index_copy_(0, span.positions, vector))
+            sums = all_reduce_together(wholes, group)
+            for (number, index, span), whole in zip(places, sums, strict=True):
+                completed[number][index] = whole[span.positions].to(self.layers[number].dtype)
+        return completed
+
+    def _product(
+        self, layer: Layer, matrix: Tensor | None, right: Tensor, grads: Grads
+    ) -> Tensor:
+        """This rank's part of ``G right``, the column of the bias included, ``(rows,)``."""
+        if matrix is None:
+            return right.new_zeros(layer.tile.shape[0])
+        product = matrix.mv(right)
+        if layer.bias in grads and layer.bias_counts:
+            product[layer.bias_rows] += grads[layer.bias]
+        return product
+
+    def _needs_other_ranks(self) -> bool:
+        """Whether this step needs the scalars of whole layers; the same answer on all ranks."""
+        if self.curvature != "input" or self._scaling is not None:
+            return True
+        return any(dim > 0 for layer in self.layers for dim in layer.tile.cut_dims)
+
+    def _reduced(self, table: Tensor) -> Tensor:
+        """The scalars of whole layers: one all-reduce for each group of ranks that tile layers."""
+        numbers: dict[Any, list[int]] = defaultdict(list)
+        for number, layer in enumerate(self.layers):
+            numbers[layer.tile.group].append(number)
+        rows = list(torch.where(self._counts_here, table, 0))
+        for group, some in numbers.items():
+            sums = all_reduce_together([rows[number] for number in some], group)
+            for number, row in zip(some, sums, strict=True):
+                rows[number] = row
+        return torch.stack(rows)
+
+    def _next_damping(self, moving: Tensor) -> Tensor:
+        """``y`` of each layer, ``(layers,)``; counts the step of the layers that are moving."""
+        options = [layer.options for layer in self.layers]
+        damping = self._constant([group["damping"] for group in options])
+        relative = self._constant([group["damping_mode"] == "relative" for group in options])
+        decay = self._constant([group["statistics_decay"] for group in options])
+        square = curvature_square(self.curvature, *self._squares())
+        running_average_(self.curvature_mean, square, self.step_count, moving, decay)
+        self.step_count += moving
+        factor = torch.where(relative > 0, self.curvature_mean, 1.0)
+        return (damping * factor).clamp(min=SMALLEST_DAMPING)
+
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        """``|left|^2`` and ``|right|^2``, the constant 1 of a bias included."""
+        assert self._table is not None, "no step has been taken"
+        return self._table[:, 2], self._table[:, 3] + self._bias_square
+
+    def _terms(self, table: Tensor, damping: Tensor) -> Terms:
+        return terms(self.curvature, table[:, 0], table[:, 1], *self._squares(), damping)
+
+    # Directions: never stored, unless they must be
+
+    @property
+    def _scaling(self) -> Any:  # noqa: ANN401 - one of Scaling or None
+        return self.layers[0].options["scaling"]
+
+    def _scales(self, found: Terms) -> Tensor:
+        """By what each direction is multiplied, ``(layers,)``."""
+        inner, square = found.inner(), found.direction_square()
+        own = torch.ones_like(inner)
+        if self.curvature == "gradient":
+            own = torch.where(square > 0, (found.grad_square / square).sqrt(), own)
+        if self._scaling is None:
+            return own
+        lr = self._constant([float(layer.options["lr"]) for layer in self.layers])
+        kl_clip = float(self.layers[0].options["kl_clip"])
+        sums = scaling_sums(self._scaling, found, own, lr, kl_clip)
+        if self._pipeline_group is not None:
+            own_constant = sums[0].clone()
+            dist.all_reduce(sums, group=self._pipeline_group)
+            if self._scaling != "norm":  # a constant, and no sum over layers
+                sums[0] = own_constant
+        scale = global_scale(self._scaling, sums)
+        return own * scale * (found.damping if self._scaling == "kl_norm" else 1)
+
+    def _apply(
+        self,
+        matrices: Sequence[Tensor | None],
+        grads: Grads,
+        lefts: Vectors,
+        rights: Vectors,
+        found: Terms,
+    ) -> None:
+        """Move the parameters by ``f G - left right^T``, layer by layer and group by group."""
+        factors = self._scales(found) / found.damping
+        amounts = (factors * found.coefficient).unbind()
+        moves: dict[int, _Moves] = {}
+        for number, (layer, matrix) in enumerate(zip(self.layers, matrices, strict=True)):
+            if matrix is not None:
+                left = lefts[number] * amounts[number].to(layer.dtype)
+                factor = factors[number].to(layer.dtype)
+                group = moves.setdefault(id(layer.options), _Moves(layer.motion()))
+                group.add(layer.weight, matrix, left, rights[number], factor, self.momentum)
+                if layer.bias in grads:
+                    grad = grads[layer.bias].to(layer.dtype)[:, None]
+                    one = rights[number].new_ones(1)
+                    group.add(layer.bias, grad, left[layer.bias_rows], one, factor, self.momentum)
+        for group in moves.values():
+            group.finish()
+
+    def _decayed(self, grads: Grads) -> Grads:
+        """The gradients with coupled weight decay."""
+        return {
+            param: decayed([param], [grads[param]], layer.options)[0]
+            for layer in self.layers
+            for param in (layer.weight, layer.bias)
+            if param in grads
+        }
+
+    def _constant(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers of the host on the device; kept, as schedules change few of them."""
+        key = tuple(map(float, numbers))
+        if key not in self._constants:
+            if len(self._constants) >= MAX_KEPT:
+                self._constants.clear()
+            self._constants[key] = torch.tensor(key, dtype=self.dtype, device=self.device)
+        return self._constants[key]
+
+    # What others ask for
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """State of the weight of one layer."""
+        layer = self.layers[number]
+        state = {"step": self.step_count[number]}
+        if self.averages:
+            averages, position = self._place[id(layer)]
+            state["batches"] = averages.count[position]
+            state["input_mean"] = layer.stored_along(True, averages.inputs[position])
+            if averages.outputs:
+                state["output_sum"] = layer.stored_along(False, averages.outputs[position])
+        if layer.options["damping_mode"] == "relative":
+            state["curvature_mean"] = self.curvature_mean[number]
+        return state
+
+    def statistics(self) -> Vectors:
+        """What this rank's layers have summed since they were reset."""
+        return [tensor for averages in self.averages for tensor in averages.local_sums()]
+
+    def unseen(self) -> list[str]:
+        """Layers of which no rank saw a row in the last batch; asks the device."""
+        return [
+            layer.name
+            for averages in self.averages
+            for layer, rows in zip(averages.layers, averages.rows.tolist(), strict=True)
+            if rows == 0
+        ]
+
+    def metrics(self) -> dict[str, dict[str, Tensor]]:
+        """``rho`` and ``cosine`` of each layer in the last step."""
+        if self._table is None:
+            return {}
+        if not self._is_reduced:
+            self._table, self._is_reduced = self._reduced(self._table), True
+        options = [layer.options for layer in self.layers]
+        damping = self._constant([group["damping"] for group in options])
+        relative = self._constant([group["damping_mode"] == "relative" for group in options])
+        damping = damping * torch.where(relative > 0, self.curvature_mean, 1.0)
+        found = self._terms(self._table, damping.clamp(min=SMALLEST_DAMPING))
+        rho = curvature_square(self.curvature, *self._squares()) / found.damping
+        cosine = found.cosine()
+        return {
+            layer.name: {"rho": rho[number], "cosine": cosine[number]}
+            for number, layer in enumerate(self.layers)
+        }
+
+
+class _Moves:
+    """The parameters of one group that a step moves, gathered to be moved together."""
+
+    def __init__(self, motion: Motion) -> None:
+        self.motion = motion
+        self._whole: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._fused: list[tuple[Tensor, Tensor]] = []
+
+    def add(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        left: Tensor,
+        right: Tensor,
+        factor: Tensor,
+        momentum: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Take the direction ``factor grad - left right^T`` of ``param``."""
+        motion, local = self.motion, local_tensor(param)
+        if not motion.momentum:
+            direction = rank_one_(torch.empty_like(grad), grad, left, right, factor, beta=0)
+            self._whole.append((local, direction.view(local.shape), direction))
+            return
+        buffer = local_tensor(momentum[param])
+        if motion.fuses(buffer, grad):
+            target, keep = buffer.view(grad.shape), motion.keep
+            rank_one_(target, grad, left * keep, right, factor * keep, beta=motion.momentum)
+            self._fused.append((local, buffer))
+        else:
+            direction = rank_one_(torch.empty_like(grad), grad, left, right, factor, beta=0)
+            self._whole.append((local, direction.view(local.shape), buffer))
+
+    def finish(self) -> None:
+        """Move all of them."""
+        move_by_buffers_(*_columns(self._fused, 2), self.motion)
+        move_(*_columns(self._whole, 3), self.motion)
+
+
+def _columns(rows: Sequence[tuple[Tensor, ...]], width: int) -> list[list[Tensor]]:
+    return [[row[column] for row in rows] for column in range(width)]
+
+
+def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=dtype)
+
+
+def _output_divisor(layer: Layer) -> float:
+    """By what the sum of a layer's output gradients over all ranks is divided."""
+    options = layer.options
+    num_samples = options["kv_batch_size"] if options.get("kv_scale") == "batch_mean" else 1
+    return layer.gradient_divisor * float(num_samples)
+
+
+def _vector_dims(layer: Layer, curvature: Curvature) -> list[slice]:
+    """The dims of the vectors that are formed of the gradient in every step."""
+    if curvature == "input_output":
+        return []
+    if curvature == "input":
+        return [_ROWS]
+    if layer.options["merge"] == "matrix":
+        return [_ROWS, _COLUMNS]
+    return [slice(dim, dim + 1) for dim in range(layer.weight.ndim)]
