@@ -86,6 +86,7 @@ class RankOneStep:
         self._bias_square = self._constant([float(layer.bias is not None) for layer in layers])
         self._pipeline_group = pipeline_group
         self._table: Tensor | None = None
+        self._damping = torch.ones_like(self.step_count)
         self._is_reduced = True
 
     def observe(self) -> None:
@@ -109,7 +110,8 @@ class RankOneStep:
         self._is_reduced = False
         if self._needs_other_ranks():
             self._table, self._is_reduced = self._reduced(self._table), True
-        found = self._terms(self._table, self._next_damping(self._constant(moving)))
+        self._damping = self._next_damping(self._constant(moving))
+        found = self._terms(self._table, self._damping)
         self._apply(matrices, grads, lefts, rights, found)
 
     # Scalars: from which all coefficients follow
@@ -220,8 +222,17 @@ class RankOneStep:
         square = curvature_square(self.curvature, *self._squares())
         running_average_(self.curvature_mean, square, self.step_count, moving, decay)
         self.step_count += moving
-        factor = torch.where(relative > 0, self.curvature_mean, 1.0)
+        factor = torch.where(relative > 0, self._above_rounding(self.curvature_mean), 1.0)
         return (damping * factor).clamp(min=SMALLEST_DAMPING)
+
+    def _above_rounding(self, curvature: Tensor) -> Tensor:
+        """Curvature of which something is left: means that should be zero are never quite."""
+        if self.curvature != "gradient":
+            return curvature
+        assert self._table is not None, "no step has been taken"
+        numel = self._constant([layer.weight.numel() for layer in self.layers])
+        floor = torch.finfo(self.dtype).eps * (self._table[:, 0] / numel.clamp(min=1)).square()
+        return torch.maximum(curvature, floor)
 
     def _squares(self) -> tuple[Tensor, Tensor]:
         """``|left|^2`` and ``|right|^2``, the constant 1 of a bias included."""
@@ -334,11 +345,7 @@ class RankOneStep:
             return {}
         if not self._is_reduced:
             self._table, self._is_reduced = self._reduced(self._table), True
-        options = [layer.options for layer in self.layers]
-        damping = self._constant([group["damping"] for group in options])
-        relative = self._constant([group["damping_mode"] == "relative" for group in options])
-        damping = damping * torch.where(relative > 0, self.curvature_mean, 1.0)
-        found = self._terms(self._table, damping.clamp(min=SMALLEST_DAMPING))
+        found = self._terms(self._table, self._damping)
         rho = curvature_square(self.curvature, *self._squares()) / found.damping
         cosine = found.cosine()
         return {
