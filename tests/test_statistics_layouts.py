@@ -11,7 +11,12 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -71,7 +76,8 @@ def expected(dtype=torch.float64) -> Sums:
 
 def sums_of(layer: TappedLayer) -> dict[str, Tensor]:
     names = ("input_sum", "output_sum", "input_moment", "output_moment")
-    return {name: getattr(layer, name).clone() for name in names}
+    values = {name: getattr(layer, name) for name in names}
+    return {name: value.clone() for name, value in values.items() if value is not None}
 
 
 def reduced(layer: TappedLayer) -> dict[str, Tensor]:
@@ -201,6 +207,25 @@ def test_sums_of_bf16_activations_are_float32():
     run_on_ranks(2, fsdp2_bf16)
 
 
+def fsdp2_evaluated():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    model = make_model()
+    for unit in (*model, model):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+    layers = collected(model)
+    params = [param for layer in layers for param in (layer.weight, layer.bias)]
+    with torch.no_grad():
+        model(make_batch())
+    assert not isinstance(model[0].gate.weight, DTensor)  # what this test is about
+    layers = collected(model)
+    assert [param for layer in layers for param in (layer.weight, layer.bias)] == params
+    verify(model, part_of(make_batch(), mesh, "fsdp"), layers)
+
+
+def test_evaluation_under_fsdp2_does_not_change_which_parameters_layers_have():
+    run_on_ranks(2, fsdp2_evaluated)
+
+
 def hsdp_2x2():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "fsdp"))
     model = make_model()
@@ -268,10 +293,15 @@ def tp2(sequence, wrap):
     verify(model, batch, layers)
 
 
+def compiled(block: nn.Module) -> nn.Module:
+    block.compile(fullgraph=True, backend="aot_eager")
+    return block
+
+
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda block: block,
     "checkpointed": checkpoint_wrapper,
-    "compiled": functools.partial(torch.compile, fullgraph=True, backend="aot_eager"),
+    "compiled": compiled,
 }
 
 
@@ -314,6 +344,30 @@ def rows_cut_over_tp():
 
 def test_rows_cut_over_a_tensor_parallel_axis_are_refused():
     run_on_ranks(2, rows_cut_over_tp)
+
+
+def zero_bubble():
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    parts = [Block().double() for _ in range(4)][rank::2]
+    layers = [tap(part) for part in parts]
+    stages: list[_PipelineStageBase] = [
+        PipelineStage(part, rank + 2 * chunk, 4, torch.device("cpu"))
+        for chunk, part in enumerate(parts)
+    ]
+    schedule = ScheduleInterleavedZeroBubble(
+        stages, 4, loss_fn=lambda output, target: loss_of(output), scale_grads=False
+    )
+    if rank == 0:
+        schedule.step(make_batch())
+    else:
+        schedule.step(target=make_batch())
+    with pytest.raises(RuntimeError, match="its tap saw no rows"):
+        check_counts(layers[1])
+
+
+def test_zero_bubble_schedules_skip_taps_which_the_check_of_the_first_step_finds():
+    run_on_ranks(2, zero_bubble)
 
 
 def pp2():

@@ -7,7 +7,7 @@ layers[0].reset()
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from titan_shampoo.statistics.sharding import (
+    NO_DATA_PARALLELISM,
     DataParallelism,
     LayerSharding,
     compute_device,
@@ -50,33 +51,33 @@ class TappedLayer:
     name: str
     """Of the module, without the wrappers that compilation and checkpointing put around it."""
     module: nn.Module
-    num_stacked: int
-    """Number of matrices in a stack ``(num_stacked, d_out, d_in)``; 0 for one matrix."""
     sharding: LayerSharding
     """Which axes of the mesh of ``weight`` cut rows, inputs and outputs."""
 
-    def __init__(self, name: str, module: nn.Module, sharding: LayerSharding) -> None:
+    def __init__(self, name: str, module: nn.Module, data: Mapping[str, DataParallelism]) -> None:
         self.name = name
         self.module = module
-        self.num_stacked = 0
-        self.sharding = sharding
+        self._data = data
+        self.sharding = layer_sharding(self.weight, data["weight"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {tuple(self.weight.shape)})"
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter that the module has now; FSDP2 replaces it."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
+        """What ranks store of the weight that the module has now; FSDP2 replaces it."""
+        weight = self._stored("weight")
+        assert weight is not None
         return weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias that the module has now."""
-        bias = self.module.bias
-        assert bias is None or isinstance(bias, nn.Parameter)
-        return bias
+        """What ranks store of the bias that the module has now."""
+        return self._stored("bias")
+
+    def _stored(self, name: str) -> nn.Parameter | None:
+        param = self.module._parameters[name]
+        return param if param is None else self._data[name].stored(param)
 
     @property
     def leaves(self) -> Leaves:
@@ -165,45 +166,17 @@ def tap(
         clean = unwrapped_name(name, model)
         if users[id(weight)] > 1 or not weight.requires_grad or (skip and skip(clean)):
             continue
-        sharding = layer_sharding(weight, data.get((id(module), "weight"), DataParallelism()))
-        layer = TappedLayer(clean, module, sharding)
+        by_name = {
+            key: data.get((id(module), key), NO_DATA_PARALLELISM) for key in ("weight", "bias")
+        }
+        layer = TappedLayer(clean, module, by_name)
         _tap_layer(layer, moments)
         layers.append(layer)
     return layers
 
 
-def check_counts(
-    layers: Sequence[TappedLayer],
-    counts: Sequence[float] | None = None,
-    expected_rows: Mapping[str, int] | None = None,
-) -> None:
-    """Refuse layers that were trained unseen; reads from the device, so for the first step only.
-
-    Args:
-        layers: What ``tap`` returned.
-        counts: Number of rows of each layer, added up over the ranks; without it those of this
-            rank, and then one rank can raise where another does not.
-        expected_rows: By name, how many rows layers should have seen.
-
-    Raises:
-        RuntimeError: If a tap saw nothing although its weight has a gradient, or saw other than
-            the expected number of rows.
-    """
-    if counts is None:
-        counts = torch.stack([layer.input_sum[-1].cpu() for layer in layers]).tolist()
-    for layer, count in zip(layers, counts, strict=True):
-        if count == 0 and layer.weight.grad is not None:
-            raise RuntimeError(
-                f"{layer.name}: its weight has a gradient, but its tap saw no rows; tap the model "
-                "before its first forward pass, and skip layers whose forward is not called"
-            )
-        wanted = count if expected_rows is None else expected_rows.get(layer.name, count)
-        if count != wanted:
-            raise RuntimeError(f"{layer.name}: its tap saw {count:.0f} rows, want {wanted}")
-
-
 def unwrapped_name(name: str, model: nn.Module) -> str:
-    """The name that a module has without compilation, checkpointing and data parallelism."""
+    """The name of a module of ``model`` without compilation, checkpointing and DDP in it."""
     parts = name.split(".")
     if isinstance(model, DistributedDataParallel) and parts[0] == "module":
         parts = parts[1:]

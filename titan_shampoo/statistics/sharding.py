@@ -30,6 +30,21 @@ class DataParallelism:
     """What FSDP2 and HSDP put it on; None for DDP and for nothing."""
     gradient_divisor: float = 1.0
     """By what the sum of the gradients over the ranks is divided."""
+    record: Any = None
+    """FSDP2's own record of the parameter."""
+
+    def stored(self, param: nn.Parameter) -> nn.Parameter:
+        """What ranks store of ``param``, which a module has now.
+
+        After a forward pass without a backward pass (evaluation), FSDP2 can leave the whole
+        parameter in the module, which has no gradient and is in no optimizer.
+        """
+        if self.record is None or self.record.sharded_state.name == "SHARDED":
+            return param
+        return self.record.sharded_param
+
+
+NO_DATA_PARALLELISM = DataParallelism()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +113,7 @@ def _fully_sharded(unit: FSDPModule) -> dict[ParameterKey, DataParallelism]:
     for group, param in _managed(unit):
         mesh = param.mesh_info.mesh
         divisor = group.gradient_divide_factor
-        data = DataParallelism(mesh, float(mesh.size() if divisor is None else divisor))
+        data = DataParallelism(mesh, float(mesh.size() if divisor is None else divisor), param)
         owners = param._module_info
         found[id(owners.module), owners.param_name] = data
         for owner, name in zip(owners.shared_modules, owners.shared_param_names, strict=True):

@@ -37,7 +37,7 @@ def patches_of(conv: nn.Conv2d) -> Patches:
     )
 
 
-def input_sum(input: Tensor, num_rows: int, dtype: torch.dtype, patches: Patches | None) -> Tensor:
+def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tensor:
     """``[sum of x; number of rows]`` over the rows ``x`` of a layer's input, ``(d_in + 1,)``.
 
     Patches are linear in the image, so those of the summed image are summed: one image is
@@ -45,16 +45,15 @@ def input_sum(input: Tensor, num_rows: int, dtype: torch.dtype, patches: Patches
 
     Args:
         input: ``(..., d_in)``, or images ``(n, channels, h, w)`` of a convolution.
-        num_rows: Number of rows.
-        dtype: Of the result.
+        num_rows: Number of rows, of no dims; has the dtype of the result.
         patches: Of a convolution; None for a linear layer.
     """
     if patches is None:
-        total = input.reshape(-1, input.shape[-1]).sum(0, dtype=dtype)
+        total = input.reshape(-1, input.shape[-1]).sum(0, dtype=num_rows.dtype)
     else:
-        image = _images(input).sum(0, keepdim=True, dtype=dtype)
+        image = _images(input).sum(0, keepdim=True, dtype=num_rows.dtype)
         total = _unfolded(image, patches).sum((0, 1, 3)) / patches.groups
-    return torch.cat([total, total.new_full((1,), num_rows)])
+    return torch.cat([total, num_rows[None]])
 
 
 def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Tensor:

@@ -1,12 +1,12 @@
 """The tap: an identity after a layer's operation whose backward pass adds up statistics.
 
-``y = tap(x, op(x, W))`` is ``op(x, W)``. Its backward pass returns sums over the rows of ``x`` and
-of the gradient at ``y`` as the gradients of *leaves*: tensors of zeros that are neither parameters
-nor buffers. Autograd then does all book-keeping: sums accumulate over microbatches and over calls
-of a shared module, forward passes that are repeated (activation checkpointing) or never
-differentiated (evaluation) count nothing, and compilers see an ordinary differentiable function.
-Hooks on modules or tensors fail one or the other. ``x`` is what the layer keeps for its own weight
-gradient, so a tap costs no memory.
+Its backward pass returns sums over the rows of the layer's input, and of the gradient at its
+output, as the gradients of *leaves*: tensors of zeros that are neither parameters nor buffers.
+Autograd then does all book-keeping: sums accumulate over microbatches and over calls of a shared
+module, forward passes that are repeated (activation checkpointing) or never differentiated
+(evaluation) count nothing, and compilers see an ordinary differentiable function. Hooks on modules
+or tensors fail one or the other. The input is what the layer keeps for its own weight gradient, so
+a tap costs no memory.
 """
 
 from types import MethodType
@@ -88,49 +88,73 @@ def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -
 
     Named so that a module that is pickled and loaded has its own forward again.
     """
-    output = type(module).forward(module, input, *args, **kwargs)
     if not torch.is_grad_enabled():
-        return output
+        return type(module).forward(module, input, *args, **kwargs)
     leaves: Leaves = getattr(module, LEAVES)
     _check_fit(input, leaves)
     moments = (leaves.input_moment, leaves.output_moment)
-    zeros = (leaves.input, leaves.output, *(moments if leaves.collects_moments else (None, None)))
-    return _Tap.apply(input, output, leaves, *zeros)  # type: ignore[no-untyped-call]  # torch's
+    input_zeros, output_zeros = moments if leaves.collects_moments else (None, None)
+    count = _InputTap.apply(input, leaves, leaves.input, input_zeros)  # type: ignore[no-untyped-call]
+    output = type(module).forward(module, input, *args, **kwargs)
+    return _OutputTap.apply(output, count, leaves, leaves.output, output_zeros)  # type: ignore[no-untyped-call]
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on ``output``; the gradients of its leaves are sums over the rows."""
+class _InputTap(torch.autograd.Function):
+    """Keeps the input until ``_OutputTap`` sends back how many rows there were.
+
+    It is kept before the layer's operation and not behind it, because activation checkpointing
+    stops to recompute at the last tensor that is kept: the last product of a region would be
+    recomputed for us alone.
+    """
 
     @staticmethod
-    def forward(input: Tensor, output: Tensor, leaves: Leaves, *zeros: Tensor | None) -> Tensor:
+    def forward(input: Tensor, leaves: Leaves, zeros: Tensor, moment: Tensor | None) -> Tensor:
+        return zeros.detach()[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+        input, ctx.leaves, _, moment = inputs
+        ctx.save_for_backward(input)
+        ctx.wants_moment = moment is not None
+
+    @staticmethod
+    def backward(ctx: Any, num_rows: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (input,) = ctx.saved_tensors
+        leaves: Leaves = ctx.leaves
+        sums = input_sum(_local(input), num_rows, leaves.patches)
+        moment = None
+        if ctx.wants_moment:
+            whole = _whole(input)
+            moment = input_moment(whole, sums.dtype, leaves.patches, with_bias=leaves.has_bias)
+        return None, None, sums, moment
+
+
+class _OutputTap(torch.autograd.Function):
+    """The identity on the output of a layer."""
+
+    @staticmethod
+    def forward(
+        output: Tensor, count: Tensor, leaves: Leaves, zeros: Tensor, moment: Tensor | None
+    ) -> Tensor:
         # Detached, not returned as it is: that would be a view, which forbids relu(inplace=True)
         # on the output; marking it as changed in place is refused by older compilers.
         return output.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-        input, _, leaves, *zeros = inputs
-        ctx.save_for_backward(input)
-        ctx.leaves = leaves
-        ctx.grad_placements = _grad_placements(output)
-        ctx.dtype = zeros[0].dtype
-        ctx.wants_moments = [zero is not None for zero in zeros[2:]]
+        _, _, ctx.leaves, zeros, moment = inputs
+        ctx.dtype = zeros.dtype
+        ctx.placements = _grad_placements(output)
+        ctx.wants_moment = moment is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        (input,) = ctx.saved_tensors
-        leaves, dtype = ctx.leaves, ctx.dtype
-        patches = leaves.patches
-        local_grad = _local(grad, ctx.grad_placements)
-        inputs = input_sum(_local(input), num_rows(local_grad, patches), dtype, patches)
-        outputs = output_sum(local_grad, dtype, patches)
-        input_moments = output_moments = None
-        if ctx.wants_moments[0]:
-            whole = _whole(input)
-            input_moments = input_moment(whole, dtype, patches, with_bias=leaves.has_bias)
-        if ctx.wants_moments[1]:
-            output_moments = output_moment(_whole(grad), dtype, patches)
-        return None, grad, None, inputs, outputs, input_moments, output_moments
+        patches, dtype = ctx.leaves.patches, ctx.dtype
+        local = _local(grad, ctx.placements)
+        sums = output_sum(local, dtype, patches)
+        count = sums.new_full((), num_rows(local, patches))
+        moment = output_moment(_whole(grad), dtype, patches) if ctx.wants_moment else None
+        return grad, count, None, sums, moment
 
 
 def _check_fit(input: Tensor, leaves: Leaves) -> None:
