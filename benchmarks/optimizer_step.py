@@ -24,6 +24,7 @@ from benchmarks.workloads import WORKLOADS, NamedParameters, machine
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.fallback import falls_back
 from titan_shampoo.functional.roots import inverse_root
+from titan_shampoo.functional.symmetric import slab_views, slabs, unpack
 
 Step = Callable[[], Any]
 
@@ -41,14 +42,12 @@ class Floor:
         assert engine is not None
         self.period = period
         self.adamw = torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True)
+        names = ("left", "right", "left_root", "right_root", "exp_avg")
         self.stacks = [
-            (state["left"], state["right"], state["exp_avg"], torch.empty_like(state["exp_avg"]))
-            for state in engine.states
+            tuple(state[name].clone() for name in (*names, "exp_avg"))
+            for state in engine.state.stacks
         ]
         self.turns = [torch.tensor([b.turn for b in stack.blocks]) for stack in engine.plan.stacks]
-        self.sums = [
-            (torch.zeros_like(left), torch.zeros_like(right)) for left, right, *_ in self.stacks
-        ]
         self.time = 0
 
     @torch.no_grad()
@@ -56,16 +55,19 @@ class Floor:
         """One step's worth of unavoidable work."""
         turn = self.time % self.period
         self.time += 1
-        for (left, right, grad, out), (left_sum, right_sum), turns in zip(
-            self.stacks, self.sums, self.turns, strict=True
+        for (left, right, left_root, right_root, grad, out), turns in zip(
+            self.stacks, self.turns, strict=True
         ):
-            left_sum.baddbmm_(grad, grad.mT, beta=0.99, alpha=0.01)
-            right_sum.baddbmm_(grad.mT, grad, beta=0.99, alpha=0.01)
+            for factor, rows in ((left, grad), (right, grad.mT)):
+                extent = rows.shape[1]
+                views = zip(slab_views(factor, extent), slabs(extent), strict=True)
+                for view, (start, stop) in views:
+                    view.baddbmm_(rows[:, start:], rows[:, start:stop].mT, beta=0.99, alpha=0.01)
             due = (turns == turn).nonzero().flatten()
             if len(due):
-                for factor in (left, right):
-                    inverse_root(factor[due], 0.25, eps=1e-12)
-            torch.bmm(left_sum, torch.bmm(grad, right_sum, out=out))
+                for factor, root in ((left, left_root), (right, right_root)):
+                    inverse_root(unpack(factor[due], root.shape[-1]), 0.25, eps=1e-12)
+            torch.bmm(left_root, torch.bmm(grad, right_root, out=out))
         self.adamw.step()
 
 

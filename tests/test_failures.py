@@ -58,7 +58,7 @@ def test_failed_refresh_is_named_once_and_mended_in_float64(
         take_step(weight, optimizer, 2)
         take_step(weight, optimizer, 3)
     assert [record.getMessage() for record in caplog.records] == [
-        "w, block 0: 1 refresh(es) in a row failed; the last good one is kept"
+        "w, block 0: a refresh failed; the last good one is kept, and it is repeated in float64"
     ]
     assert not torch.equal(state["left_root.0"], torch.eye(2))
     assert state["failures.0"] == 0

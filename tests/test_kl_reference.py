@@ -60,6 +60,8 @@ CASES |= {
     for kind in ("l2", "decoupled", "corrected", "independent")
 }
 CASES |= {
+    "factors every 2nd step": {"factor_frequency": 2, "precondition_frequency": 4},
+    "matched length": {"match_rms": 0.2},
     "momentum": {"momentum": 0.7},
     "dampening": {"momentum": 0.7, "dampening": 0.4},
     "nesterov": {"momentum": 0.7, "nesterov": True},

@@ -508,6 +508,23 @@ def test_state_of_other_parameters_is_refused_by_name(method: str, case: str) ->
 # Bad input
 
 
+FULL_RANK: dict[str, tuple[int, ...]] = {"square": (8, 8), "bias": (6,), "conv": (4, 2, 2, 1)}
+"""Blocks whose factors have no null space, in which a basis would be a matter of rounding."""
+
+
+def spoil(params: Params, name: str, value: float) -> None:
+    """Gradients of which one element is not finite."""
+    shapes = {other: tuple(param.shape) for other, param in params.items()}
+    for other, grad in tensors(7, shapes).items():
+        params[other].grad = grad.to(params[other].dtype)
+    params[name].grad.view(-1)[3] = value  # type: ignore[union-attr]
+
+
+def states_but_schedule(optimizer: BlockOptimizer) -> dict[str, Tensor]:
+    """All state but the host's place in the schedule, which goes on whatever happens."""
+    return {key: value for key, value in states(optimizer).items() if "cursor" not in key}
+
+
 @every_method
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["a", "bias"])
@@ -516,17 +533,62 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     method: str, value: float, name: str, step: int
 ) -> None:
     params, optimizer = trained(method, step)
-    before, state = values(params), states(optimizer)
-    for other, grad in tensors(7).items():
-        params[other].grad = grad
-    params[name].grad.view(-1)[3] = value  # type: ignore[union-attr]
+    before, state = values(params), states_but_schedule(optimizer)
+    spoil(params, name, value)
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert_same(values(params), before)
-    assert_same(states(optimizer), state)
+    assert_same(states_but_schedule(optimizer), state)
     advance(optimizer, params, range(step, step + 3))
     assert optimizer.skipped_steps == 1
-    assert_same(values(params), values(trained(method, step + 3)[0]))
+    assert not torch.equal(params[name], before[name])
+
+
+@every_method
+@pytest.mark.parametrize("extra", [
+    {},
+    {"weight_decay_type": "l2", "nesterov": True, "precondition_frequency": 3},
+    {"state_dtype": torch.bfloat16, "start_step": 2, "factor_frequency": 2},
+])  # fmt: skip
+def test_a_device_that_decides_for_itself_skips_the_same_steps(
+    method: str, extra: dict[str, Any]
+) -> None:
+    """What accelerators do, on a CPU: the host learns of a skipped step in the next one."""
+    results = []
+    for late in (False, True):
+        start = tensors(0, FULL_RANK)
+        params = {name: torch.nn.Parameter(value.double()) for name, value in start.items()}
+        optimizer = make(method, params, **extra)
+        optimizer._watch.late = late
+        known = []
+        for step in range(8):
+            if step in (0, 3, 4):
+                spoil(params, "square", torch.nan)
+                optimizer.step()
+                assert all(param.isfinite().all() for param in params.values())
+                known.append(optimizer.skipped_steps)
+            for name, grad in tensors(1000 * step, FULL_RANK).items():
+                params[name].grad = grad.double()
+            optimizer.step()
+        assert known == ([0, 1, 2] if late else [1, 2, 3])
+        assert optimizer.skipped_steps == 3
+        results.append(values(params) | states(optimizer))
+    for key, expected in results[0].items():
+        assert torch.allclose(results[1][key], expected, rtol=1e-5, atol=1e-8), key
+
+
+@every_method
+def test_a_skipped_first_refresh_leaves_bounded_steps(method: str) -> None:
+    params = {"w": torch.nn.Parameter(tensors(0, {"w": (8, 8)})["w"])}
+    extra: dict[str, Any] = {"basis_method": "qr"} if method == "SOAP" else {}
+    optimizer = make(method, params, start_step=1, refresh="together", momentum=0.0, **extra)
+    params["w"].grad = torch.full((8, 8), torch.nan)
+    optimizer.step()
+    for step in range(1, 10):
+        before = params["w"].detach().clone()
+        params["w"].grad = tensors(step, {"w": (8, 8)})["w"]
+        optimizer.step()
+        assert float((params["w"].detach() - before).abs().max()) < 20 * OPTIONS["lr"]
 
 
 REFRESHES: dict[str, tuple[Any, str]] = {

@@ -76,6 +76,14 @@ CASES: dict[str, dict[str, Any]] = {
     "newton, orders up to 4": {"root_method": "newton", "eps": 1e-2, "merge": "none"},
     "newton, power": {"root_method": "newton", "eps": 1e-2, "exponent": 0.5},
     "eigh": {"root_method": "eigh"},
+    "factors every 2nd step": {"factor_frequency": 2, "precondition_frequency": 4},
+    "factors every 3rd step, together": {
+        "factor_frequency": 3,
+        "refresh": "together",
+        "grafting": "adam",
+        "grafting_beta2": None,
+    },
+    "matched length": {"match_rms": 0.2, "precondition_frequency": 4},
 }
 CASES |= {
     f"grafting {method}, {refresh}": {

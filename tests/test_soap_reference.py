@@ -59,6 +59,7 @@ LATE: dict[str, dict[str, Any]] = {
     "paper, cut": {"merge": "paper", "block_size": 12},
     "not merged": {"merge": "none"},
     "not merged, pair": {"merge": "none", "block_size": (4, 2)},
+    "factors every 2nd step": {"factor_frequency": 2},
     "momentum": {"momentum": 0.7},
     "dampening": {"momentum": 0.7, "dampening": 0.4},
 }

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan_shampoo.block_state import Member
 from titan_shampoo.distributed.agreement import check_agreement
 from titan_shampoo.distributed.geometry import make_grid
 from titan_shampoo.distributed.layout import layout_of, local_gradient
 from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
-from titan_shampoo.engine import Engine, Member
+from titan_shampoo.engine import Engine
+from titan_shampoo.failure import Watch, worst_of
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.options import check_options
@@ -40,16 +42,12 @@ class BlockOptimizer(torch.optim.Optimizer):
     grid_options = ("block_size", "merge", "batch_dims")
     """Options that give state its shape: a state with others cannot be loaded."""
 
-    skipped_steps: int
-    """Steps that changed nothing because a gradient was not finite."""
-
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        self.skipped_steps = self._skipped_in_a_row = 0
         self._process_group = process_group
         self._is_complete = False
         super().__init__(params, defaults | {"method": self.rule.name})
@@ -79,7 +77,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Take one step and return what ``closure`` returned.
 
         Parameters without a gradient do not move and do not age. If any gradient on any rank is
-        not finite, nothing changes on any rank and ``skipped_steps`` grows. A refresh that fails
+        not finite, nothing changes on any rank but the schedule of refreshes, which goes on, and
+        ``skipped_steps`` grows. A refresh that fails
         leaves its block the last good roots and is repeated in float64 in the next step.
 
         Raises:
@@ -91,20 +90,44 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = self._local_gradients()
-        if not self._may_step(grads.values()):
-            return loss
+        failures = torch.zeros((), device=self._device)
         if self._engine is not None:
-            self._engine.step({
-                number: grads[member.param]
-                for number, member in enumerate(self._engine.members)
-                if member.param in grads
-            })  # fmt: skip
+            failures = self._engine.worst_failure()
+        worst = worst_of(grads.values(), failures, self._process_group)
+        verdict = self._watch.read(worst)
+        self._watch.count(verdict, self.defaults["max_skipped"])
+        self._see_to_failures(verdict)
+        if self._watch.late:
+            self._take_step(grads, taken=worst.isfinite())
+        elif verdict < math.inf:
+            self._take_step(grads, taken=None)
+        elif self._engine is not None:
+            self._engine.pass_time(self._numbered(grads))
+        return loss
+
+    def _take_step(self, grads: Mapping[Tensor, Tensor], taken: Tensor | None) -> None:
+        """Step every parameter with a gradient, if ``taken``."""
+        if self._engine is not None:
+            self._engine.step(self._numbered(grads), taken)
         for group, params in zip(self.param_groups, self._fallback_params, strict=True):
             moving = [param for param in params if param in grads]
             if moving:
                 states = [self.state[param] for param in moving]
-                adamw_step(moving, [grads[param] for param in moving], states, group)
-        return loss
+                adamw_step(moving, [grads[param] for param in moving], states, group, taken)
+
+    def _numbered(self, grads: Mapping[Tensor, Tensor]) -> dict[int, Tensor]:
+        """Gradients of the engine's parameters by number."""
+        assert self._engine is not None
+        members = enumerate(self._engine.members)
+        return {number: grads[member.param] for number, member in members if member.param in grads}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because a gradient was not finite.
+
+        On accelerators the host knows of one a step late.
+        """
+        return self._watch.skipped_steps
 
     @property
     def failed_refreshes(self) -> int:
@@ -121,7 +144,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         if self._engine is not None:
             for number, member in enumerate(self._engine.members):
                 common = self._engine.common_state(number)
-                state[member.name] = common | self._engine.sharded_state(number)
+                state[member.name] = common | self._engine.state.sharded(number)
         for group in self.param_groups:
             for name, param in _named(group):
                 if name not in state:
@@ -157,8 +180,6 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Rebuild the plan after pickling or deepcopy, and put the state into its stacks."""
         super().__setstate__(state)
         self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("skipped_steps", 0)
-        self.__dict__.setdefault("_skipped_in_a_row", 0)
         self._is_complete = True
         self._build()
 
@@ -167,6 +188,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         before = dict(self.state)
         params = [param for group in self.param_groups for param in group["params"]]
         self._device = params[0].device if params else torch.device("cpu")
+        if not hasattr(self, "_watch"):
+            self._watch = Watch(self._device)
         members = []
         self._fallback_params: list[list[Tensor]] = []
         self.state = defaultdict(dict)
@@ -183,10 +206,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         if members:
             plan = make_plan([self._planned(member) for member in members])
             check_agreement(plan, self._device)
-            self._engine = engine = Engine(members, self.rule, plan)
+            compiled = self.defaults["compile"]
+            self._engine = engine = Engine(members, self.rule, plan, compiled=compiled)
             for number, member in enumerate(members):
                 common = engine.common_state(number)
-                self.state[member.param] = common | engine.block_state(number)
+                self.state[member.param] = common | engine.state.of_blocks(number)
         for param, state in before.items():
             _copy_state(self.state[param], state)
 
@@ -236,47 +260,19 @@ class BlockOptimizer(torch.optim.Optimizer):
                     grads[param] = grad
         return grads
 
-    def _may_step(self, grads: Iterable[Tensor]) -> bool:
-        """Decide for all ranks alike whether this step is taken; sees to failed refreshes.
+    def _see_to_failures(self, verdict: float) -> None:
+        """Repeat failed refreshes.
 
         Raises:
-            RuntimeError: After too many skipped steps, or failed refreshes of a block, in a row.
+            RuntimeError: On all ranks alike, after too many failures of a block in a row.
         """
-        verdict = self._worst(grads)
-        if verdict == math.inf:
-            self.skipped_steps += 1
-            self._skipped_in_a_row += 1
-            logger.warning("step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
-            if self._skipped_in_a_row >= self.defaults["max_skipped"]:
-                raise RuntimeError(f"{self._skipped_in_a_row} steps in a row had a gradient that "
-                                   "is not finite; lower lr, or raise max_skipped")  # fmt: skip
-            return False
-        self._skipped_in_a_row = 0
-        if verdict > 0 and self._engine is not None:
-            for line in self._engine.repair():
-                logger.warning("%s", line)
-            if verdict >= self.defaults["max_failures"]:
-                raise RuntimeError(f"{verdict:.0f} refreshes of a block failed in a row, as its "
-                                   "rank has logged; raise eps, or max_failures")  # fmt: skip
-        return True
-
-    def _worst(self, grads: Iterable[Tensor]) -> float:
-        """Infinity if a gradient of any rank is not finite, else failed refreshes in a row.
-
-        One all-reduce of one element; a failed refresh is thus known to all in the next step.
-        """
-        none = torch.zeros((), device=self._device)
-        worst = none if self._engine is None else self._engine.worst_failure()
-        filled = [grad for grad in grads if grad.numel()]
-        if filled:
-            # Not the largest entry, seven times as slow: and where squares overflow, so do factors.
-            wide = any(grad.dtype == torch.float64 for grad in filled)
-            dtype = torch.float64 if wide else torch.float32
-            norms = torch.stack(torch._foreach_norm(filled, 2, dtype=dtype))
-            worst = torch.where(norms.isfinite().all(), worst, math.inf)
-        if dist.is_initialized():
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._process_group)
-        return float(worst)
+        if self._engine is None or not 0 < verdict < math.inf:
+            return
+        for line in self._engine.repair():
+            logger.warning("%s", line)
+        if verdict >= self.defaults["max_failures"]:
+            raise RuntimeError(f"{verdict:.0f} refreshes of a block failed in a row, as its "
+                               "rank has logged; raise eps, or max_failures")  # fmt: skip
 
     def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if saved parameter groups do not fit these."""

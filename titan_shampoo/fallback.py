@@ -31,7 +31,7 @@ def falls_back(name: str, param: Tensor, options: Mapping[str, Any]) -> bool:
 def empty_state(param: Tensor) -> dict[str, Tensor]:
     """Moments like the parameter, and the number of steps taken."""
     return {
-        "step": torch.zeros((), dtype=torch.float32),
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
         "exp_avg": torch.zeros_like(param),
         "exp_avg_sq": torch.zeros_like(param),
     }
@@ -42,6 +42,7 @@ def adamw_step(
     grads: Sequence[Tensor],
     states: Sequence[Mapping[str, Tensor]],
     options: Mapping[str, Any],
+    taken: Tensor | None = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter 2019).
 
@@ -50,7 +51,9 @@ def adamw_step(
         grads: This rank's part of the gradient of each.
         states: What :func:`empty_state` made for each.
         options: Parameter group; ``grafting_eps`` is AdamW's epsilon, or ``eps`` without grafting.
+        taken: Whether anything is to change, 0-dim bool on the device; None where the host knows.
     """
+    on_device = taken is not None
     beta1, beta2 = options["betas"][0], diagonal_beta2(options)
     adamw(
         [local_tensor(param) for param in params],
@@ -59,7 +62,9 @@ def adamw_step(
         [local_tensor(state["exp_avg_sq"]) for state in states],
         [],
         [state["step"] for state in states],
-        foreach=True,
+        foreach=not on_device,
+        fused=on_device,  # torch's only kernel that asks the device whether the step is taken
+        found_inf=None if taken is None else (~taken).float(),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

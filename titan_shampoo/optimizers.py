@@ -63,11 +63,21 @@ class Shampoo(BlockOptimizer):
         root_method: ``"eigh"``; ``"newton"`` (coupled); ``"newton_schulz"`` (matrix products only);
             ``"qr"`` (one orthogonal iteration from the last basis, which is kept); ``"auto"``:
             ``"newton_schulz"`` for large factors on accelerators, else ``"eigh"``.
-        factor_dtype: Dtype of all state of preconditioned parameters; None for float32, or float64
-            for float64 parameters.
+        factor_dtype: Dtype of the arithmetic on preconditioned parameters and of the factors; None
+            for float32, or float64 for float64 parameters.
+        root_dtype: Dtype of the roots and of the products with them: bfloat16 halves their memory,
+            and is several times as fast where there are instructions for it; None for
+            ``factor_dtype``.
+        state_dtype: Dtype of filtered gradients and second moments: bfloat16 halves their memory,
+            rounded such that averages keep moving; None for ``factor_dtype``.
+        factor_frequency: Steps between two gradients that a block's factors take.
+        match_rms: Root mean square that each block's direction is scaled to, with grafting None;
+            0.2 is about Adam's, so that its learning rates carry over (for an orthogonal matrix
+            that is the factor ``0.2 sqrt(max(rows, columns))``).
         batch_dims: Leading dims that stack independent matrices, such as experts.
         max_failures: Refreshes of one block that may fail in a row before an error is raised.
         max_skipped: Steps in a row that may have gradients that are not finite.
+        compile: Whether the arithmetic of a step is compiled, refreshes aside.
         process_group: Ranks that hold plain tensors as replicas; None for all ranks.
         fallback: ``"adamw"`` for vectors, embeddings, output heads and routers, or None to
             precondition all.
@@ -104,9 +114,14 @@ class Shampoo(BlockOptimizer):
         bias_correction: bool = True,
         root_method: RootMethod = "auto",
         factor_dtype: torch.dtype | None = None,
+        root_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+        factor_frequency: int = 1,
+        match_rms: float | None = None,
         batch_dims: int = 0,
         max_failures: int = 3,
         max_skipped: int = 20,
+        compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
@@ -148,9 +163,14 @@ class KLShampoo(BlockOptimizer):
         grafting_eps: float = 1e-8,
         bias_correction: bool = True,
         factor_dtype: torch.dtype | None = None,
+        root_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+        factor_frequency: int = 1,
+        match_rms: float | None = None,
         batch_dims: int = 0,
         max_failures: int = 3,
         max_skipped: int = 20,
+        compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
@@ -170,6 +190,7 @@ class SOAP(BlockOptimizer):
         start_step: First step that refreshes.
         basis_method: ``"qr"`` turns the basis by one step of orthogonal iteration, ``"eigh"`` finds
             it anew; the first one is always found by eigendecomposition.
+        basis_dtype: Dtype of the bases and of the products with them, as ``root_dtype``.
     """
 
     rule = SOAPRule()
@@ -193,9 +214,13 @@ class SOAP(BlockOptimizer):
         refresh: Refresh = "staggered",
         basis_method: BasisMethod = "qr",
         factor_dtype: torch.dtype | None = None,
+        basis_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+        factor_frequency: int = 1,
         batch_dims: int = 0,
         max_failures: int = 3,
         max_skipped: int = 20,
+        compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:

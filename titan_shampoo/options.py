@@ -38,10 +38,13 @@ LIMITS: dict[str, Limit] = {
     ),
     "precondition_frequency": _STEPS,
     "start_step": _STEPS,
+    "factor_frequency": _STEPS,
     "max_failures": _STEPS,
     "max_skipped": _STEPS,
     "grafting_beta2": _HALF,
     "grafting_eps": _POSITIVE,
+    "compile": (lambda x: isinstance(x, bool), "True or False"),
+    "match_rms": (lambda x: x is None or x > 0, "greater than 0"),
     "exponent": (
         lambda x: x is None or min(_listed(x)) >= 0,
         "at least 0, one or one per dim",
@@ -56,6 +59,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "root_method": ("auto", "eigh", "newton", "newton_schulz", "qr"),
     "basis_method": ("eigh", "qr"),
     "factor_dtype": (None, torch.float32, torch.float64),
+    "root_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
+    "basis_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
+    "state_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "fallback": (None, "adamw"),
 }
 
@@ -87,6 +93,10 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
     size = options["block_size"]
     if options["merge"] == "paper" and not isinstance(size, int):
         raise ValueError(f"block_size: got {size!r}, wanted one number with merge='paper'")
+    if options.get("match_rms") is not None and options["grafting"] is not None:
+        raise ValueError(f"match_rms: got {options['match_rms']!r} with grafting="
+                         f"{options['grafting']!r}, wanted one of the two; "
+                         "set grafting=None")  # fmt: skip
     if diagonal_beta2(options) == 1 and _has_diagonal_average(options):
         raise ValueError("betas: got 1 for second moments, wanted below 1; set grafting_beta2, "
                          "or grafting='adagrad' and fallback=None")  # fmt: skip

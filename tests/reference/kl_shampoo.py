@@ -35,9 +35,8 @@ class Block(shampoo.Block):
             statistic = unfold(whitened, dim) @ unfold(grad, dim).T / columns
             self.factors[dim] = beta2 * self.factors[dim] + new * statistic
 
-    def refresh(self, step: int) -> None:
+    def refresh(self) -> None:
         """Inverse square roots with the eigenvalues floored; no damping, no bias correction."""
-        del step
         for dim, factor in enumerate(self.factors):
             values, vectors = np.linalg.eigh(factor)
             values = np.maximum(values, FLOOR * values.max())

@@ -31,6 +31,8 @@ class Options:
     grafting_eps: float = 1e-8
     exponent: float | tuple[float, ...] | None = None
     root_method: str = "eigh"
+    factor_frequency: int = 1
+    match_rms: float | None = None
     weight_decay: float = 0.0
     weight_decay_type: str = "decoupled"
     momentum: float = 0.0
@@ -108,7 +110,8 @@ class Block:
 
     def __init__(self, weight: Array, options: Options, turn: int) -> None:
         self.options = options
-        self.start = options.start + turn
+        self.start, self.turn = options.start + turn, turn
+        self.num_measured = 0
         self.factors = [np.zeros((d, d)) for d in weight.shape]
         self.roots = [np.eye(d) for d in weight.shape]
         self.first_moment = np.zeros_like(weight)
@@ -122,22 +125,28 @@ class Block:
             return step >= self.start and (step - self.start) % frequency == 0
         return (step % frequency == 0 and step > self.start) or step == self.start
 
+    def is_measured(self, step: int) -> bool:
+        """Whether the factors take the gradient of this step."""
+        frequency = self.options.factor_frequency
+        return step == 1 or (step - 1 - self.turn) % frequency == 0
+
     def accumulate(self, grad: Array) -> None:
         """Line 2."""
+        self.num_measured += 1
         beta2 = self.options.betas[1]
         new = 1.0 if beta2 == 1 else 1 - beta2
         for dim in range(grad.ndim):
             rows = unfold(grad, dim)
             self.factors[dim] = beta2 * self.factors[dim] + new * (rows @ rows.T)
 
-    def refresh(self, step: int) -> None:
+    def refresh(self) -> None:
         """Line 3."""
         options = self.options
         beta2, order = options.betas[1], len(self.factors)
         corrected = options.bias_correction and beta2 < 1
         for dim, factor in enumerate(self.factors):
             power = options.power(order, dim)
-            factor = factor / (1 - beta2**step if corrected else 1.0)
+            factor = factor / (1 - beta2**self.num_measured if corrected else 1.0)
             eps = options.eps
             if options.eps_relative is not None:
                 eps = options.eps_relative * np.linalg.eigvalsh(factor)[-1]
@@ -187,11 +196,14 @@ class Block:
 
     def direction(self, grad: Array, step: int, *, staggered: bool) -> Array:
         """Lines 2 to 7."""
-        self.accumulate(grad)
+        if self.is_measured(step):
+            self.accumulate(grad)
         if self.is_due(step, staggered=staggered):
-            self.refresh(step)
+            self.refresh()
         self.accumulate_grafting(grad)
-        return self.precondition(self.filtered(grad, step), step)
+        direction = self.precondition(self.filtered(grad, step), step)
+        rms = self.options.match_rms
+        return direction if rms is None else direction * (rms / np.sqrt(np.mean(direction**2)))
 
     def step(
         self, weight: Array, grad: Array, step: int, lr: float, peak_lr: float, staggered: bool

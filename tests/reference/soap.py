@@ -55,7 +55,8 @@ class Block(shampoo.Block):
         """All lines, on the view ``weight`` of the parameter."""
         options = self.options
         grad = shampoo.coupled_gradient(grad, weight, options)
-        self.accumulate(grad)
+        if self.is_measured(step):
+            self.accumulate(grad)
         if self.is_due(step, staggered=staggered):
             self.rebase(step)
         if step == self.start == 1:

@@ -61,6 +61,7 @@ _BLOCKS = {
     "betas": _BETAS,
     "block_size": _BLOCK_SIZE,
     "dampening": _FRACTION,
+    "factor_frequency": _at_least(1),
     "lr": _POSITIVE,
     "momentum": _AVERAGING,
     "precondition_frequency": _at_least(1),
@@ -74,6 +75,7 @@ _GRAFTED_BLOCKS = {
     "beta3": _AVERAGING,
     "grafting_beta2": _SHARE,
     "grafting_eps": _POSITIVE,
+    "match_rms": _POSITIVE,
 }
 _SHAMPOO = {
     **_GRAFTED_BLOCKS,

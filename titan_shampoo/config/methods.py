@@ -97,6 +97,8 @@ def _check_block_size(settings: Settings, table: str) -> None:
 
 def _check_grafting(settings: Settings, table: str) -> None:
     grafting, own = settings[f"{table}.grafting"] or "adam", f"{table}.grafting_beta2"
+    if settings[f"{table}.match_rms"] is not None and grafting != "none":
+        raise settings.error(f"{table}.match_rms", f'needs {table}.grafting = "none"')
     if grafting not in _WITH_SECOND_MOMENT:
         if settings[own] is not None:
             problem = f'is not read by {table}.grafting = "{grafting}"; remove it'

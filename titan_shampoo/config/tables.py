@@ -56,8 +56,20 @@ class Blocks:
     max_skipped: int | None = None
     """Steps in a row that may have gradients that are not finite; not set: 20"""
 
+    factor_frequency: int | None = None
+    """Steps between two gradients that a block's factors take; not set: 1"""
+
     factor_dtype: Literal["float32", "float64"] | None = None
-    """Precision of the state; not set: float32, or the parameter's if that is float64"""
+    """
+    Precision of the arithmetic and the factors; not set: float32, or the parameter's if that is
+    float64
+    """
+
+    state_dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    """Precision of the stored moments; not set: factor_dtype"""
+
+    compile: bool | None = None
+    """Compile the arithmetic of a step; not set: false"""
 
 
 @dataclass
@@ -75,6 +87,15 @@ class GraftedBlocks(Blocks):
 
     grafting_eps: float | None = None
     """Epsilon of the grafting method, and of AdamW for other parameters; not set: optimizer.eps"""
+
+    match_rms: float | None = None
+    """
+    Root mean square that each block's direction is scaled to, with grafting = "none"; 0.2 is about
+    Adam's
+    """
+
+    root_dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    """Precision of the roots and of the products with them; not set: factor_dtype"""
 
     bias_correction: bool | None = None
     """Correct the averages for their start at zero; not set: true"""
@@ -118,6 +139,9 @@ class SOAP(Blocks):
 
     basis_method: Literal["qr", "eigh"] | None = None
     """Turn the eigenbasis by one step of orthogonal iteration, or find it anew; not set: qr"""
+
+    basis_dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    """Precision of the bases and of the products with them; not set: factor_dtype"""
 
 
 @dataclass

@@ -5,42 +5,79 @@ other number of dims have one factor per dim (Gupta et al. 2018, section 4).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from titan_shampoo.functional.rule import State
+from titan_shampoo.functional.rule import Clock, State, StateShape
+from titan_shampoo.functional.symmetric import packed_numel, slab_views, slabs
 
 
-def accumulate_factors_(state: State, grad: Tensor, options: Mapping[str, Any]) -> None:
+def accumulate_factors_(
+    state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]
+) -> None:
     """``L_k <- beta2 L_k + (1 - beta2) unfold_k(G) unfold_k(G)^T`` for every dim ``k``, in place.
 
     Args:
-        state: Holds the factors, ``(n, d_k, d_k)`` each; with ``beta2 = 1`` they are sums.
+        state: Holds the factors, packed; with ``beta2 = 1`` they are sums.
         grad: ``(n, *block)``.
+        clock: Whether the step is taken.
         options: Parameter group.
     """
+    grad = measured(grad, clock)
     for dim, name in active_factors(grad.shape[1:], options):
-        average_squares_(state[name], unfold(grad, dim), options["betas"][1])
+        average_squares_(state[name], unfold(grad, dim), options["betas"][1], clock)
 
 
-def average_squares_(factor: Tensor, rows: Tensor, beta2: float, scale: float = 1.0) -> None:
+def measured(values: Tensor, clock: Clock) -> Tensor:
+    """Those of the blocks whose factors take this gradient, ``(k, ...)``."""
+    return values if clock.measured is None else values[clock.measured]
+
+
+def average_squares_(
+    factor: Tensor, rows: Tensor, beta2: float, clock: Clock, scale: float = 1.0
+) -> None:
     """``L <- beta2 L + (1 - beta2) scale U U^T``, in place; ``beta2 = 1`` sums.
 
     Args:
-        factor: ``(n, d, d)``.
-        rows: ``(n, d, m)``.
+        factor: Packed, ``(n, packed_numel(d))``.
+        rows: ``U`` of the measured blocks, ``(k, d, m)``; zero in a step that is not taken.
         beta2: In (0, 1].
+        clock: Which blocks are measured, and whether the step is taken.
         scale: Greater than zero.
     """
-    weight = 1.0 if beta2 == 1.0 else 1.0 - beta2
-    factor.baddbmm_(rows, rows.mT, beta=beta2, alpha=weight * scale)
+    extent = rows.shape[1]
+    rate = 1.0 if beta2 == 1.0 else clock.rate(beta2, factor)
+    chosen = measured(factor, clock)
+    for slab, (start, stop) in zip(slab_views(chosen, extent), slabs(extent), strict=True):
+        left, right = rows[:, start:], rows[:, start:stop].mT
+        if isinstance(rate, float):
+            slab.baddbmm_(left, right, beta=beta2, alpha=rate * scale)
+        else:
+            slab.lerp_((left @ right).mul_(scale), rate)
+    if clock.measured is not None:
+        factor[clock.measured] = chosen
+
+
+def factor_shapes(
+    shape: tuple[int, ...], options: Mapping[str, Any], *, start_as_identity: bool = False
+) -> list[StateShape]:
+    """State that holds the packed factor of each dim that is preconditioned."""
+    return [
+        StateShape(name, (packed_numel(shape[dim]),), dim, shape[dim], start_as_identity)
+        for dim, name in active_factors(shape, options)
+    ]
 
 
 def product_cost(shape: Sequence[int], dims: Sequence[int]) -> float:
     """Floating-point operations of one product of a block with a matrix along each of ``dims``."""
     return sum(2.0 * math.prod(shape) * shape[dim] for dim in dims)
+
+
+def square_cost(shape: Sequence[int], dims: Sequence[int]) -> float:
+    """Floating-point operations of adding a block to the factors of ``dims``."""
+    return sum(2.0 * math.prod(shape) / shape[dim] * packed_numel(shape[dim]) for dim in dims)
 
 
 def active_factors(shape: Sequence[int], options: Mapping[str, Any]) -> list[tuple[int, str]]:
@@ -67,14 +104,22 @@ def unfold(grad: Tensor, dim: int) -> Tensor:
     return grad.movedim(dim + 1, 1).flatten(2)
 
 
-def contract(blocks: Tensor, matrices: Tensor, dim: int) -> Tensor:
-    """Each block multiplied by its matrix along ``dim``: ``(n, *block)``.
+def contract(blocks: Tensor, matrices: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Each block multiplied by its matrix along each of some dims: ``(n, *block)``.
+
+    The products are made in the precision of the matrices.
 
     Args:
         blocks: ``(n, *block)``.
-        matrices: ``(n, d_new, d_dim)``.
-        dim: Dim of the block.
+        matrices: Pairs (dim of the block, ``(n, d_new, d_dim)``).
     """
+    product = blocks
+    for dim, matrix in matrices:
+        product = _contract_one(product.to(matrix.dtype), matrix, dim)
+    return product.to(blocks.dtype)
+
+
+def _contract_one(blocks: Tensor, matrices: Tensor, dim: int) -> Tensor:
     if blocks.ndim == 3 and dim == 1:
         return blocks @ matrices.mT
     product = matrices @ unfold(blocks, dim)

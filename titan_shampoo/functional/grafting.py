@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from titan_shampoo.functional.rounding import average_, dithered
+from titan_shampoo.functional.rule import Clock
+
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
 
 
@@ -19,19 +22,25 @@ def diagonal_beta2(options: Mapping[str, Any]) -> float:
     return float(options["betas"][1] if beta2 is None else beta2)
 
 
-def accumulate_squares_(squares: Tensor, grad: Tensor, method: Grafting, beta2: float) -> None:
-    """Second moments of the grafted method, in place.
+def accumulate_squares_(
+    squares: Tensor, grad: Tensor, method: Grafting, beta2: float, clock: Clock
+) -> Tensor:
+    """Second moments of the grafted method, in place; returned in the precision of ``grad``.
 
     Args:
         squares: ``(n, *block)``.
-        grad: ``(n, *block)``.
+        grad: ``(n, *block)``; zero in a step that is not taken.
         method: Not ``"sgd"``, which has none.
         beta2: Decay; AdaGrad sums and ignores it.
+        clock: Steps, and whether this one is taken.
     """
-    if method == "adagrad":
-        squares.addcmul_(grad, grad)
-    else:
-        squares.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    if method != "adagrad":
+        return average_(squares, grad.square(), clock.rate(beta2, grad), clock.step)
+    if squares.dtype == grad.dtype:
+        return squares.addcmul_(grad, grad)
+    total = torch.addcmul(squares.to(grad.dtype), grad, grad)
+    squares.copy_(dithered(total, clock.step))
+    return total
 
 
 def grafted_direction(

@@ -15,12 +15,14 @@ from titan_shampoo.functional.factors import (
     active_factors,
     average_squares_,
     contract,
+    measured,
     product_cost,
     unfold,
 )
 from titan_shampoo.functional.roots import floored_inverse_root
 from titan_shampoo.functional.rule import Clock, State, StateShape
 from titan_shampoo.functional.shampoo import ShampooRule
+from titan_shampoo.functional.symmetric import unpack
 
 EIGENVALUE_FLOOR = 1e-6
 """Smallest eigenvalue that counts, relative to the largest."""
@@ -43,7 +45,7 @@ class KLShampooRule(ShampooRule):
         return step + (len(dims) - 1) * product_cost(shape, dims), refresh
 
     def accumulate_(
-        self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
+        self, state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> None:
         """``L_k <- beta2 L_k + (1 - beta2) U_k U_k^T / (elements of the other dims)``.
 
@@ -52,13 +54,14 @@ class KLShampooRule(ShampooRule):
         """
         shape = tuple(grad.shape[1:])
         dims = active_factors(shape, options)
+        grad = measured(grad, clock)
+        roots = {dim: measured(state[f"{name}_root"], clock) for dim, name in dims}
         for dim, name in dims:
-            whitened = grad
-            for other, other_name in dims:
-                if other != dim:
-                    whitened = contract(whitened, state[f"{other_name}_root"], other)
+            whitened = contract(
+                grad, [(other, root) for other, root in roots.items() if other != dim]
+            )
             scale = shape[dim] / math.prod(shape)
-            average_squares_(state[name], unfold(whitened, dim), options["betas"][1], scale)
+            average_squares_(state[name], unfold(whitened, dim), options["betas"][1], clock, scale)
 
     def refresh(
         self,
@@ -70,6 +73,8 @@ class KLShampooRule(ShampooRule):
     ) -> State:
         """New roots ``L_k^(-1/2)`` of the blocks that are due, eigenvalues floored."""
         return {
-            f"{name}_root": floored_inverse_root(state[name][due], 0.5, floor=EIGENVALUE_FLOOR)
-            for _, name in active_factors(shape, options)
+            f"{name}_root": floored_inverse_root(
+                unpack(state[name][due], shape[dim]), 0.5, floor=EIGENVALUE_FLOOR
+            )
+            for dim, name in active_factors(shape, options)
         }

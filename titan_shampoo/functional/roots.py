@@ -200,10 +200,12 @@ def next_basis(
     """
     if method == "eigh" or ready is False:
         return _eigh(matrices)[1]
-    if ready is True:
-        return _orthogonal_iteration(matrices, previous)
     turned = _orthogonal_iteration(matrices, previous)
-    return torch.where(ready.view(-1, 1, 1), turned, _eigh(matrices)[1])
+    if ready is True or bool(ready.all()):
+        return turned
+    fresh = (~ready).nonzero().flatten()
+    turned[fresh] = _eigh(matrices[fresh])[1]
+    return turned
 
 
 def _orthogonal_iteration(matrices: Tensor, previous: Tensor) -> Tensor:

@@ -20,20 +20,32 @@ class StateShape(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dim: int | None = None
-    """Dim of the block that a factor belongs to; None for state of the block's own shape."""
+    """Dim of the block that a matrix belongs to; None for state of the block's own shape."""
+    extent: int = 0
+    """Rows and columns of that matrix; it is packed if ``shape`` has one dim."""
     starts_as_identity: bool = False
-    """Whether a factor starts as the identity and not at zero."""
+    """Whether a matrix starts as the identity and not at zero."""
+    dtype_option: str = "factor_dtype"
+    """Option that sets the dtype; that of the arithmetic where it is None."""
 
 
 class Clock(NamedTuple):
     """Where each block of a stack is in its own time."""
 
     step: Tensor
-    """Step of each block, counted from 1, ``(n,)`` int64."""
+    """Step of each block, counted from 1, ``(n,)`` int64; skipped ones do not count."""
     ready: Tensor | bool
     """Which blocks have been refreshed once, ``(n,)`` bool, or one answer for all."""
     starts_at_one: Tensor
     """Which blocks are refreshed in their very first step, ``(n,)`` bool."""
+    measured: Tensor | None = None
+    """Positions of the blocks whose factors take this gradient, ``(k,)`` int64; None for all."""
+    taken: Tensor | None = None
+    """Whether this step is taken, 0-dim bool on the device; None where the host knows it is."""
+
+    def rate(self, beta: float, like: Tensor) -> float | Tensor:
+        """Weight of the newest value in an average with decay ``beta``; 0 if it is not taken."""
+        return 1 - beta if self.taken is None else like.new_full((), 1 - beta) * self.taken
 
 
 class Rule(Protocol):
@@ -50,9 +62,9 @@ class Rule(Protocol):
         """Floating-point operations (in every step, in a refresh) for one block of ``shape``."""
 
     def accumulate_(
-        self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
+        self, state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> None:
-        """Add the gradient to the statistics."""
+        """Add the gradient to the factors."""
 
     def refresh(
         self,
@@ -79,9 +91,10 @@ def power(base: float, exponents: Tensor, like: Tensor) -> Tensor:
     return per_block(torch.pow(base, exponents.double()), like).to(like.dtype)
 
 
-def bias_correction(beta: float, step: Tensor, like: Tensor) -> Tensor:
-    """``1 - beta^step`` in double precision, ``(n, 1, ...)`` as ``like`` wants it."""
-    return per_block(1 - torch.pow(beta, step.double()), like).to(like.dtype)
+def bias_correction(beta: float, count: Tensor, like: Tensor) -> Tensor:
+    """``1 - beta^count`` in double precision, ``(n, 1, ...)``; 1 where nothing was averaged yet."""
+    correction = 1 - torch.pow(beta, count.clamp(min=1).double())
+    return per_block(correction, like).to(like.dtype)
 
 
 def per_block(values: Tensor, like: Tensor) -> Tensor:

@@ -15,8 +15,11 @@ from titan_shampoo.functional.factors import (
     accumulate_factors_,
     active_factors,
     contract,
+    factor_shapes,
+    measured,
     product_cost,
     root_exponents,
+    square_cost,
 )
 from titan_shampoo.functional.grafting import (
     accumulate_squares_,
@@ -29,6 +32,7 @@ from titan_shampoo.functional.roots import (
     root_from_eigenvalues,
     tracked_eigenvalues,
 )
+from titan_shampoo.functional.rounding import average_
 from titan_shampoo.functional.rule import (
     Clock,
     State,
@@ -37,8 +41,12 @@ from titan_shampoo.functional.rule import (
     per_block,
     power,
 )
+from titan_shampoo.functional.symmetric import unpack
 
 TINY_NORM = 1e-16
+
+NUM_MEASURED = StateShape("num_measured", ())
+"""How many gradients the factors of a block have taken, where that is not its number of steps."""
 
 
 class ShampooRule:
@@ -49,38 +57,46 @@ class ShampooRule:
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
         """Factors and roots of each dim, filtered gradient and grafting moments of a block."""
-        shapes = []
+        shapes = factor_shapes(shape, options)
         for dim, name in active_factors(shape, options):
-            square = (shape[dim], shape[dim])
+            matrix = StateShape("", (shape[dim], shape[dim]), dim, shape[dim])
             # Should the very first refresh of a block fail, its direction is the grafted gradient.
-            root = StateShape(f"{name}_root", square, dim, starts_as_identity=True)
-            shapes += [StateShape(name, square, dim), root]
+            matrix = matrix._replace(starts_as_identity=True)
+            shapes.append(matrix._replace(name=f"{name}_root", dtype_option="root_dtype"))
             if options.get("root_method") == "qr":
-                shapes.append(StateShape(f"{name}_basis", square, dim, starts_as_identity=True))
+                shapes.append(matrix._replace(name=f"{name}_basis"))
+        if options.get("factor_frequency", 1) > 1:
+            shapes.append(NUM_MEASURED)
+        moment = StateShape("", shape, dtype_option="state_dtype")
         if options["betas"][0] > 0:
-            shapes.append(StateShape("exp_avg", shape))
+            shapes.append(moment._replace(name="exp_avg"))
         if options["grafting"] in ("adagrad", "rmsprop", "adam"):
-            shapes.append(StateShape("exp_avg_sq", shape))
+            shapes.append(moment._replace(name="exp_avg_sq"))
         return shapes
 
     def cost(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[float, float]:
         """Floating-point operations (in every step, in a refresh) for one block."""
         dims = [dim for dim, _ in active_factors(shape, options)]
-        step = 2 * product_cost(shape, dims) + 20.0 * math.prod(shape)
+        factors = square_cost(shape, dims) / options.get("factor_frequency", 1)
+        step = factors + product_cost(shape, dims) + 20.0 * math.prod(shape)
         return step, sum(25.0 * shape[dim] ** 3 for dim in dims)
 
     def accumulate_(
-        self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
+        self, state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> None:
         """Add the gradient to the factor of every dim.
 
         Args:
             state: Tensors named by :meth:`state_shapes`, ``(n, ...)`` each.
             grad: ``(n, *block)``.
-            step: Step of each block, counted from 1, ``(n,)`` int64.
+            clock: Which blocks are measured.
             options: Parameter group.
         """
-        accumulate_factors_(state, grad, options)
+        accumulate_factors_(state, grad, clock, options)
+        if NUM_MEASURED.name in state:
+            count = state[NUM_MEASURED.name]
+            new = measured(count, clock) + (1 if clock.taken is None else clock.taken)
+            count[... if clock.measured is None else clock.measured] = new
 
     def refresh(
         self,
@@ -101,12 +117,14 @@ class ShampooRule:
         """
         beta2 = options["betas"][1]
         exponents = root_exponents(shape, options)
+        has_count = NUM_MEASURED.name in state
+        count = state[NUM_MEASURED.name][due] if has_count else clock.step
         damping = {"eps": options["eps"], "eps_relative": options["eps_relative"]}
         new: State = {}
         for dim, name in active_factors(shape, options):
-            factor, exponent = state[name][due], exponents[dim]
+            factor, exponent = unpack(state[name][due], shape[dim]), exponents[dim]
             if options["bias_correction"] and beta2 < 1:
-                factor = factor / bias_correction(beta2, clock.step, factor)
+                factor = factor / bias_correction(beta2, count, factor)
             if options["root_method"] == "qr":
                 old = state[f"{name}_basis"][due]
                 basis = next_basis(factor, old, clock.ready, method="qr")
@@ -133,50 +151,58 @@ class ShampooRule:
             clock: Steps, and which blocks have roots.
             options: Parameter group.
         """
-        average, scale = self._filtered(state, grad, clock.step, options)
-        graft = self._graft(state, grad, average, clock.step, options)
+        average, scale = self._filtered(state, grad, clock, options)
+        graft = self._graft(state, grad, average, clock, options)
         fallback = average if graft is None else graft
         if clock.ready is False:
-            return fallback * scale
-        direction = average
-        for dim, name in active_factors(grad.shape[1:], options):
-            direction = contract(direction, state[f"{name}_root"], dim)
+            return self._matched(fallback * scale, options)
+        dims = active_factors(grad.shape[1:], options)
+        direction = contract(average, [(dim, state[f"{name}_root"]) for dim, name in dims])
         length = scale
         if graft is not None:
             length = scale * (scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
         if clock.ready is True:
-            return direction * length
+            return self._matched(direction * length, options)
         ready = per_block(clock.ready, grad)
-        return torch.where(ready, direction * length, fallback * scale)
+        mixed = torch.where(ready, direction * length, fallback * scale)
+        return self._matched(mixed, options)
+
+    @staticmethod
+    def _matched(direction: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Each block scaled to the root mean square that is asked for."""
+        rms = options["match_rms"]
+        if rms is None:
+            return direction
+        length = rms * math.sqrt(direction[0].numel())
+        return direction * (length / (_norms(direction) + TINY_NORM))
 
     def _filtered(
-        self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
+        self, state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The gradient averaged by beta1 (and beta3), and the factor that corrects its bias.
 
         The factor is applied to the direction, which saves a pass over memory.
         """
         beta1, beta3 = options["betas"][0], options["beta3"]
-        one = per_block(torch.ones_like(step, dtype=grad.dtype), grad)
+        one = per_block(torch.ones_like(clock.step, dtype=grad.dtype), grad)
         if beta1 == 0:
             return grad, one
-        average = state["exp_avg"]
         if beta3 is None or beta3 == beta1:
             beta3 = beta1
-            filtered = average.lerp_(grad, 1 - beta1)
+            filtered = average_(state["exp_avg"], grad, clock.rate(beta1, grad), clock.step)
         else:
-            filtered = torch.lerp(average, grad, 1 - beta3)
-            average.lerp_(grad, 1 - beta1)
+            filtered = torch.lerp(state["exp_avg"].to(grad.dtype), grad, 1 - beta3)
+            average_(state["exp_avg"], grad, clock.rate(beta1, grad), clock.step)
         if not options["bias_correction"]:
             return filtered, one
-        return filtered, 1 / (1 - beta3 * power(beta1, step - 1, grad))
+        return filtered, 1 / (1 - beta3 * power(beta1, clock.step.clamp(min=1) - 1, grad))
 
     def _graft(
         self,
         state: State,
         grad: Tensor,
         filtered: Tensor,
-        step: Tensor,
+        clock: Clock,
         options: Mapping[str, Any],
     ) -> Tensor | None:
         method = options["grafting"]
@@ -185,8 +211,8 @@ class ShampooRule:
         beta2 = diagonal_beta2(options)
         squares = state.get("exp_avg_sq")
         if squares is not None:
-            accumulate_squares_(squares, grad, method, beta2)
-        correction = bias_correction(beta2, step, grad)
+            squares = accumulate_squares_(squares, grad, method, beta2, clock)
+        correction = bias_correction(beta2, clock.step, grad)
         return grafted_direction(
             filtered, squares, correction, method=method, eps=options["grafting_eps"]
         )

@@ -8,17 +8,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from titan_shampoo.functional.factors import (
     accumulate_factors_,
     active_factors,
     contract,
+    factor_shapes,
     product_cost,
+    square_cost,
 )
 from titan_shampoo.functional.roots import next_basis
-from titan_shampoo.functional.rule import Clock, State, StateShape, per_block
+from titan_shampoo.functional.rounding import average_
+from titan_shampoo.functional.rule import Clock, State, StateShape, bias_correction, per_block
+from titan_shampoo.functional.symmetric import unpack
 
 
 class SOAPRule:
@@ -29,27 +32,29 @@ class SOAPRule:
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
         """Factors, bases (the identity at first) and the two moments of a block."""
-        shapes = [StateShape("exp_avg", shape), StateShape("exp_avg_sq", shape)]
+        moment = StateShape("exp_avg", shape, dtype_option="state_dtype")
+        shapes = [moment, moment._replace(name="exp_avg_sq"), *factor_shapes(shape, options)]
         for dim, name in active_factors(shape, options):
-            square = (shape[dim], shape[dim])
-            shapes.append(StateShape(name, square, dim))
-            shapes.append(StateShape(f"{name}_basis", square, dim, starts_as_identity=True))
+            matrix = (shape[dim], shape[dim])
+            basis = StateShape(f"{name}_basis", matrix, dim, shape[dim], starts_as_identity=True)
+            shapes.append(basis._replace(dtype_option="basis_dtype"))
         return shapes
 
     def cost(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[float, float]:
         """Floating-point operations (in every step, in a refresh) for one block."""
         dims = [dim for dim, _ in active_factors(shape, options)]
-        step = 3 * product_cost(shape, dims) + 20.0 * math.prod(shape)
+        factors = square_cost(shape, dims) / options["factor_frequency"]
+        step = factors + 2 * product_cost(shape, dims) + 20.0 * math.prod(shape)
         refresh = sum(
             (25.0 if options["basis_method"] == "eigh" else 8.0) * shape[d] ** 3 for d in dims
         )
         return step, refresh + 2 * product_cost(shape, dims)
 
     def accumulate_(
-        self, state: State, grad: Tensor, step: Tensor, options: Mapping[str, Any]
+        self, state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> None:
         """Add the gradient to the factor of every dim; see the rule of Shampoo."""
-        accumulate_factors_(state, grad, options)
+        accumulate_factors_(state, grad, clock, options)
 
     def refresh(
         self,
@@ -64,14 +69,17 @@ class SOAPRule:
         ``U = Q_new^T Q_old`` per dim; ``M <- M`` contracted with every ``U``, ``V <- V`` with every
         ``U o U``: a change of basis mixes variances by the squares of its entries.
         """
-        new: State = {name: state[name][due] for name in ("exp_avg", "exp_avg_sq")}
+        new: State = {}
+        turns = []
         for dim, name in active_factors(shape, options):
-            old = state[f"{name}_basis"][due]
-            basis = next_basis(state[name][due], old, clock.ready, method=options["basis_method"])
-            turn = basis.mT @ old
+            factor = unpack(state[name][due], shape[dim])
+            old = state[f"{name}_basis"][due].to(factor.dtype)
+            basis = next_basis(factor, old, clock.ready, method=options["basis_method"])
             new[f"{name}_basis"] = basis
-            new["exp_avg"] = contract(new["exp_avg"], turn, dim)
-            new["exp_avg_sq"] = contract(new["exp_avg_sq"], turn.square(), dim)
+            turns.append((dim, basis.mT @ old))
+        squared = [(dim, turn.square()) for dim, turn in turns]
+        for name, matrices in (("exp_avg", turns), ("exp_avg_sq", squared)):
+            new[name] = contract(state[name][due].to(turns[0][1].dtype), matrices)
         return new
 
     def direction(
@@ -89,22 +97,16 @@ class SOAPRule:
             options: Parameter group.
         """
         dims = active_factors(grad.shape[1:], options)
-        rotated = grad
-        for dim, name in dims:
-            rotated = contract(rotated, state[f"{name}_basis"].mT, dim)
+        bases = [(dim, state[f"{name}_basis"]) for dim, name in dims]
+        rotated = contract(grad, [(dim, basis.mT) for dim, basis in bases])
         beta1, beta2 = options["betas"]
         age = clock.step - clock.starts_at_one.long()
         counts = per_block((age > 0).to(grad.dtype), grad)
-        average = state["exp_avg"].lerp_(rotated, (1 - beta1) * counts)
-        squares = state["exp_avg_sq"].lerp_(rotated.square(), (1 - beta2) * counts)
-        denominator = (squares / _correction(beta2, age, grad)).sqrt_().add_(options["eps"])
-        direction = average / _correction(beta1, age, grad) / denominator * counts
-        for dim, name in dims:
-            direction = contract(direction, state[f"{name}_basis"], dim)
-        return direction
-
-
-def _correction(beta: float, age: Tensor, like: Tensor) -> Tensor:
-    """``1 - beta^age``, and 1 where nothing has been averaged yet."""
-    correction = 1 - torch.pow(beta, age.clamp(min=1).double())
-    return per_block(correction, like).to(like.dtype)
+        step = clock.step
+        average = average_(state["exp_avg"], rotated, clock.rate(beta1, grad) * counts, step)
+        squares = average_(
+            state["exp_avg_sq"], rotated.square(), clock.rate(beta2, grad) * counts, step
+        )
+        denominator = (squares / bias_correction(beta2, age, grad)).sqrt_().add_(options["eps"])
+        direction = average / bias_correction(beta1, age, grad) / denominator * counts
+        return contract(direction, bases)

@@ -95,6 +95,7 @@ class Progress(MetricsProcessor):
             "data_share": sum(self.data_loading_times) / seconds,
             "seconds_per_step": seconds / max(step - self._last_logged, 1),
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
+            **self.optimizers.failures(),
         }
         self._write(record)
         self.say(self._line(record))
@@ -170,6 +171,11 @@ class Progress(MetricsProcessor):
                 f"lr {record['lr']:.2e}",
                 f"{color.blue}{rate:,.0f} {self._unit}/s{color.reset}",
                 f"optimizer {record['optimizer_share']:.0%}",
+                *(
+                    f"{color.red}{record[key]} {key.replace('_', ' ')}{color.reset}"
+                    for key in ("skipped_steps", "failed_refreshes")
+                    if record[key]
+                ),
                 f"{self._time_left(step)} left",
             )
         )

@@ -62,6 +62,7 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         params = [
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
+        self._device = params[0].device
         self._post_init(params, {"lr": config.lr})
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as every optimizer's
@@ -74,6 +75,20 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         """Seconds spent in :meth:`step` since the last call."""
         seconds, self._step_seconds = self._step_seconds, 0.0
         return seconds
+
+    def failures(self) -> dict[str, int]:
+        """What went wrong since the start, over all ranks; every rank must ask.
+
+        ``skipped_steps`` had a gradient that was not finite, ``failed_refreshes`` left a block its
+        last good roots.
+        """
+        methods = [o for o in self.optimizers if isinstance(o, BlockOptimizer)]
+        failed = torch.tensor(sum(method.failed_refreshes for method in methods))
+        if dist.is_initialized():
+            failed = failed.to(self._device)
+            dist.all_reduce(failed)
+        skipped = max((method.skipped_steps for method in methods), default=0)
+        return {"skipped_steps": skipped, "failed_refreshes": int(failed)}
 
     def state_dict(self) -> dict[str, Any]:
         """Live state as ``"<parameter>.<name>"``; what is loaded into these tensors is loaded."""
@@ -200,9 +215,8 @@ def _library_options(table: tables.Blocks) -> dict[str, Any]:
     }
     if options.get("grafting") == "none":
         options["grafting"] = None
-    if "factor_dtype" in options:
-        options["factor_dtype"] = getattr(torch, options["factor_dtype"])
-    return options
+    dtypes = {key: getattr(torch, v) for key, v in options.items() if key.endswith("_dtype")}
+    return options | dtypes
 
 
 def _allocate_state(optimizer: Optimizer) -> None:

@@ -1,0 +1,121 @@
+"""State of the blocks that this rank owns: one tensor per name and stack, and views of it.
+
+Keys name parameter, block and extent in global coordinates, never a rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_shampoo.distributed.plan import Block, Plan
+from titan_shampoo.distributed.state import BlockTensor
+from titan_shampoo.functional.rule import Rule, State, StateShape
+from titan_shampoo.functional.symmetric import pack
+
+FAILURES = StateShape("failures", ())
+"""How many refreshes of a block have failed in a row."""
+REFRESHES = StateShape("refreshes", ())
+"""How many refreshes of a block have been taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter that the engine works on, with the group that holds its options."""
+
+    name: str
+    param: Tensor
+    options: dict[str, Any]
+
+
+class BlockState:
+    """Everything that lives with the owner of a block.
+
+    Args:
+        members: Parameters in the plan's order.
+        rule: Says what a block's state is.
+        plan: Blocks and owners.
+        device: Where the parameters lie.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], rule: Rule, plan: Plan, device: torch.device
+    ) -> None:
+        self._members, self._rule, self._plan, self._device = members, rule, plan, device
+        self.stacks = [self._empty(number) for number in range(len(plan.stacks))]
+        self._owned: list[list[tuple[int, int, Block]]] = [[] for _ in members]
+        for number, stack in enumerate(plan.stacks):
+            for position, block in enumerate(stack.blocks):
+                self._owned[block.param].append((number, position, block))
+
+    def of_blocks(self, number: int) -> dict[str, Tensor]:
+        """Views of the state of this rank's blocks of one parameter: ``"left.3"`` for block 3."""
+        return {f"{shape.name}.{block.index}": value for block, shape, value in self._views(number)}
+
+    def sharded(self, number: int) -> dict[str, Tensor]:
+        """State of one parameter as global tensors, for distributed checkpoints.
+
+        Matrices of extent ``d`` are one tensor ``(blocks with that extent, ...)`` named
+        ``"left.<d>"``; state of the blocks' own shape is one tensor of the parameter's merged
+        shape.
+        """
+        grid = self._plan.params[number].grid
+        sizes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        chunks: dict[str, dict[tuple[int, ...], Tensor]] = {}
+        places: dict[tuple[str, int], tuple[int, ...]] = {}
+        for index, position in enumerate(grid.positions()):
+            block_shape = grid.block_shape(position)
+            for shape in self._shapes(block_shape, number):
+                key = _global_key(shape)
+                dtypes[key] = self._dtype(shape, number)
+                if shape.dim is not None:
+                    count = sizes.get(key, (0,))[0]
+                    sizes[key] = (count + 1, *shape.shape)
+                    places[key, index] = (count, *[0] * len(shape.shape))
+                elif shape.shape == block_shape:
+                    sizes[key], places[key, index] = grid.merged_shape, grid.block_start(position)
+                else:
+                    sizes[key], places[key, index] = (grid.num_blocks,), (index,)
+        for block, shape, value in self._views(number):
+            key = _global_key(shape)
+            is_whole_block = shape.dim is None and shape.shape == block.shape
+            extent = block.extent if is_whole_block else (1, *shape.shape)
+            chunks.setdefault(key, {})[places[key, block.index]] = value.view(extent)
+        return {
+            key: BlockTensor(size, chunks.get(key, {}), dtypes[key]) for key, size in sizes.items()
+        }
+
+    def _empty(self, number: int) -> State:
+        """State of a stack at the start."""
+        stack = self._plan.stacks[number]
+        param = stack.blocks[0].param
+        state = {}
+        for shape in self._shapes(stack.shape, param):
+            size = (len(stack.blocks), *shape.shape)
+            value = torch.zeros(size, dtype=self._dtype(shape, param), device=self._device)
+            if shape.starts_as_identity:
+                identity = torch.eye(shape.extent, dtype=value.dtype, device=self._device)
+                value.copy_(identity if len(shape.shape) == 2 else pack(identity))
+            state[shape.name] = value
+        return state
+
+    def _views(self, number: int) -> Iterator[tuple[Block, StateShape, Tensor]]:
+        """Each piece of state of this rank's blocks of one parameter."""
+        for stack, position, block in self._owned[number]:
+            for shape in self._shapes(block.shape, number):
+                yield block, shape, self.stacks[stack][shape.name][position]
+
+    def _shapes(self, block_shape: tuple[int, ...], number: int) -> list[StateShape]:
+        options: Mapping[str, Any] = self._members[number].options
+        return [*self._rule.state_shapes(block_shape, options), FAILURES, REFRESHES]
+
+    def _dtype(self, shape: StateShape, number: int) -> torch.dtype:
+        chosen: torch.dtype | None = self._members[number].options.get(shape.dtype_option)
+        return chosen or self._plan.params[number].dtype
+
+
+def _global_key(shape: StateShape) -> str:
+    return shape.name if shape.dim is None else f"{shape.name}.{shape.extent}"
