@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_shampoo.block_optimizer import _check_state, _copy_state, _named
-from titan_shampoo.distributed.gradients import divide_factors
 from titan_shampoo.distributed.layout import local_gradient, local_tensor
 from titan_shampoo.distributed.tiles import tile_of, vector_tile
 from titan_shampoo.fallback import NOT_MULTIPLIED, adamw_step, empty_state
 from titan_shampoo.functional.heavy_ball import move_
 from titan_shampoo.layer import Layer, decayed, motion_of
 from titan_shampoo.layer_options import check_layer_options
-from titan_shampoo.statistics import TappedLayer, tap
+from titan_shampoo.statistics import TappedLayer, tap, untapped
 from titan_shampoo.statistics.layers import unwrapped_name
 
 logger = logging.getLogger(__name__)
@@ -43,6 +42,7 @@ class LayerStep(Protocol):
 
     layers: Sequence[Layer]
     momentum: Mapping[Tensor, Tensor]
+    failed_refreshes: int
 
     def observe(self) -> None:
         """Take what the layers have measured since they were reset."""
@@ -161,6 +161,11 @@ class LayerOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._reset_taps()
 
+    @property
+    def failed_refreshes(self) -> int:
+        """Inverses on this rank that kept their last good values, since the start."""
+        return 0 if self._step is None else int(self._step.failed_refreshes)
+
     def layer_metrics(self) -> dict[str, dict[str, Tensor]]:
         """``rho`` and ``cosine`` of each preconditioned layer in the last step, on the device.
 
@@ -271,33 +276,42 @@ class LayerOptimizer(torch.optim.Optimizer):
         layers = []
         self._tapped: list[TappedLayer] = []
         for model in self._models:
-            divisors = divide_factors(model)
             ours = {
                 unwrapped_name(name, model)
                 for name, module in model.named_modules()
                 if self._multiplies(module._parameters.get("weight"))
             }
-            self._tapped += tap(model, moments=self.moments, skip=lambda name: name not in ours)
-            layers += [self._layer(t.weight, t, divisors) for t in self._tapped[len(layers) :]]
+            tapped = tap(model, moments=self.moments, skip=lambda name: name not in ours)
+            layers += [self._layer(one.weight, one) for one in tapped]
+            self._tapped += tapped
+            self._say_what_is_left_out(model, tapped)
         return layers
+
+    def _say_what_is_left_out(self, model: nn.Module, tapped: Sequence[TappedLayer]) -> None:
+        """Log which of our matrices have no statistics, and why."""
+        params = {name: param for param, name in self._named_params.items()}
+        for name, reason in untapped(model, tapped).items():
+            if name in params and self._multiplies(params[name]):
+                fallback = self._groups_of[params[name]]["fallback"]
+                logger.warning("%s is stepped by %s: it %s", name, fallback, reason)
 
     def _plain_layers(self) -> list[Layer]:
         """Every matrix that is multiplied, for methods that need gradients only."""
         self._tapped = []
         return [
-            self._layer(param, None, {})
+            self._layer(param, None)
             for param in self._named_params
             if self._multiplies(param) and sum(size != 1 for size in param.shape) >= 2
         ]
 
-    def _layer(
-        self, weight: Tensor, tapped: TappedLayer | None, divisors: Mapping[int, float]
-    ) -> Layer:
+    def _layer(self, weight: Tensor, tapped: TappedLayer | None) -> Layer:
         name, options = self._named_params[weight], self._groups_of[weight]
         row_axes = () if tapped is None else tapped.sharding.row_axes
         tile = tile_of(weight, self._replicas(), name, row_axes=row_axes)
-        averaged = 1 if tile.token_group is None else tile.token_group.size()
-        divisor = divisors.get(id(weight), float(averaged))
+        # DDP may be wrapped around the model that we know.
+        divisor = 1.0 if tile.token_group is None else float(tile.token_group.size())
+        if tapped is not None and isinstance(weight, DTensor):
+            divisor = tapped.sharding.gradient_divisor
         bias = None if tapped is None or options["bias"] == "separate" else tapped.bias
         if bias is None or self._groups_of.get(bias) is not options:
             return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor)

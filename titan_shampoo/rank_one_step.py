@@ -49,6 +49,8 @@ class RankOneStep:
         pipeline_group: Ranks with the other stages of a pipeline; None without one.
     """
 
+    failed_refreshes = 0  # nothing is inverted
+
     def __init__(
         self,
         layers: Sequence[Layer],
