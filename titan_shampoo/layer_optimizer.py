@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from titan_shampoo.fallback import NOT_MULTIPLIED, adamw_step, empty_state
 from titan_shampoo.functional.heavy_ball import move_
 from titan_shampoo.layer import Layer, decayed, motion_of
 from titan_shampoo.layer_options import check_layer_options
+from titan_shampoo.layer_step import LayerStep
 from titan_shampoo.statistics import TappedLayer, tap, untapped
 from titan_shampoo.statistics.layers import unwrapped_name
 
@@ -35,32 +36,6 @@ _FIXED_KEYS = ("params", "param_names", "method")
 
 _NOT_COPIED = ("_step", "_process_group", "_pipeline_group", "_fallback", "_tapped")
 """Attributes that are made anew in a copy; process groups cannot be pickled."""
-
-
-class LayerStep(Protocol):
-    """State and step of the layers that one method preconditions."""
-
-    layers: Sequence[Layer]
-    momentum: Mapping[Tensor, Tensor]
-    failed_refreshes: int
-
-    def observe(self) -> None:
-        """Take what the layers have measured since they were reset."""
-
-    def step(self, grads: Mapping[Tensor, Tensor], norms: Mapping[Tensor, Tensor]) -> None:
-        """One step for the layers whose local gradients are given, with their norms."""
-
-    def state(self, number: int) -> dict[str, Tensor]:
-        """State of the weight of one layer, by names without ranks."""
-
-    def statistics(self) -> Sequence[Tensor]:
-        """What this rank's layers have summed since they were reset."""
-
-    def unseen(self) -> list[str]:
-        """Layers in which no rank measured anything that was last taken."""
-
-    def metrics(self) -> dict[str, dict[str, Tensor]]:
-        """Numbers of the last step by layer, 0-dim."""
 
 
 class LayerOptimizer(torch.optim.Optimizer):
@@ -164,7 +139,7 @@ class LayerOptimizer(torch.optim.Optimizer):
     @property
     def failed_refreshes(self) -> int:
         """Inverses on this rank that kept their last good values, since the start."""
-        return 0 if self._step is None else int(self._step.failed_refreshes)
+        return 0 if self._step is None else self._step.failed_refreshes
 
     def layer_metrics(self) -> dict[str, dict[str, Tensor]]:
         """``rho`` and ``cosine`` of each preconditioned layer in the last step, on the device.
@@ -181,11 +156,17 @@ class LayerOptimizer(torch.optim.Optimizer):
         For distributed checkpoints: every tensor is global, and its key and shape depend neither
         on the rank nor on the mesh.
         """
-        return {
+        state = {
             name: dict(self.state[param])
             for group in self.param_groups
             for name, param in self._named(group)
         }
+        for number, layer in enumerate(self._step.layers if self._step is not None else ()):
+            assert self._step is not None
+            own = {key: state[layer.name].pop(key) for key in self._step.state(number)}
+            assert own is not None
+            state[layer.name] |= self._step.sharded_state(number)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned on the same layout of ranks; dtypes are kept.

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from titan_shampoo.functional.scaling import Scaling
 from titan_shampoo.layer import Layer
-from titan_shampoo.layer_optimizer import LayerOptimizer, LayerStep, Model
+from titan_shampoo.layer_optimizer import LayerOptimizer, Model
+from titan_shampoo.layer_step import LayerStep
 from titan_shampoo.rank_one_step import RankOneStep
 
 __all__ = ["Eva", "EvaF", "EvaS"]

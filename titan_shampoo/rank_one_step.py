@@ -5,7 +5,7 @@ scalars per layer: ``|G|^2``, ``<G, V>`` and the squares of the two vectors of `
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.averages import averages_of
-from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.tiles import all_reduce_together
 from titan_shampoo.functional.eva import (
     Curvature,
@@ -24,23 +23,19 @@ from titan_shampoo.functional.eva import (
     running_average_,
     terms,
 )
-from titan_shampoo.functional.heavy_ball import Motion, move_, move_by_buffers_, rank_one_
-from titan_shampoo.functional.scaling import global_scale, scaling_sums
-from titan_shampoo.layer import Layer, Span, decayed
+from titan_shampoo.functional.scaling import scaling_sums
+from titan_shampoo.layer import Layer, Span
+from titan_shampoo.layer_step import Grads, LayerStep, Moves
 
 SMALLEST_DAMPING = 1e-30
 """So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
 
-MAX_KEPT = 1000
-"""Vectors of settings that are kept on the device; schedules change them without end."""
-
 _ROWS, _COLUMNS = slice(1), slice(1, None)
 
 Vectors = list[Tensor]
-Grads = Mapping[Tensor, Tensor]
 
 
-class RankOneStep:
+class RankOneStep(LayerStep):
     """State and step of the layers that are preconditioned by one outer product each.
 
     Args:
@@ -49,18 +44,14 @@ class RankOneStep:
         pipeline_group: Ranks with the other stages of a pipeline; None without one.
     """
 
-    failed_refreshes = 0  # nothing is inverted
-
     def __init__(
         self,
         layers: Sequence[Layer],
         curvature: Curvature,
         pipeline_group: dist.ProcessGroup | None,
     ) -> None:
-        self.layers, self.curvature = list(layers), curvature
-        self.device = layers[0].weight.device
-        wide = any(layer.dtype == torch.float64 for layer in layers)
-        self.dtype = torch.float64 if wide else torch.float32
+        super().__init__(layers, pipeline_group)
+        self.curvature = curvature
         self.averages = []
         if curvature != "gradient":
             self.averages = averages_of(layers, with_outputs=curvature == "input_output")
@@ -73,20 +64,11 @@ class RankOneStep:
         """Steps that each layer has taken, ``(layers,)``."""
         self.curvature_mean = torch.zeros_like(self.step_count)
         """Running mean of the curvature's eigenvalue, ``(layers,)``, for relative damping."""
-        self._constants: dict[tuple[float, ...], Tensor] = {}
-        self.momentum = {
-            param: torch.zeros_like(param, memory_format=torch.contiguous_format)
-            for layer in layers
-            if layer.options["momentum"] > 0
-            for param in (layer.weight, layer.bias)
-            if param is not None
-        }
         self._spans = [layer.spans(_vector_dims(layer, curvature)) for layer in layers]
         self._counts_here = torch.tensor(
             [[True, True, *layer.tile.is_first] for layer in layers], device=self.device
         )
-        self._bias_square = self._constant([float(layer.bias is not None) for layer in layers])
-        self._pipeline_group = pipeline_group
+        self._bias_square = self.constant([float(layer.bias is not None) for layer in layers])
         self._table: Tensor | None = None
         self._damping = torch.ones_like(self.step_count)
         self._is_reduced = True
@@ -96,12 +78,12 @@ class RankOneStep:
         for averages in self.averages:
             decay = [layer.options["statistics_decay"] for layer in averages.layers]
             divisor = [_output_divisor(layer) for layer in averages.layers]
-            averages.update_(self._constant(decay), self._constant(divisor))
+            averages.update_(self.constant(decay), self.constant(divisor))
 
     def step(self, grads: Grads, norms: Grads) -> None:
         """One step for the layers whose local gradients are given, with their norms."""
-        if any(layer.options["weight_decay_type"] == "l2" for layer in self.layers):
-            grads, norms = self._decayed(grads), {}
+        if self.decays_gradients():
+            grads, norms = self.decayed(grads), {}
         moving = [layer.weight in grads for layer in self.layers]
         matrices = [
             layer.matrix(grads[layer.weight]).to(layer.dtype) if moves else None
@@ -112,7 +94,7 @@ class RankOneStep:
         self._is_reduced = False
         if self._needs_other_ranks():
             self._table, self._is_reduced = self._reduced(self._table), True
-        self._damping = self._next_damping(self._constant(moving))
+        self._damping = self._next_damping(self.constant(moving))
         found = self._terms(self._table, self._damping)
         self._apply(matrices, grads, lefts, rights, found)
 
@@ -199,40 +181,30 @@ class RankOneStep:
 
     def _needs_other_ranks(self) -> bool:
         """Whether this step needs the scalars of whole layers; the same answer on all ranks."""
-        if self.curvature != "input" or self._scaling is not None:
+        if self.curvature != "input" or self.scaling is not None:
             return True
         return any(dim > 0 for layer in self.layers for dim in layer.tile.cut_dims)
 
     def _reduced(self, table: Tensor) -> Tensor:
-        """The scalars of whole layers: one all-reduce for each group of ranks that tile layers."""
-        numbers: dict[Any, list[int]] = defaultdict(list)
-        for number, layer in enumerate(self.layers):
-            numbers[layer.tile.group].append(number)
-        rows = list(torch.where(self._counts_here, table, 0))
-        for group, some in numbers.items():
-            sums = all_reduce_together([rows[number] for number in some], group)
-            for number, row in zip(some, sums, strict=True):
-                rows[number] = row
-        return torch.stack(rows)
+        return self.summed_over_tiles(torch.where(self._counts_here, table, 0))
 
     def _next_damping(self, moving: Tensor) -> Tensor:
         """``y`` of each layer, ``(layers,)``; counts the step of the layers that are moving."""
-        options = [layer.options for layer in self.layers]
-        damping = self._constant([group["damping"] for group in options])
-        relative = self._constant([group["damping_mode"] == "relative" for group in options])
-        decay = self._constant([group["statistics_decay"] for group in options])
+        modes = [layer.options["damping_mode"] for layer in self.layers]
+        relative = self.constant([mode == "relative" for mode in modes])
+        decay = self.option("statistics_decay")
         square = curvature_square(self.curvature, *self._squares())
         running_average_(self.curvature_mean, square, self.step_count, moving, decay)
         self.step_count += moving
         factor = torch.where(relative > 0, self._above_rounding(self.curvature_mean), 1.0)
-        return (damping * factor).clamp(min=SMALLEST_DAMPING)
+        return (self.option("damping") * factor).clamp(min=SMALLEST_DAMPING)
 
     def _above_rounding(self, curvature: Tensor) -> Tensor:
         """Curvature of which something is left: means that should be zero are never quite."""
         if self.curvature != "gradient":
             return curvature
         assert self._table is not None, "no step has been taken"
-        numel = self._constant([layer.weight.numel() for layer in self.layers])
+        numel = self.constant([layer.weight.numel() for layer in self.layers])
         floor = torch.finfo(self.dtype).eps * (self._table[:, 0] / numel.clamp(min=1)).square()
         return torch.maximum(curvature, floor)
 
@@ -246,28 +218,18 @@ class RankOneStep:
 
     # Directions: never stored, unless they must be
 
-    @property
-    def _scaling(self) -> Any:  # noqa: ANN401 - one of Scaling or None
-        return self.layers[0].options["scaling"]
-
     def _scales(self, found: Terms) -> Tensor:
         """By what each direction is multiplied, ``(layers,)``."""
         inner, square = found.inner(), found.direction_square()
         own = torch.ones_like(inner)
         if self.curvature == "gradient":
             own = torch.where(square > 0, (found.grad_square / square).sqrt(), own)
-        if self._scaling is None:
+        if self.scaling is None:
             return own
-        lr = self._constant([float(layer.options["lr"]) for layer in self.layers])
+        lr = self.option("lr")
         kl_clip = float(self.layers[0].options["kl_clip"])
-        sums = scaling_sums(self._scaling, found, own, lr, kl_clip)
-        if self._pipeline_group is not None:
-            own_constant = sums[0].clone()
-            dist.all_reduce(sums, group=self._pipeline_group)
-            if self._scaling != "norm":  # a constant, and no sum over layers
-                sums[0] = own_constant
-        scale = global_scale(self._scaling, sums)
-        return own * scale * (found.damping if self._scaling == "kl_norm" else 1)
+        scale = self.scale_of_all_stages(scaling_sums(self.scaling, found, own, lr, kl_clip))
+        return own * scale * (found.damping if self.scaling == "kl_norm" else 1)
 
     def _apply(
         self,
@@ -280,37 +242,19 @@ class RankOneStep:
         """Move the parameters by ``f G - left right^T``, layer by layer and group by group."""
         factors = self._scales(found) / found.damping
         amounts = (factors * found.coefficient).unbind()
-        moves: dict[int, _Moves] = {}
+        moves: dict[int, Moves] = {}
         for number, (layer, matrix) in enumerate(zip(self.layers, matrices, strict=True)):
             if matrix is not None:
                 left = lefts[number] * amounts[number].to(layer.dtype)
                 factor = factors[number].to(layer.dtype)
-                group = moves.setdefault(id(layer.options), _Moves(layer.motion()))
-                group.add(layer.weight, matrix, left, rights[number], factor, self.momentum)
+                group = moves.setdefault(id(layer.options), Moves(layer.motion()))
+                group.add_rank_one(layer.weight, matrix, left, rights[number], factor, self.momentum)
                 if layer.bias in grads:
                     grad = grads[layer.bias].to(layer.dtype)[:, None]
                     one = rights[number].new_ones(1)
-                    group.add(layer.bias, grad, left[layer.bias_rows], one, factor, self.momentum)
+                    group.add_rank_one(layer.bias, grad, left[layer.bias_rows], one, factor, self.momentum)
         for group in moves.values():
             group.finish()
-
-    def _decayed(self, grads: Grads) -> Grads:
-        """The gradients with coupled weight decay."""
-        return {
-            param: decayed([param], [grads[param]], layer.options)[0]
-            for layer in self.layers
-            for param in (layer.weight, layer.bias)
-            if param in grads
-        }
-
-    def _constant(self, numbers: Sequence[float]) -> Tensor:
-        """Numbers of the host on the device; kept, as schedules change few of them."""
-        key = tuple(map(float, numbers))
-        if key not in self._constants:
-            if len(self._constants) >= MAX_KEPT:
-                self._constants.clear()
-            self._constants[key] = torch.tensor(key, dtype=self.dtype, device=self.device)
-        return self._constants[key]
 
     # What others ask for
 
@@ -354,48 +298,6 @@ class RankOneStep:
             layer.name: {"rho": rho[number], "cosine": cosine[number]}
             for number, layer in enumerate(self.layers)
         }
-
-
-class _Moves:
-    """The parameters of one group that a step moves, gathered to be moved together."""
-
-    def __init__(self, motion: Motion) -> None:
-        self.motion = motion
-        self._whole: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._fused: list[tuple[Tensor, Tensor]] = []
-
-    def add(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        left: Tensor,
-        right: Tensor,
-        factor: Tensor,
-        momentum: Mapping[Tensor, Tensor],
-    ) -> None:
-        """Take the direction ``factor grad - left right^T`` of ``param``."""
-        motion, local = self.motion, local_tensor(param)
-        if not motion.momentum:
-            direction = rank_one_(torch.empty_like(grad), grad, left, right, factor, beta=0)
-            self._whole.append((local, direction.view(local.shape), direction))
-            return
-        buffer = local_tensor(momentum[param])
-        if motion.fuses(buffer, grad):
-            target, keep = buffer.view(grad.shape), motion.keep
-            rank_one_(target, grad, left * keep, right, factor * keep, beta=motion.momentum)
-            self._fused.append((local, buffer))
-        else:
-            direction = rank_one_(torch.empty_like(grad), grad, left, right, factor, beta=0)
-            self._whole.append((local, direction.view(local.shape), buffer))
-
-    def finish(self) -> None:
-        """Move all of them."""
-        move_by_buffers_(*_columns(self._fused, 2), self.motion)
-        move_(*_columns(self._whole, 3), self.motion)
-
-
-def _columns(rows: Sequence[tuple[Tensor, ...]], width: int) -> list[list[Tensor]]:
-    return [[row[column] for row in rows] for column in range(width)]
 
 
 def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
