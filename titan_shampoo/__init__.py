@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from titan_shampoo.layer_optimizers import Eva, EvaF, EvaS
+    from titan_shampoo.layer_optimizers import FOOF, KFAC, Eva, EvaF, EvaS
     from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 
-__all__ = ["SOAP", "Eva", "EvaF", "EvaS", "KLShampoo", "Shampoo"]
+__all__ = ["FOOF", "KFAC", "SOAP", "Eva", "EvaF", "EvaS", "KLShampoo", "Shampoo"]
 
-_LAYER_METHODS = ("Eva", "EvaF", "EvaS")
+_LAYER_METHODS = ("FOOF", "KFAC", "Eva", "EvaF", "EvaS")
 
 
 def __getattr__(name: str) -> object:

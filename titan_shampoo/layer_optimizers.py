@@ -1,7 +1,8 @@
-"""The public optimizers that look into layers: Eva, Eva-f and Eva-s.
+"""The public optimizers that look into layers: Eva, Eva-f, Eva-s, FOOF and K-FAC.
 
-Their curvature comes from what a layer's inputs and output gradients are, or from the gradient's own
-marginal means, and is inverted in closed form: a step costs little more than SGD's.
+Their curvature comes from a layer's inputs and output gradients, or from the marginal means of the
+gradient itself. Eva and its two relatives invert it in closed form: a step costs little more than
+SGD's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from titan_shampoo.functional.scaling import Scaling
+from titan_shampoo.kronecker_step import KroneckerStep
 from titan_shampoo.layer import Layer
 from titan_shampoo.layer_optimizer import LayerOptimizer, Model
 from titan_shampoo.layer_step import LayerStep
 from titan_shampoo.rank_one_step import RankOneStep
 
-__all__ = ["Eva", "EvaF", "EvaS"]
+__all__ = ["FOOF", "KFAC", "Eva", "EvaF", "EvaS"]
 
 WeightDecay = Literal["l2", "decoupled", "corrected", "independent"]
 DampingMode = Literal["absolute", "relative"]
@@ -194,6 +196,120 @@ class EvaS(LayerOptimizer):
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         return RankOneStep(layers, "gradient", self._pipeline_group)
+
+
+class FOOF(LayerOptimizer):
+    """FOOF (Benzing 2022, arXiv 2201.12250): gradients times the inverse second moment of inputs.
+
+    Args:
+        params: As for :class:`Eva`, and so are all options that are not named here.
+        damping: Added to the second moment.
+        damping_mode: ``"relative"``: to the mean eigenvalue of the second moment.
+        factor_frequency: Steps between two batches of which second moments are formed.
+        precondition_frequency: Steps between two inversions.
+        max_factor_dim: Factors are cut into diagonal blocks of this size; None for whole ones.
+    """
+
+    method = "FOOF"
+    moments = "input"
+    shape_options = ("bias", "max_factor_dim")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        model: Model,
+        statistics_decay: float = 0.05,
+        factor_frequency: int = 1,
+        precondition_frequency: int = 10,
+        max_factor_dim: int | None = None,
+        kl_clip: float = 1e-3,
+        damping_mode: DampingMode = "absolute",
+        scaling: Literal["kl_clip", "norm"] | None = "kl_clip",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        bias: Literal["joint", "separate"] = "joint",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return KroneckerStep(
+            layers,
+            two_sided=False,
+            replicas=self._replicas(),
+            pipeline_group=self._pipeline_group,
+        )
+
+
+class KFAC(LayerOptimizer):
+    """K-FAC (Martens & Grosse 2015): second moments of inputs and of output gradients.
+
+    Args:
+        params: As for :class:`FOOF`, and so are all options that are not named here.
+        damping: ``y``, added to the curvature.
+        damping_mode: ``"relative"``: to the product of the mean eigenvalues of both moments.
+        factored_damping: Whether the damping is split between the factors, with their traces, so
+            that inverses are kept; else eigenvectors are kept, and the damping is exact.
+        loss_normaliser: How many samples, or valid tokens, of the global batch the loss is the mean
+            of. None for the number of rows of each layer, which is right for linear layers on
+            text; images with convolutions need their batch size.
+    """
+
+    method = "KFAC"
+    moments = "both"
+    shape_options = ("bias", "max_factor_dim", "factored_damping")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        model: Model,
+        statistics_decay: float = 0.05,
+        factor_frequency: int = 1,
+        precondition_frequency: int = 10,
+        max_factor_dim: int | None = None,
+        factored_damping: bool = True,
+        loss_normaliser: float | None = None,
+        kl_clip: float = 1e-3,
+        damping_mode: DampingMode = "absolute",
+        scaling: Literal["kl_clip", "norm"] | None = "kl_clip",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        bias: Literal["joint", "separate"] = "joint",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return KroneckerStep(
+            layers,
+            two_sided=True,
+            replicas=self._replicas(),
+            pipeline_group=self._pipeline_group,
+        )
 
 
 def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:

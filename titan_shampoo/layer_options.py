@@ -22,6 +22,7 @@ _LIMITS: dict[str, Limit] = {
     "damping": _POSITIVE,
     "statistics_decay": _AVERAGING,
     "kl_clip": _POSITIVE,
+    "loss_normaliser": (lambda x: x is None or x > 0, "greater than 0"),
     "kv_batch_size": (lambda x: x is None or x > 0, "greater than 0"),
     "fallback_lr": (lambda x: x is None or x >= 0, "at least 0"),
     "factor_frequency": _STEPS,

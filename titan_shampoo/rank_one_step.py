@@ -228,7 +228,16 @@ class RankOneStep(LayerStep):
             return own
         lr = self.option("lr")
         kl_clip = float(self.layers[0].options["kl_clip"])
-        scale = self.scale_of_all_stages(scaling_sums(self.scaling, found, own, lr, kl_clip))
+        sums = scaling_sums(
+            self.scaling,
+            own * inner,
+            own.square() * square,
+            found.grad_square,
+            found.damping,
+            lr,
+            kl_clip,
+        )
+        scale = self.scale_of_all_stages(sums)
         return own * scale * (found.damping if self.scaling == "kl_norm" else 1)
 
     def _apply(

@@ -16,28 +16,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_shampoo.functional.eva import Terms
-
 Scaling = Literal["kl_clip", "norm", "kl_norm"]
 
 
 def scaling_sums(
-    scaling: Scaling, found: Terms, own: Tensor, lr: Tensor, kl_clip: float
+    scaling: Scaling,
+    inner: Tensor,
+    direction_square: Tensor,
+    grad_square: Tensor,
+    damping: Tensor,
+    lr: Tensor,
+    kl_clip: float,
 ) -> Tensor:
     """Numerator and denominator of ``nu^2``, ``(2,)``; denominators add up over pipeline stages.
 
     Args:
         scaling: Which one.
-        found: The scalars of each layer.
-        own: By what each direction is multiplied before, ``(layers,)``.
-        lr: The scheduled learning rates, ``(layers,)``.
+        inner: ``<P, G>`` of each layer, ``(layers,)`` as all others.
+        direction_square: ``|P|^2``.
+        grad_square: ``|G|^2``.
+        damping: ``y``.
+        lr: The scheduled learning rates.
         kl_clip: ``kappa``, greater than zero.
     """
-    inner = own * found.inner()
     if scaling == "norm":
-        square = own.square() * found.direction_square()
-        return torch.stack([found.grad_square.sum(), square.sum()])
-    weight = lr.square() if scaling == "kl_clip" else found.damping
+        return torch.stack([grad_square.sum(), direction_square.sum()])
+    weight = lr.square() if scaling == "kl_clip" else damping
     denominator = (weight * inner).sum()
     constant = kl_clip if scaling == "kl_clip" else 1.0
     return torch.stack([torch.full_like(denominator, constant), denominator])
