@@ -160,7 +160,7 @@ class KroneckerStep(LayerStep):
             for owner, blocks in sorted(owned.items()):
                 if members is not None and owner not in members:
                     continue  # another token group has the same moments and this owner
-                if members is None and owner != self._rank():
+                if members is None and not self._is_mine(blocks[0]):
                     continue
                 parts = [part for block in blocks for part in self._parts(block)]
                 flat = torch.cat([part.reshape(-1) for part in parts])
@@ -173,9 +173,9 @@ class KroneckerStep(LayerStep):
         self._count_rows(chosen)
         return found
 
-    @staticmethod
-    def _rank() -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
+    def _is_mine(self, block: Block) -> bool:
+        team = self.layers[block.param].tile.team
+        return (block.replica, block.shard) == (team.replica, team.shard)
 
     def _count_rows(self, chosen: Sequence[int]) -> None:
         """Rows seen here; only whether there are any on some rank is asked for, and only once."""
