@@ -86,11 +86,18 @@ class KroneckerStep(LayerStep):
         )
 
     def _empty_state(self, stack: Stack) -> State:
+        """Zero, but for inverses: until the first refresh, a direction is its gradient."""
         layer = self.layers[stack.blocks[0].param]
-        return {
+        state = {
             name: torch.zeros((len(stack.blocks), *shape), dtype=layer.dtype, device=self.device)
             for name, shape in self._state_shapes(stack.blocks[0]).items()
         }
+        for name, value in state.items():
+            if name.endswith(("inverse", "basis")):
+                value.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+            elif name == "damping":
+                value.fill_(1.0)
+        return state
 
     def _state_shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
         rows, columns = block.shape

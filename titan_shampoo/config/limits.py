@@ -100,6 +100,13 @@ _LAYERS = {
     "weight_decay": _NOT_NEGATIVE,
 }
 
+_FACTORED_LAYERS = {
+    **_LAYERS,
+    "factor_frequency": _at_least(1),
+    "max_factor_dim": _at_least(1),
+    "precondition_frequency": _at_least(1),
+}
+
 LIMITS: Mapping[str, Limit] = {
     "activation_checkpoint.memory_budget": _FRACTION,
     "activation_checkpoint.selective_ac_option": Limit(
@@ -137,6 +144,8 @@ LIMITS: Mapping[str, Limit] = {
     **_in("optimizer.eva", {**_LAYERS, "kv_batch_size": _POSITIVE}),
     **_in("optimizer.eva_f", _LAYERS),
     **_in("optimizer.eva_s", _LAYERS),
+    **_in("optimizer.foof", _FACTORED_LAYERS),
+    **_in("optimizer.kfac", {**_FACTORED_LAYERS, "loss_normaliser": _POSITIVE}),
     "parallelism.context_parallel_degree": _at_least(1),
     "parallelism.data_parallel_replicate_degree": _at_least(1),
     "parallelism.data_parallel_shard_degree": _off_or_at_least(-1, 1),

@@ -9,7 +9,7 @@ from titan_shampoo.config.limits import Limit
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.values import show
 
-_TAPPED = {"Eva": "eva", "EvaF": "eva_f"}
+_TAPPED = {"Eva": "eva", "EvaF": "eva_f", "FOOF": "foof", "KFAC": "kfac"}
 """Methods that look into layers, with their tables."""
 
 _LAYERS = {**_TAPPED, "EvaS": "eva_s"}

@@ -7,7 +7,9 @@ text under a key is what ``--help`` prints. None means: not set.
 from dataclasses import dataclass, field
 from typing import Literal
 
-Method = Literal["Shampoo", "SOAP", "KLShampoo", "Eva", "EvaF", "EvaS", "AdamW", "SGD"]
+Method = Literal[
+    "Shampoo", "SOAP", "KLShampoo", "Eva", "EvaF", "EvaS", "FOOF", "KFAC", "AdamW", "SGD"
+]
 
 
 @dataclass
@@ -247,6 +249,42 @@ class EvaS(Layers):
 
 
 @dataclass
+class FOOF(TappedLayers):
+    """Keys of ``[optimizer.foof]``."""
+
+    damping_mode: Literal["absolute", "relative"] | None = None
+    """Damping as it is, or times the mean eigenvalue of the curvature; not set: absolute"""
+
+    scaling: Literal["kl_clip", "norm", "none"] | None = None
+    """
+    One factor for all layers: by kl_clip, to the length of the gradient, or none; not set: kl_clip
+    """
+
+    factor_frequency: int | None = None
+    """Steps between two batches of which second moments are formed; not set: 1"""
+
+    precondition_frequency: int | None = None
+    """Steps between two inversions; not set: 10"""
+
+    max_factor_dim: int | None = None
+    """Size of the diagonal blocks that factors are cut into; not set: whole factors"""
+
+
+@dataclass
+class KFAC(FOOF):
+    """Keys of ``[optimizer.kfac]``."""
+
+    factored_damping: bool | None = None
+    """Split the damping between the factors, or add it to their product; not set: true"""
+
+    loss_normaliser: float | None = None
+    """
+    Samples of the global batch that the loss is the mean of; not set: the rows of each layer, right
+    for text; images need their batch size
+    """
+
+
+@dataclass
 class SGD:
     """Keys of ``[optimizer.sgd]``."""
 
@@ -301,6 +339,12 @@ class Optimizer:
 
     eva_s: EvaS = field(default_factory=EvaS)
     """Eva-s's own keys"""
+
+    foof: FOOF = field(default_factory=FOOF)
+    """FOOF's own keys"""
+
+    kfac: KFAC = field(default_factory=KFAC)
+    """K-FAC's own keys"""
 
     sgd: SGD = field(default_factory=SGD)
     """SGD's own keys"""

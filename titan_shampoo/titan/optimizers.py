@@ -21,7 +21,7 @@ from torchtitan.distributed import ParallelDims
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
 from titan_shampoo.layer_optimizer import LayerOptimizer
-from titan_shampoo.layer_optimizers import Eva, EvaF, EvaS
+from titan_shampoo.layer_optimizers import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.initialization import unwrapped_name
 
@@ -41,6 +41,8 @@ _LAYER_METHODS: Mapping[str, tuple[Callable[..., LibraryOptimizer], str, str]] =
     "Eva": (Eva, "eva", "eps"),
     "EvaF": (EvaF, "eva_f", "eps"),
     "EvaS": (EvaS, "eva_s", "eps"),
+    "FOOF": (FOOF, "foof", "eps"),
+    "KFAC": (KFAC, "kfac", "eps"),
 }
 
 
