@@ -262,7 +262,8 @@ class LayerOptimizer(torch.optim.Optimizer):
                 for name, module in model.named_modules()
                 if self._multiplies(module._parameters.get("weight"))
             }
-            tapped = tap(model, moments=self.moments, skip=lambda name: name not in ours)
+            others = {unwrapped_name(name, model) for name, _ in model.named_modules()} - ours
+            tapped = tap(model, moments=self.moments, skip=others.__contains__)
             layers += [self._layer(one.weight, one) for one in tapped]
             self._tapped += tapped
             self._say_what_is_left_out(model, tapped)
@@ -387,8 +388,8 @@ class LayerOptimizer(torch.optim.Optimizer):
     def _check_not_scaled(self) -> None:
         """Refuse a GradScaler, which unscales gradients but not what was measured in backward."""
         if self.moments is not None and getattr(self, "found_inf", None) is not None:
-            raise RuntimeError("GradScaler: the statistics of layers are taken of the scaled loss "
-                               "and cannot be scaled back; train in bfloat16 without one")  # fmt: skip
+            raise RuntimeError("GradScaler: statistics of layers are taken of the scaled loss and "
+                               "cannot be scaled back; train in bfloat16 without one")  # fmt: skip
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
