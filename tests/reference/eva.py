@@ -33,7 +33,7 @@ def eva_s(grad: Array, damping: float) -> Array:
 
 def _solve(curvature: NDArray[Any], grad: Array, damping: float) -> Array:
     damped = curvature + damping * np.eye(grad.size)
-    solution: Array = np.linalg.solve(damped, grad.ravel())
+    solution: Array = np.asarray(np.linalg.solve(damped, grad.ravel()), dtype=np.float64)
     return solution.reshape(grad.shape)
 
 
