@@ -5,6 +5,7 @@ that casts and drops it. This one holds several optimizers per model part, and h
 to the checkpoint, keyed by parameter name, which are loaded in place.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,16 +22,29 @@ from torchtitan.distributed import ParallelDims
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
 from titan_shampoo.distributed.geometry import Grid
+from titan_shampoo.layer_optimizer import LayerOptimizer
+from titan_shampoo.layer_optimizers import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.initialization import unwrapped_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
+LibraryOptimizer = BlockOptimizer | LayerOptimizer
+
 # Method -> class, its table in [optimizer], and which of its options the shared eps is.
-_BLOCK_METHODS: Mapping[str, tuple[Callable[..., BlockOptimizer], str, str]] = {
+_BLOCK_METHODS: Mapping[str, tuple[Callable[..., LibraryOptimizer], str, str]] = {
     "Shampoo": (Shampoo, "shampoo", "grafting_eps"),
     "SOAP": (SOAP, "soap", "eps"),
     "KLShampoo": (KLShampoo, "kl_shampoo", "grafting_eps"),
+}
+
+# The same of the methods whose step has one length for all layers, on all stages of a pipeline.
+_LAYER_METHODS: Mapping[str, tuple[Callable[..., LibraryOptimizer], str, str]] = {
+    "Eva": (Eva, "eva", "eps"),
+    "EvaF": (EvaF, "eva_f", "eps"),
+    "EvaS": (EvaS, "eva_s", "eps"),
+    "FOOF": (FOOF, "foof", "eps"),
+    "KFAC": (KFAC, "kfac", "eps"),
 }
 
 
@@ -55,8 +69,9 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         self.model_parts = model_parts
         self.optimizers = []
         self._step_seconds = 0.0
-        replicas = replica_group(parallel_dims)
+        replicas, stages = replica_group(parallel_dims), _stage_group(parallel_dims)
         everywhere = {} if whole_model is None else _grouped(whole_model, config)
+        distribution: dict[str, Any]
         for part in model_parts:
             by_method = _grouped(part.named_parameters(), config)
             if not by_method:
@@ -64,9 +79,16 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
                     "the model has no parameter that is trained; see optimizer.groups"
                 )
             for method, groups in by_method.items():
-                self.optimizers.append(
-                    _build(method, groups, config, replicas, everywhere.get(method))
-                )
+                if method in _LAYER_METHODS:
+                    continue  # one optimizer for all parts: its scale is one for the whole model
+                distribution = {"process_group": replicas, "all_params": everywhere.get(method)}
+                self.optimizers.append(_build(method, groups, config, distribution))
+        whole = itertools.chain.from_iterable(part.named_parameters() for part in model_parts)
+        for method, groups in _grouped(whole, config).items():
+            if method in _LAYER_METHODS:
+                models = {} if method == "EvaS" else {"model": model_parts}
+                distribution = {"process_group": replicas, "pipeline_group": stages, **models}
+                self.optimizers.append(_build(method, groups, config, distribution))
         params = [
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
@@ -90,7 +112,7 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         ``skipped_steps`` had a gradient that was not finite, ``failed_refreshes`` left a block its
         last good roots.
         """
-        methods = [o for o in self.optimizers if isinstance(o, BlockOptimizer)]
+        methods = [o for o in self.optimizers if isinstance(o, LibraryOptimizer)]
         failed = torch.tensor(sum(method.failed_refreshes for method in methods))
         if dist.is_initialized():
             failed = failed.to(self._device)
@@ -149,6 +171,11 @@ def replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
+def _stage_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
+    """Ranks that hold the other stages of the pipeline, if there is one."""
+    return parallel_dims.get_mesh("pp").get_group() if parallel_dims.pp_enabled else None
+
+
 def _grouped(
     params: Iterable[tuple[str, nn.Parameter]],
     config: Any,  # noqa: ANN401 - merged dataclass
@@ -176,12 +203,11 @@ def _build(
     method: str,
     groups: list[dict[str, Any]],
     config: Any,  # noqa: ANN401 - merged dataclass
-    replicas: dist.ProcessGroup | None,
-    everywhere: list[dict[str, Any]] | None,
+    distribution: Mapping[str, Any],
 ) -> Optimizer:
     """One optimizer, with its state allocated."""
-    if method in _BLOCK_METHODS:
-        return _build_for_blocks(method, groups, config, replicas, everywhere)
+    if method in _BLOCK_METHODS or method in _LAYER_METHODS:
+        return _build_from_library(method, groups, config, distribution)
     # DTensor has no fused SGD: the first step would raise.
     sharded = any(isinstance(p, DTensor) for group in groups for _, p in group["params"])
     chosen = config.implementation
@@ -208,15 +234,14 @@ def _build(
     return optimizer
 
 
-def _build_for_blocks(
+def _build_from_library(
     method: str,
     groups: list[dict[str, Any]],
     config: Any,  # noqa: ANN401 - merged dataclass
-    replicas: dist.ProcessGroup | None,
-    everywhere: list[dict[str, Any]] | None,
-) -> BlockOptimizer:
+    distribution: Mapping[str, Any],
+) -> LibraryOptimizer:
     """One of the library's optimizers; its own table beats the shared keys."""
-    build, table, shared_eps = _BLOCK_METHODS[method]
+    build, table, shared_eps = {**_BLOCK_METHODS, **_LAYER_METHODS}[method]
     options = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
@@ -225,20 +250,21 @@ def _build_for_blocks(
         **_library_options(getattr(config, table)),
     }
     try:
-        return build(groups, **options, process_group=replicas, all_params=everywhere)
+        return build(groups, **options, **distribution)
     except ValueError as error:  # does not fit the parameters, which the configuration cannot know
         raise ConfigError(f"optimizer.{table}: {error}") from error
 
 
-def _library_options(table: tables.Blocks) -> dict[str, Any]:
+def _library_options(table: tables.Blocks | tables.Layers) -> dict[str, Any]:
     """The keys of a method's own table that are set, as the library takes them."""
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(table).items()
         if value is not None
     }
-    if options.get("grafting") == "none":
-        options["grafting"] = None
+    for key in ("grafting", "scaling"):
+        if options.get(key) == "none":
+            options[key] = None
     dtypes = {key: getattr(torch, v) for key, v in options.items() if key.endswith("_dtype")}
     return options | dtypes
 
@@ -303,7 +329,7 @@ def _grid_description(
 
 def _state_by_name(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """State of each parameter, by name."""
-    if isinstance(optimizer, BlockOptimizer):
+    if isinstance(optimizer, LibraryOptimizer):
         yield from optimizer.sharded_state().items()
         return
     for group in optimizer.param_groups:
