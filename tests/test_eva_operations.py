@@ -1,4 +1,4 @@
-"""A step of Eva passes over matrices as often as SGD does, and twice more over gradients."""
+"""What a step of Eva does with matrices: as SGD with momentum, and two more reads of gradients."""
 
 from collections import Counter
 from collections.abc import Iterable
