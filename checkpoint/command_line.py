@@ -150,7 +150,8 @@ def _export(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from checkpoint.interchange import convert  # noqa: PLC0415 (imports torch)
 
-    convert(options.path, options.out, flavor=options.flavor)
+    with _bar("convert") as bar:
+        convert(options.path, options.out, flavor=options.flavor, told=bar.update)
     _print(f"{options.out}: weights of {options.path}")
     return 0
 
@@ -172,7 +173,7 @@ def _bytes_to_write(manifest: Manifest, to: str) -> int:
     return sum(entry.bytes for key, entry in tensors if to == "dcp" or key.startswith("model."))
 
 
-def _bar(what: str, total: int) -> Any:  # noqa: ANN401 (tqdm is untyped)
+def _bar(what: str, total: int | None = None) -> Any:  # noqa: ANN401 (tqdm is untyped)
     from tqdm import tqdm  # noqa: PLC0415 (inspect and --help need no bar)
 
     return tqdm(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from checkpoint.manifest import Manifest
+from checkpoint.reblock import can_reblock
 from checkpoint.state import PREFIXES, Geometry
 from checkpoint.writer import DTYPE_NAMES
 
@@ -35,7 +36,8 @@ def _grid_problems(name: str, own: dict[str, Any], other: dict[str, Any]) -> Ite
     if mine != theirs:
         yield (
             f"{name}: blocks cut at {_edges(theirs)} in the checkpoint, {_edges(mine)} in this "
-            f"run; set {_options(own, other)}, or checkpoint.reblock"
+            f"run; set {_options(own, other)}"
+            + (", or checkpoint.reblock" if can_reblock(own, other) else "")
         )
     for key, value in own.get("meaning", {}).items():
         saved = other.get("meaning", {}).get(key)

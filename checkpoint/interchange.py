@@ -67,7 +67,7 @@ def export(
             discard(writing)
 
 
-def convert(source: Path, out: Path, *, flavor: str | None) -> None:
+def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda _: None) -> None:
     """Make a checkpoint of another program's weights, to begin a run from.
 
     Args:
@@ -75,6 +75,7 @@ def convert(source: Path, out: Path, *, flavor: str | None) -> None:
         out: A folder that does not exist yet.
         flavor: The Llama-style transformer whose names and order weights are brought to; None
             keeps names.
+        told: Is told of the progress.
 
     Raises:
         CheckpointError: If it cannot be done; nothing is left of it then.
@@ -82,9 +83,10 @@ def convert(source: Path, out: Path, *, flavor: str | None) -> None:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     if (source / ".metadata").is_file():
-        weights = _model_of_native(read_native(source))
+        stored = iter(_model_of_native(read_native(source)).items())
     else:
-        weights = dict(_stored(source))
+        stored = _stored(source)
+    weights = dict(_told(stored, told))
     adapter = _adapter("llama3", flavor) if flavor else None
     if adapter is not None:
         weights = _translated(weights, adapter, source)

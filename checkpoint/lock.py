@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -53,6 +54,9 @@ class FolderLock:
                 )
             time.sleep(0.2)
         self._sign()
+        # Forked helpers, such as loaders of data, may outlive a run that is killed.
+        mine = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _release(mine()))
 
     def release(self) -> None:
         """Let others in; the second call does nothing."""
@@ -79,6 +83,11 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(json.dumps(holder).encode())
         self._file.flush()
+
+
+def _release(lock: FolderLock | None) -> None:
+    if lock is not None:
+        lock.release()
 
 
 def _holder(file: BinaryIO) -> str:

@@ -88,8 +88,10 @@ class CheckpointManager:
         self._settings = {} if job_config is None else flattened(job_config)
         self._adapter = sd_adapter
         check_settings(config, self._state.components)
-        self._group = _new_group()
         self._votes = _new_group()
+        # What a thread does together with other ranks' threads needs a group of its own.
+        in_background = config.async_mode != "disabled"
+        self._group = _new_group() if in_background else self._votes
         self._loading = Loading(
             self._state,
             self._settings,

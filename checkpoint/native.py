@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoint.errors import CheckpointError, in_one_line
+from checkpoint.ranks import gathered
 
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -95,7 +96,25 @@ def load_native(folder: Path, model: dict[str, Tensor], group: dist.ProcessGroup
         CheckpointError: On every rank, if a weight is not there or has another shape or dtype.
     """
     reader = NativeReader(folder)
-    stored = tensors_of(reader)
+    wanted: dict[str, Tensor] = {}
+    problem = None
+    try:
+        wanted = _wanted(folder, tensors_of(reader), model)
+    except CheckpointError as error:
+        problem = str(error)
+    for said in gathered(problem, group):
+        if said is not None:
+            raise CheckpointError(said)
+    try:
+        dcp.load(wanted, storage_reader=reader, process_group=group)
+    except CheckpointException as error:
+        raise in_one_line(folder, "cannot be loaded", error) from error
+
+
+def _wanted(
+    folder: Path, stored: Mapping[str, TensorStorageMetadata], model: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights by the keys under which they are stored, all of them."""
     prefix = "" if any(name in stored for name in model) else "model."
     wanted = {prefix + name: tensor for name, tensor in model.items()}
     for key, tensor in wanted.items():
@@ -107,10 +126,7 @@ def load_native(folder: Path, model: dict[str, Tensor], group: dist.ProcessGroup
                 f"{folder}: {key}: {list(found.size)} {found.properties.dtype} in the checkpoint, "
                 f"{list(tensor.shape)} {tensor.dtype} in this run"
             )
-    try:
-        dcp.load(wanted, storage_reader=reader, process_group=group)
-    except CheckpointException as error:
-        raise in_one_line(folder, "cannot be loaded", error) from error
+    return wanted
 
 
 def tensors_of(reader: NativeReader) -> Mapping[str, TensorStorageMetadata]:

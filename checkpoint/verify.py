@@ -16,7 +16,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, parse
 
 _STEP = re.compile(r"step-(\d+)")
-_PIECE = 4 << 20
+_PIECE = 1 << 20
 
 Progress = Callable[[int], object]
 """Told how many bytes have been read since the last call."""

@@ -25,7 +25,7 @@ from checkpoint.native import NativeReader, alone, read_native, tensors_of, writ
 from checkpoint.reader import model_weights
 from checkpoint.verify import verify
 from parallel import transformer
-from tests.checkpoint_runs import content, run_in
+from tests.checkpoint_runs import SHAPES, content, run_in
 from tests.ranks import run_on_ranks
 from titan_shampoo import titan
 from titan_shampoo.titan import weights_adapter
@@ -182,6 +182,25 @@ def test_a_run_begins_from_weights_in_torchs_own_format(tmp_path, layout):
     assert all(run_on_ranks(world, load_initial, tmp_path, path, layout))
     found = content(tmp_path / f"from-{layout}" / "step-0")
     assert all(torch.equal(found[f"model.{name}"], weights[name]) for name in weights)
+
+
+def refused_initial(folder, path, shapes):
+    with run_in(folder, "pp2", shapes=shapes, initial_load_path=str(path)) as run:
+        before = run.local_bytes()
+        try:
+            run.manager.load()
+        except CheckpointError as error:
+            return str(error), before == run.local_bytes()
+    return "loaded", False
+
+
+def test_weights_in_torchs_format_that_do_not_fit_one_stage_are_refused_on_all(tmp_path):
+    run_on_ranks(2, native_of_two_ranks, tmp_path)
+    shapes = {**SHAPES, "wo.weight": (5, 8)}
+    first, second = run_on_ranks(2, refused_initial, tmp_path, tmp_path / "native", shapes)
+    assert first == second
+    assert "wo.weight: [5, 7] torch.float32 in the checkpoint, [5, 8]" in first[0]
+    assert first[1]
 
 
 class Bomb:

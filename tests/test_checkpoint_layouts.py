@@ -9,6 +9,7 @@ from tests.ranks import run_on_ranks
 
 STEPS, MORE = 4, 10
 SOURCES = ("single", "ddp2", "fsdp3", "hsdp2x2", "fsdp2xtp2", "pp2")
+CONTINUED = ("ddp2", "fsdp2xtp2")
 WORLDS = sorted({world_of(layout) for layout in LAYOUTS})
 
 
@@ -17,11 +18,13 @@ def layouts_of(world):
 
 
 def save_all(folder, world):
-    """Four steps, across a staggered refresh, in each layout of this many ranks; then ten more."""
+    """Four steps, across a staggered refresh, in each layout of so many ranks; ten more in some."""
     for layout in layouts_of(world):
         with run_in(folder / layout, layout, interval=STEPS) as run:
             run.manager.load()
-            run.train(STEPS + MORE, last=STEPS + MORE)
+            run.train(STEPS)
+            if layout in CONTINUED:
+                run.train(STEPS + MORE, last=STEPS + MORE)
 
 
 def load_all(folder, world, sources):
@@ -70,7 +73,7 @@ def without_pipelines(world):
 
 def go_on(folder, world):
     for target in without_pipelines(world):
-        for source in ("ddp2", "fsdp2xtp2"):
+        for source in CONTINUED:
             with run_in(folder / source, target, load_only=True) as run:
                 run.manager.load(STEPS)
                 run.train(STEPS + MORE)
@@ -80,7 +83,7 @@ def go_on(folder, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_next_ten_steps_are_those_of_the_uninterrupted_run(saved, world):
     run_on_ranks(world, go_on, saved, world)
-    for source in ("ddp2", "fsdp2xtp2"):
+    for source in CONTINUED:
         expected = content(saved / source / "checkpoint" / f"step-{STEPS + MORE}")
         for target in without_pipelines(world):
             found = content(saved / f"{source}+{target}" / f"step-{STEPS + MORE}")

@@ -161,7 +161,7 @@ REFUSED = {
     "another method": ({"method": "SOAP"}, ['"shampoo"', '"soap"', "optimizer.name"]),
     "another grid": (
         {"options": {"block_size": 3}},
-        ["weight: blocks cut at (0, 4, ", "(0, 3, ", "set block_size = 4"],
+        ["weight: blocks cut at (0, 4, ", "(0, 3, ", "set block_size = 4, or checkpoint.reblock"],
     ),
     "another merge": ({"options": {"merge": "none"}}, ["conv.weight: blocks", "merge = matrix"]),
     "another exponent": ({"options": {"exponent": 0.5}}, ["exponent", "0.5 in this run"]),
