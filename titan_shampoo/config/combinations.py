@@ -28,6 +28,8 @@ def check_combinations(settings: Settings) -> None:
     _check_folders(settings)
     _check_data(settings)
     _check_model(settings)
+    _check_images(settings)
+    _check_schedule(settings)
     if settings["validation.enable"]:
         _check_windows(settings)
         _check_pipeline(settings)
@@ -56,6 +58,37 @@ def _check_model(settings: Settings) -> None:
     for key in _TRANSFORMER_ONLY:
         if settings["model.name"] == "resnet" and settings[key] > 1:
             raise settings.error(key, f'got {settings[key]}, but model.name = "resnet" needs 1')
+
+
+def _check_images(settings: Settings) -> None:
+    if settings["images.resize"] < settings["images.size"]:
+        wanted = f"expected at least images.size ({settings['images.size']})"
+        raise settings.error("images.resize", f"got {settings['images.resize']}, {wanted}")
+    if settings["images.mixup"] and settings["training.local_batch_size"] % 2:
+        got = settings["training.local_batch_size"]
+        raise settings.error("training.local_batch_size", f"got {got}, images.mixup needs pairs")
+
+
+# Two ways of saying one thing, of which at most one may be used.
+_EITHER = (
+    ("training.epochs", "training.steps"),
+    ("lr_scheduler.warmup_epochs", "lr_scheduler.warmup_steps"),
+    ("lr_scheduler.milestone_epochs", "lr_scheduler.milestones"),
+)
+_DECAY = ("decay_ratio", "decay_type", "min_lr_factor", "total_steps")
+
+
+def _check_schedule(settings: Settings) -> None:
+    for epochs, steps in _EITHER:
+        if settings.is_set(epochs) and settings.is_set(steps):
+            raise settings.error(epochs, f"is instead of {steps}; remove one of the two")
+    steps = settings["lr_scheduler.milestones"] or settings["lr_scheduler.milestone_epochs"]
+    for key in _DECAY:
+        if steps and settings.is_changed(f"lr_scheduler.{key}"):
+            problem = "is not read with milestones; remove it or them"
+            raise settings.error(f"lr_scheduler.{key}", problem)
+    if settings.is_changed("lr_scheduler.factor") and not steps:
+        raise settings.error("lr_scheduler.factor", "needs lr_scheduler.milestones")
 
 
 def _check_windows(settings: Settings) -> None:

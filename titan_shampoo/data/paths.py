@@ -6,6 +6,9 @@ from pathlib import Path
 PYTHON_STDLIB = "python_stdlib"
 """The source text of this Python's own standard library: real text on every machine."""
 
+DIGITS = "digits"
+"""scikit-learn's handwritten digits: real images on every machine."""
+
 
 def missing_path(source: str) -> str | None:
     """What is wrong with ``source`` if it is meant as a path and nothing is there, else None."""

@@ -20,6 +20,7 @@ from torchtitan.distributed import ParallelDims
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
+from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.initialization import unwrapped_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -63,6 +64,8 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
         self._device = params[0].device
+        decay = config.average_decay
+        self.average = None if decay is None else AveragedWeights(model_parts, decay)
         self._post_init(params, {"lr": config.lr})
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as every optimizer's
@@ -92,12 +95,13 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
 
     def state_dict(self) -> dict[str, Any]:
         """Live state as ``"<parameter>.<name>"``; what is loaded into these tensors is loaded."""
-        return {
+        state = {
             f"{name}.{key}": value
             for optimizer in self.optimizers
             for name, state in _state_by_name(optimizer)
             for key, value in state.items()
         }
+        return state | (self.average.state_dict() if self.average else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Accept a state that was loaded in place into the tensors of :meth:`state_dict`.

@@ -24,7 +24,9 @@ from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import LossFunction, TrainSpec
 
 from titan_shampoo.config.errors import ConfigError, nearest
+from titan_shampoo.data.mixup import MixedLabels
 from titan_shampoo.titan.metrics import Progress
+from titan_shampoo.titan.summary import summary_lines
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -56,10 +58,28 @@ class Trainer(torchtitan.train.Trainer):
                 f'model.flavor = "{flavor}": {job_config.model.name} has no such flavour, only '
                 f"{', '.join(recipe.model_args)}{nearest(flavor, recipe.model_args)}"
             )
+        if job_config.job.dry_run:
+            write_nothing(job_config)
         self._pipeline_loss: DividedLoss | None = None
         _register(job_config.model.name, self._adapted(recipe))
         with _replaced(torchtitan.train, "CheckpointManager", checkpoint_manager):
             super().__init__(job_config)
+
+        self.metrics_processor.count_skipped = lambda: self.dataloader.skipped.count
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Say what is about to be trained."""
+        lines = summary_lines(
+            self.job_config,
+            self.parallel_dims,
+            model_parts=self.model_parts,
+            optimizers=self.optimizers,
+            num_samples=self.dataloader.num_samples,
+            unit="images" if self.job_config.model.name == "resnet" else "windows",
+        )
+        for line in lines:
+            self.metrics_processor.say(line)
 
     def _adapted(self, recipe: TrainSpec) -> TrainSpec:
         """Give the pipeline a loss that can be divided, the validator this trainer's batches."""
@@ -95,6 +115,27 @@ class Trainer(torchtitan.train.Trainer):
                 return step(global_valid_tokens=1.0)
         num_replicas = self._num_averaged_replicas()
         return step(global_valid_tokens=global_valid_tokens / num_replicas) / num_replicas
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor | MixedLabels, dict[str, Tensor], dict[str, Any]]:
+        """Return the model's input, the loss's labels, and what else the model takes."""
+        weight = input_dict.pop("label_weight", None)
+        inputs, labels, *others = super().post_dataloading_process(input_dict, labels)
+        return inputs, labels if weight is None else MixedLabels(labels, weight), *others
+
+    def train_step(self, data_iterator: Iterable[Batch]) -> None:
+        """Take one step, and average the weights if the run does so."""
+        super().train_step(data_iterator)
+        if self.optimizers.average is not None:
+            self.optimizers.average.update(self.step)
+        self.metrics_processor.advance()
+
+    def should_continue_training(self) -> bool:
+        """Return whether there is another step to take; a dry run takes one."""
+        if self.job_config.job.dry_run:
+            return self.step < 1
+        return super().should_continue_training()
 
     def _num_averaged_replicas(self) -> int:
         """Over how many ranks gradients are averaged instead of summed: DDP's replicas."""
@@ -159,6 +200,16 @@ class DividedLoss:
             yield
         finally:
             self._divisor = 1.0
+
+
+def write_nothing(job_config: JobConfig) -> None:
+    """Switch off everything in ``job_config`` that leaves a file or a record elsewhere."""
+    job_config.checkpoint.enable = False
+    job_config.metrics.enable_tensorboard = False
+    job_config.metrics.enable_wandb = False
+    job_config.profiling.enable_profiling = False
+    job_config.profiling.enable_memory_snapshot = False
+    job_config.job.save_config_file = None
 
 
 def _register(name: str, recipe: TrainSpec) -> None:
