@@ -9,7 +9,16 @@ from titan_shampoo.config.limits import Limit
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.values import show
 
-_ADAPTIVE = {"Shampoo", "SOAP", "KLShampoo", "AdamW"}
+_TAPPED = {"Eva": "eva", "EvaF": "eva_f", "FOOF": "foof", "KFAC": "kfac"}
+"""Methods that look into layers, with their tables."""
+
+_LAYERS = {**_TAPPED, "EvaS": "eva_s"}
+
+# The layers' averages are of their AdamW fallback.
+_ADAPTIVE = {"Shampoo", "SOAP", "KLShampoo", "AdamW", *_LAYERS}
+
+_SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Pipeline schedules that leave out what layers measure in their backward pass."""
 
 _READ_BY = {
     "lr": {*_ADAPTIVE, "SGD"},
@@ -37,6 +46,11 @@ def check_methods(settings: Settings) -> None:
     _check_patterns(settings)
     for table in (_SHAMPOO, _SOAP, _KL_SHAMPOO, _SGD):
         _check_momentum(settings, table)
+    for name in _LAYERS.values():
+        _check_momentum(settings, f"optimizer.{name}", default=0.9)
+        _check_kl_clip(settings, f"optimizer.{name}")
+    _check_batch_mean(settings)
+    _check_schedule(settings)
     for table in (_SHAMPOO, _SOAP, _KL_SHAMPOO):
         _check_block_size(settings, table)
     for table in (_SHAMPOO, _KL_SHAMPOO):
@@ -74,12 +88,45 @@ def _check_patterns(settings: Settings) -> None:
             raise settings.error(name, f"not a regular expression: {error}") from None
 
 
-def _check_momentum(settings: Settings, table: str) -> None:
-    if settings[f"{table}.momentum"]:
+def _check_momentum(settings: Settings, table: str, default: float = 0.0) -> None:
+    momentum = settings[f"{table}.momentum"]
+    if default if momentum is None else momentum:
         return
     for key in ("nesterov", "dampening"):
         if settings[f"{table}.{key}"]:
             raise settings.error(f"{table}.{key}", f"needs {table}.momentum greater than 0")
+
+
+def _check_kl_clip(settings: Settings, table: str) -> None:
+    default = "none" if table == "optimizer.eva_s" else "kl_clip"
+    scaling = settings[f"{table}.scaling"] or default
+    if settings[f"{table}.kl_clip"] is not None and scaling != "kl_clip":
+        problem = f'is not read with {table}.scaling = "{scaling}"; remove one of the two'
+        raise settings.error(f"{table}.kl_clip", problem)
+
+
+def _check_batch_mean(settings: Settings) -> None:
+    scale, size = "optimizer.eva.kv_scale", "optimizer.eva.kv_batch_size"
+    if (settings[scale] == "batch_mean") != (settings[size] is not None):
+        blamed = scale if settings[size] is None else size
+        needed = f"{size} to be set" if settings[size] is None else f'{scale} = "batch_mean"'
+        raise settings.error(blamed, f"needs {needed}")
+
+
+def _check_schedule(settings: Settings) -> None:
+    """Taps are skipped, silently, by schedules that split the backward pass."""
+    key = "parallelism.pipeline_parallel_schedule"
+    if settings["parallelism.pipeline_parallel_degree"] == 1:
+        return
+    split = [name for name in _SPLIT_BACKWARD if name.lower() == settings[key].lower()]
+    methods = {settings["optimizer.name"], *_group_methods(settings)}
+    for method in sorted(methods & set(_TAPPED)):
+        if split:
+            problem = (
+                f'"{split[0]}" leaves out what {method} measures in layers; set it to "1F1B" or '
+                '"Interleaved1F1B"'
+            )
+            raise settings.error(key, problem)
 
 
 def _check_nesterov_of_sgd(settings: Settings) -> None:

@@ -7,7 +7,9 @@ text under a key is what ``--help`` prints. None means: not set.
 from dataclasses import dataclass, field
 from typing import Literal
 
-Method = Literal["Shampoo", "SOAP", "KLShampoo", "AdamW", "SGD"]
+Method = Literal[
+    "Shampoo", "SOAP", "KLShampoo", "Eva", "EvaF", "EvaS", "FOOF", "KFAC", "AdamW", "SGD"
+]
 
 
 @dataclass
@@ -150,6 +152,139 @@ class KLShampoo(GraftedBlocks):
 
 
 @dataclass
+class Layers:
+    """Keys of every method for layers; the library decides what is set neither here nor above."""
+
+    lr: float | None = None
+    """Learning rate; not set: optimizer.lr"""
+
+    weight_decay: float | None = None
+    """Weight decay; not set: optimizer.weight_decay"""
+
+    weight_decay_type: Literal["l2", "decoupled", "corrected", "independent"] | None = None
+    """How weight decay enters; not set: decoupled"""
+
+    damping: float | None = None
+    """Added to the curvature; not set: 0.3"""
+
+    damping_mode: Literal["absolute", "relative"] | None = None
+    """Damping as it is, or times the running mean of the curvature; not set: absolute"""
+
+    statistics_decay: float | None = None
+    """Weight of the old value in running averages; not set: 0.05"""
+
+    scaling: Literal["kl_clip", "norm", "kl_norm", "none"] | None = None
+    """
+    One factor for all layers: by kl_clip, to the length of the gradient, by the change of the
+    predictions, or none; not set: kl_clip
+    """
+
+    kl_clip: float | None = None
+    """Largest change of the predictions by one step, for scaling = "kl_clip"; not set: 1e-3"""
+
+    momentum: float | None = None
+    """Heavy-ball momentum of the preconditioned direction; not set: 0.9"""
+
+    dampening: float | None = None
+    """Dampening of the momentum; not set: 0"""
+
+    nesterov: bool | None = None
+    """Nesterov form of the momentum; not set: false"""
+
+    fallback: Literal["adamw", "sgd"] | None = None
+    """What steps all other parameters of this method; not set: adamw"""
+
+    fallback_lr: float | None = None
+    """Learning rate of the fallback where lr has its peak; not set: 1e-3"""
+
+    betas: list[float] | None = None
+    """Averaging of the AdamW fallback; not set: [optimizer.beta1, optimizer.beta2]"""
+
+    eps: float | None = None
+    """Epsilon of the AdamW fallback; not set: optimizer.eps"""
+
+    max_skipped: int | None = None
+    """Steps in a row that may have gradients that are not finite; not set: 20"""
+
+
+@dataclass
+class TappedLayers(Layers):
+    """Keys of the methods that look into layers."""
+
+    bias: Literal["joint", "separate"] | None = None
+    """Biases together with their weights, or with the fallback; not set: joint"""
+
+
+@dataclass
+class Eva(TappedLayers):
+    """Keys of ``[optimizer.eva]``."""
+
+    kv_scale: Literal["per_token", "batch_mean"] | None = None
+    """
+    Output gradients as they are summed, or divided by kv_batch_size as in published code; not set:
+    per_token
+    """
+
+    kv_batch_size: float | None = None
+    """The batch size that the damping was tuned for; only with batch_mean"""
+
+
+@dataclass
+class EvaF(TappedLayers):
+    """Keys of ``[optimizer.eva_f]``."""
+
+
+@dataclass
+class EvaS(Layers):
+    """Keys of ``[optimizer.eva_s]``."""
+
+    damping_mode: Literal["absolute", "relative"] | None = None
+    """Damping as it is, or times the running mean of the curvature; not set: relative"""
+
+    scaling: Literal["kl_clip", "norm", "kl_norm", "none"] | None = None
+    """One factor for all layers, beside each one's own; not set: none"""
+
+    merge: Literal["matrix", "none"] | None = None
+    """One mean for rows and one for columns, or one for each dim; not set: matrix"""
+
+
+@dataclass
+class FOOF(TappedLayers):
+    """Keys of ``[optimizer.foof]``."""
+
+    damping_mode: Literal["absolute", "relative"] | None = None
+    """Damping as it is, or times the mean eigenvalue of the curvature; not set: absolute"""
+
+    scaling: Literal["kl_clip", "norm", "none"] | None = None
+    """
+    One factor for all layers: by kl_clip, to the length of the gradient, or none; not set: kl_clip
+    """
+
+    factor_frequency: int | None = None
+    """Steps between two batches of which second moments are formed; not set: 1"""
+
+    precondition_frequency: int | None = None
+    """Steps between two inversions; not set: 10"""
+
+    max_factor_dim: int | None = None
+    """Size of the diagonal blocks that factors are cut into; not set: whole factors"""
+
+
+@dataclass
+class KFAC(FOOF):
+    """Keys of ``[optimizer.kfac]``."""
+
+    factored_damping: bool | None = None
+    """Split the damping between the factors, or add it to their product; not set: true"""
+
+    loss_normaliser: float | None = None
+    """
+    Samples of the global batch that the loss is the mean of; not set: the rows of each layer, right
+    for text; images need their batch size
+    """
+
+
+@dataclass
 class SGD:
     """Keys of ``[optimizer.sgd]``."""
 
@@ -195,6 +330,21 @@ class Optimizer:
 
     kl_shampoo: KLShampoo = field(default_factory=KLShampoo)
     """KL-Shampoo's own keys"""
+
+    eva: Eva = field(default_factory=Eva)
+    """Eva's own keys"""
+
+    eva_f: EvaF = field(default_factory=EvaF)
+    """Eva-f's own keys"""
+
+    eva_s: EvaS = field(default_factory=EvaS)
+    """Eva-s's own keys"""
+
+    foof: FOOF = field(default_factory=FOOF)
+    """FOOF's own keys"""
+
+    kfac: KFAC = field(default_factory=KFAC)
+    """K-FAC's own keys"""
 
     sgd: SGD = field(default_factory=SGD)
     """SGD's own keys"""

@@ -5,9 +5,10 @@ that casts and drops it. This one holds several optimizers per model part, and h
 to the checkpoint, keyed by parameter name, which are loaded in place.
 """
 
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,30 @@ from torchtitan.distributed import ParallelDims
 
 from titan_shampoo.block_optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, tables
+from titan_shampoo.layer_optimizer import LayerOptimizer
+from titan_shampoo.layer_optimizers import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.initialization import unwrapped_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
+LibraryOptimizer = BlockOptimizer | LayerOptimizer
+
 # Method -> class, its table in [optimizer], and which of its options the shared eps is.
-_BLOCK_METHODS: Mapping[str, tuple[Callable[..., BlockOptimizer], str, str]] = {
+_BLOCK_METHODS: Mapping[str, tuple[Callable[..., LibraryOptimizer], str, str]] = {
     "Shampoo": (Shampoo, "shampoo", "grafting_eps"),
     "SOAP": (SOAP, "soap", "eps"),
     "KLShampoo": (KLShampoo, "kl_shampoo", "grafting_eps"),
+}
+
+# The same of the methods whose step has one length for all layers, on all stages of a pipeline.
+_LAYER_METHODS: Mapping[str, tuple[Callable[..., LibraryOptimizer], str, str]] = {
+    "Eva": (Eva, "eva", "eps"),
+    "EvaF": (EvaF, "eva_f", "eps"),
+    "EvaS": (EvaS, "eva_s", "eps"),
+    "FOOF": (FOOF, "foof", "eps"),
+    "KFAC": (KFAC, "kfac", "eps"),
 }
 
 
@@ -51,15 +65,22 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         self.model_parts = model_parts
         self.optimizers = []
         self._step_seconds = 0.0
-        replicas = _replica_group(parallel_dims)
+        replicas, stages = _replica_group(parallel_dims), _stage_group(parallel_dims)
         for part in model_parts:
-            by_method = _grouped(part, config)
+            by_method = _grouped([part], config)
             if not by_method:
                 raise ConfigError(
                     "the model has no parameter that is trained; see optimizer.groups"
                 )
             for method, groups in by_method.items():
-                self.optimizers.append(_build(method, groups, config, replicas))
+                if method not in _LAYER_METHODS:
+                    self.optimizers.append(_build(method, groups, config, replicas))
+        for method, groups in _grouped(model_parts, config).items():
+            if method in _LAYER_METHODS:
+                own: dict[str, Any] = {"process_group": replicas, "pipeline_group": stages}
+                if method != "EvaS":
+                    own["model"] = model_parts
+                self.optimizers.append(_build_from_library(method, groups, config, own))
         params = [
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
@@ -85,7 +106,7 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         ``skipped_steps`` had a gradient that was not finite, ``failed_refreshes`` left a block its
         last good roots.
         """
-        methods = [o for o in self.optimizers if isinstance(o, BlockOptimizer)]
+        methods = [o for o in self.optimizers if isinstance(o, LibraryOptimizer)]
         failed = torch.tensor(sum(method.failed_refreshes for method in methods))
         if dist.is_initialized():
             failed = failed.to(self._device)
@@ -136,11 +157,20 @@ def _replica_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
     return alone
 
 
-def _grouped(part: nn.Module, config: Any) -> dict[str, list[dict[str, Any]]]:  # noqa: ANN401 - merged dataclass
+def _stage_group(parallel_dims: ParallelDims) -> dist.ProcessGroup | None:
+    """Ranks that hold the other stages of the pipeline, if there is one."""
+    return parallel_dims.get_mesh("pp").get_group() if parallel_dims.pp_enabled else None
+
+
+def _grouped(
+    parts: Sequence[nn.Module],
+    config: Any,  # noqa: ANN401 - merged dataclass
+) -> dict[str, list[dict[str, Any]]]:
     """Parameter groups by method: one per ``[[optimizer.groups]]``, and one for the rest."""
     claims = [*config.groups, tables.Group(pattern="")]
     members: list[NamedParameters] = [[] for _ in claims]
-    for wrapped_name, param in part.named_parameters():
+    named = itertools.chain.from_iterable(part.named_parameters() for part in parts)
+    for wrapped_name, param in named:
         name = unwrapped_name(wrapped_name)
         if param.requires_grad:
             index = next(i for i, claim in enumerate(claims) if re.search(claim.pattern, name))
@@ -164,7 +194,7 @@ def _build(
 ) -> Optimizer:
     """One optimizer, with its state allocated."""
     if method in _BLOCK_METHODS:
-        return _build_for_blocks(method, groups, config, replicas)
+        return _build_from_library(method, groups, config, {"process_group": replicas})
     implementation = {
         "fused": config.implementation == "fused",
         "foreach": config.implementation == "foreach",
@@ -189,14 +219,14 @@ def _build(
     return optimizer
 
 
-def _build_for_blocks(
+def _build_from_library(
     method: str,
     groups: list[dict[str, Any]],
     config: Any,  # noqa: ANN401 - merged dataclass
-    replicas: dist.ProcessGroup | None,
-) -> BlockOptimizer:
+    own: Mapping[str, Any],
+) -> LibraryOptimizer:
     """One of the library's optimizers; its own table beats the shared keys."""
-    build, table, shared_eps = _BLOCK_METHODS[method]
+    build, table, shared_eps = (_BLOCK_METHODS | _LAYER_METHODS)[method]
     options = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
@@ -205,20 +235,21 @@ def _build_for_blocks(
         **_library_options(getattr(config, table)),
     }
     try:
-        return build(groups, **options, process_group=replicas)
+        return build(groups, **options, **own)
     except ValueError as error:  # does not fit the parameters, which the configuration cannot know
         raise ConfigError(f"optimizer.{table}: {error}") from error
 
 
-def _library_options(table: tables.Blocks) -> dict[str, Any]:
+def _library_options(table: tables.Blocks | tables.Layers) -> dict[str, Any]:
     """The keys of a method's own table that are set, as the library takes them."""
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(table).items()
         if value is not None
     }
-    if options.get("grafting") == "none":
-        options["grafting"] = None
+    for key in ("grafting", "scaling"):
+        if options.get(key) == "none":
+            options[key] = None
     dtypes = {key: getattr(torch, v) for key, v in options.items() if key.endswith("_dtype")}
     return options | dtypes
 
@@ -243,7 +274,7 @@ def _allocate_state(optimizer: Optimizer) -> None:
 
 def _state_by_name(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """State of each parameter, by name."""
-    if isinstance(optimizer, BlockOptimizer):
+    if isinstance(optimizer, LibraryOptimizer):
         yield from optimizer.sharded_state().items()
         return
     for group in optimizer.param_groups:

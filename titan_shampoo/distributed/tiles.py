@@ -1,0 +1,160 @@
+"""Which tile of a layer's matrix this rank stores, and who holds the others.
+
+Methods with one statistic per layer leave the matrix where it lies: a rank works on its own tile,
+and only vectors and scalars travel. Everything is read off the parameter.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from titan_shampoo.distributed.layout import (
+    Interval,
+    Team,
+    _chunk,
+    _cut_order,
+    _group,
+    layout_of,
+)
+
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The box of one parameter on this rank, in global coordinates."""
+
+    ranges: tuple[Interval, ...]
+    """``[start, stop)`` of each dim that is stored here; may be empty."""
+    seen: tuple[Interval, ...]
+    """``[start, stop)`` of each dim that this rank computes with: what FSDP2 gathers."""
+    is_first: tuple[bool, bool]
+    """Whether no earlier rank holds the same rows, and the same columns (all dims but the first).
+
+    Of what several ranks hold, sums over the ranks take the first one's.
+    """
+    cut_dims: frozenset[int]
+    """Dims along which other ranks hold other ranges."""
+    team: Team
+    """Who holds the parameter."""
+    token_group: dist.ProcessGroup | None
+    """Ranks that compute the same part of the layer on other tokens; None for this one alone."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Ranks whose tiles are one copy of the parameter; None if it is whole here."""
+        return self.team.shard_group
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is stored here."""
+        return tuple(stop - start for start, stop in self.ranges)
+
+    def positions_in_seen(self, dims: slice) -> Tensor:
+        """Where the stored ranges of ``dims`` lie in what is seen of them, flat."""
+        seen = [stop - start for start, stop in self.seen[dims]]
+        inside = tuple(
+            slice(start - origin, stop - origin)
+            for (start, stop), (origin, _) in zip(self.ranges[dims], self.seen[dims], strict=True)
+        )
+        return torch.arange(math.prod(seen)).view(seen)[inside].flatten()
+
+
+def tile_of(
+    param: Tensor, replicas: dist.ProcessGroup | None, name: str, *, row_axes: Axes = ()
+) -> Tile:
+    """The tile of ``param`` on this rank.
+
+    Args:
+        param: A plain tensor or a DTensor.
+        replicas: Ranks that hold plain tensors as replicas, each with its own tokens.
+        name: Of the parameter, for errors.
+        row_axes: Axes of its mesh along which ranks have different tokens.
+
+    Raises:
+        ValueError: If a placement is neither a shard nor a replica.
+    """
+    team, _ = layout_of(param, replicas, name)
+    whole = tuple((0, size) for size in param.shape)
+    if not isinstance(param, DTensor):
+        return Tile(whole, whole, (True, True), frozenset(), team, team.replica_group)
+    mesh = param.device_mesh
+    cuts = _cuts(param)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a parameter lies on a mesh without this rank"
+    ranges, seen = list(whole), list(whole)
+    for axis, dim in cuts:
+        ranges[dim] = _chunk(ranges[dim], mesh.shape[axis], coordinate[axis])
+        if axis not in row_axes:
+            seen[dim] = _chunk(seen[dim], mesh.shape[axis], coordinate[axis])
+    return Tile(
+        ranges=tuple(ranges),
+        seen=tuple(seen),
+        is_first=(
+            all(coordinate[axis] == 0 for axis, dim in cuts if dim > 0),
+            all(coordinate[axis] == 0 for axis, dim in cuts if dim == 0),
+        ),
+        cut_dims=frozenset(dim for _, dim in cuts),
+        team=team,
+        token_group=_group(mesh, tuple(axis for axis in row_axes if mesh.shape[axis] > 1)),
+    )
+
+
+def _cuts(param: DTensor) -> list[tuple[int, int]]:
+    """Pairs (mesh axis, tensor dim) of what cuts ``param``, first cut first."""
+    sizes, placements = param.device_mesh.shape, param.placements
+    axes = [
+        axis for axis, p in enumerate(placements) if sizes[axis] > 1 and not p.is_replicate()
+    ]
+    order = _cut_order([(placements[axis], sizes[axis]) for axis in axes])
+    return [(axes[position], dim) for position, dim in order]
+
+
+def vector_tile(vector: Tensor, weight: Tensor, name: str) -> tuple[Interval, bool] | None:
+    """Which entries of a layer's bias are stored here, and whether no earlier rank has the same.
+
+    None if its ranks are not those of ``weight``, so that the two cannot be worked on together.
+
+    Args:
+        vector: The bias, ``(d_out,)``.
+        weight: ``(d_out, ...)`` of the same layer.
+        name: Of the bias, for errors.
+    """
+    if not isinstance(vector, DTensor) or not isinstance(weight, DTensor):
+        same_kind = isinstance(vector, DTensor) == isinstance(weight, DTensor)
+        return ((0, vector.shape[0]), True) if same_kind else None
+    if vector.device_mesh != weight.device_mesh:
+        return None
+    own = {axis for axis, _ in _cuts(vector)}
+    axes = {axis for axis, _ in _cuts(weight)}
+    coordinate = vector.device_mesh.get_coordinate()
+    assert coordinate is not None, "a parameter lies on a mesh without this rank"
+    (interval,) = tile_of(vector, None, name).ranges
+    rows = tile_of(weight, None, name).ranges[0]
+    inside = rows[0] <= interval[0] and interval[1] <= rows[1]
+    if not own <= axes or not (inside or interval[0] == interval[1]):
+        return None
+    return interval, all(coordinate[axis] == 0 for axis in axes - own)
+
+
+def all_reduce_together(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """The sums of ``tensors`` over the ranks of ``group``, by one collective for all of them.
+
+    Args:
+        tensors: Of one dtype, contiguous or not; of the same shapes on all ranks.
+        group: None for this rank alone, which returns them as they are.
+    """
+    if group is None or not tensors:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = zip(flat.split(sizes), tensors, strict=True)
+    return [part.view(tensor.shape) for part, tensor in parts]

@@ -1,0 +1,117 @@
+"""K-FAC (Martens & Grosse 2015) and FOOF (Benzing 2022): curvature that is a Kronecker product.
+
+With ``A`` the second moment of a layer's inputs and ``B`` that of the gradients at its output,
+
+    FOOF              P = G (A + y I)^-1
+    K-FAC, factored   P = (B + sqrt(y) / pi I)^-1 G (A + sqrt(y) pi I)^-1,  pi^2 = (tr A / i) / (tr B / o)
+    K-FAC, exact      P = Q_B [(Q_B^T G Q_A) / (d_B d_A^T + y)] Q_A^T
+
+All functions work on stacks ``(n, ...)`` of blocks of equal shape. A factor cut into diagonal blocks
+preconditions each block of the matrix by the two blocks that belong to it.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Damping = Literal["factored", "exact"]
+
+SMALLEST_DAMPING = 1e-30
+"""So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
+
+
+def state_shapes(
+    shape: tuple[int, int], kind: Damping | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of what :func:`refreshed` gives for one block; kind None for FOOF."""
+    rows, columns = shape
+    if kind is None:
+        return {"right_inverse": (columns, columns)}
+    if kind == "factored":
+        return {"left_inverse": (rows, rows), "right_inverse": (columns, columns)}
+    return {
+        "left_basis": (rows, rows),
+        "left_values": (rows,),
+        "right_basis": (columns, columns),
+        "right_values": (columns,),
+        "damping": (),
+    }
+
+
+def refreshed(
+    left: Tensor | None, right: Tensor, damping: Tensor, kind: Damping, *, is_relative: bool
+) -> State:
+    """What :func:`direction` needs of the factors; not finite where they cannot be inverted.
+
+    Args:
+        left: ``B``, ``(n, o, o)``; None for FOOF.
+        right: ``A``, ``(n, i, i)``.
+        damping: Greater than zero, ``(n,)``.
+        is_relative: Whether ``y`` is the damping times the mean eigenvalue of the curvature.
+        kind: How K-FAC is damped.
+    """
+    if is_relative:
+        scale = _mean_eigenvalue(right)
+        scale = scale if left is None else scale * _mean_eigenvalue(left)
+        damping = (damping * scale).clamp(min=SMALLEST_DAMPING)
+    if left is None:
+        return {"right_inverse": damped_inverse(right, damping)}
+    if kind == "exact":
+        left_values, left_basis = torch.linalg.eigh(left)
+        right_values, right_basis = torch.linalg.eigh(right)
+        return {
+            "left_basis": left_basis,
+            "left_values": left_values.clamp(min=0),
+            "right_basis": right_basis,
+            "right_values": right_values.clamp(min=0),
+            "damping": damping,
+        }
+    ratio = _trace_ratio(left, right)
+    root = damping.sqrt()
+    return {
+        "left_inverse": damped_inverse(left, root / ratio),
+        "right_inverse": damped_inverse(right, root * ratio),
+    }
+
+
+def direction(state: State, grad: Tensor) -> Tensor:
+    """Preconditioned gradients, ``(n, o, i)``.
+
+    Args:
+        state: From :func:`refreshed`.
+        grad: ``(n, o, i)``.
+    """
+    if "left_basis" in state:
+        left, right = state["left_basis"], state["right_basis"]
+        spectrum = state["left_values"].unsqueeze(2) * state["right_values"].unsqueeze(1)
+        rotated = left.mT @ grad @ right / (spectrum + state["damping"].view(-1, 1, 1))
+        return left @ rotated @ right.mT
+    preconditioned = grad @ state["right_inverse"]
+    return state["left_inverse"] @ preconditioned if "left_inverse" in state else preconditioned
+
+
+def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+    """``(F + y I)^-1`` by Cholesky; NaN where that is not positive definite.
+
+    Args:
+        factor: Symmetric, ``(n, d, d)``.
+        damping: Greater than zero, ``(n,)``.
+    """
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    triangle, failed = torch.linalg.cholesky_ex(damped)
+    inverse = torch.cholesky_inverse(triangle)
+    return torch.where((failed == 0).view(-1, 1, 1), inverse, torch.nan)
+
+
+def _trace_ratio(left: Tensor, right: Tensor) -> Tensor:
+    """``pi``, ``(n,)``; 1 where a trace is zero."""
+    over, under = _mean_eigenvalue(right), _mean_eigenvalue(left)
+    usable = (over > 0) & (under > 0)
+    return torch.where(usable, over / torch.where(usable, under, 1.0), 1.0).sqrt()
+
+
+def _mean_eigenvalue(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -1,0 +1,456 @@
+"""What Eva and its relatives share: torch.optim.Optimizer outside, a step for layers inside.
+
+Nothing distributed has to be configured but pipelines: meshes and placements are read off the
+parameters, how gradients are reduced off FSDP2.
+"""
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_shampoo.block_optimizer import _check_state, _copy_state, _named
+from titan_shampoo.distributed.layout import local_gradient, local_tensor
+from titan_shampoo.distributed.tiles import tile_of, vector_tile
+from titan_shampoo.fallback import NOT_MULTIPLIED, adamw_step, empty_state
+from titan_shampoo.functional.heavy_ball import move_
+from titan_shampoo.layer import Layer, decayed, motion_of
+from titan_shampoo.layer_options import check_layer_options
+from titan_shampoo.layer_step import LayerStep
+from titan_shampoo.statistics import TappedLayer, tap, untapped
+from titan_shampoo.statistics.layers import unwrapped_name
+
+logger = logging.getLogger(__name__)
+
+Model = nn.Module | Sequence[nn.Module]
+"""A model, or the parts of a pipeline that are on this rank."""
+
+_FIXED_KEYS = ("params", "param_names", "method")
+"""Keys of a parameter group that a loaded state does not change."""
+
+_NOT_COPIED = ("_step", "_process_group", "_pipeline_group", "_fallback", "_tapped")
+"""Attributes that are made anew in a copy; process groups cannot be pickled."""
+
+
+class LayerOptimizer(torch.optim.Optimizer):
+    """A method for whole layers, with a diagonal method for all other parameters.
+
+    A subclass names its method and its options, and makes its step.
+    """
+
+    method: ClassVar[str]
+    moments: ClassVar[Literal["none", "input", "both"] | None]
+    """Second moments that taps collect; None for a method that needs no taps."""
+    shape_options: ClassVar[tuple[str, ...]] = ("bias",)
+    """Options that give state its shape: a state with others cannot be loaded."""
+
+    skipped_steps: int
+    """Steps that changed nothing because a gradient or a statistic was not finite."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        model: Model | None,
+        process_group: dist.ProcessGroup | None,
+        pipeline_group: dist.ProcessGroup | None,
+    ) -> None:
+        self._models = _parts(model)
+        self._process_group, self._pipeline_group = process_group, pipeline_group
+        self._begin()
+        super().__init__(params, defaults | {"method": self.method})
+        self._is_complete = True
+        if self.moments is None and any("param_names" not in g for g in self.param_groups):
+            warnings.warn(
+                "without names, embeddings and output heads cannot be told from other matrices "
+                "and are preconditioned; pass model.named_parameters()",
+                stacklevel=3,
+            )
+        self._build()
+
+    def _begin(self) -> None:
+        self.skipped_steps = self._skipped_in_a_row = 0
+        self._is_complete = self._is_checked = False
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; the state of those already here is kept.
+
+        Raises:
+            ValueError: If an option is impossible or a parameter is not real-valued.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("peak_lr", float(group["lr"]))
+        try:
+            check_layer_options(self.param_groups)
+            for name, param in _named(group):
+                if param.is_complex():
+                    raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
+                                     "pass torch.view_as_real of it")  # fmt: skip
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._is_complete:
+            self._is_checked = False
+            self._build()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
+        """Take one step and return what ``closure`` returned.
+
+        Parameters without a gradient do not move and do not age. If any gradient or statistic on
+        any rank is not finite, nothing changes on any rank and ``skipped_steps`` grows.
+
+        Raises:
+            RuntimeError: On all ranks, after ``max_skipped`` skipped steps in a row, or in the
+                first step, if layers have a gradient that their taps did not see.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = self._local_gradients()
+        norms = dict(zip(grads, _norms(grads.values()), strict=True))
+        try:
+            if self._may_step(norms.values()):
+                if self._step is not None:
+                    self._step.observe()
+                    self._check_taps(grads)
+                    self._step.step(grads, norms)
+                self._step_others(grads)
+        finally:
+            self._reset_taps()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients and what has been measured since the last step."""
+        super().zero_grad(set_to_none)
+        self._reset_taps()
+
+    @property
+    def failed_refreshes(self) -> int:
+        """Inverses on this rank that kept their last good values, since the start."""
+        return 0 if self._step is None else self._step.failed_refreshes
+
+    def layer_metrics(self) -> dict[str, dict[str, Tensor]]:
+        """``rho`` and ``cosine`` of each preconditioned layer in the last step, on the device.
+
+        ``rho`` is the curvature over the damping: far below 1, the method does nothing but scale
+        the gradient. ``cosine`` is that of the angle between direction and gradient. To be called
+        by all ranks of a layer: Eva-f without a scale has not summed them up yet.
+        """
+        return {} if self._step is None else self._step.metrics()
+
+    def sharded_state(self) -> dict[str, dict[str, Tensor]]:
+        """All state by parameter name, as live tensors to save and to load in place.
+
+        For distributed checkpoints: every tensor is global, and its key and shape depend neither
+        on the rank nor on the mesh.
+        """
+        state = {
+            name: dict(self.state[param])
+            for group in self.param_groups
+            for name, param in self._named(group)
+        }
+        for number, layer in enumerate(self._step.layers if self._step is not None else ()):
+            assert self._step is not None
+            own = {key: state[layer.name].pop(key) for key in self._step.state(number)}
+            assert own is not None
+            state[layer.name] |= self._step.sharded_state(number)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned on the same layout of ranks; dtypes are kept.
+
+        Raises:
+            ValueError: If the state is of another method, of other parameters or of other shapes.
+                Nothing is changed then.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        self._check_groups(groups)
+        pairs = [
+            (name, self.state[param], saved.get(index, {}))
+            for group, old in zip(self.param_groups, groups, strict=True)
+            for (name, param), index in zip(self._named(group), old["params"], strict=True)
+        ]
+        for name, mine, other in pairs:
+            _check_state(name, mine, other)
+        for _, mine, other in pairs:
+            _copy_state(mine, other)
+        for group, old in zip(self.param_groups, groups, strict=True):
+            group.update({key: value for key, value in old.items() if key not in _FIXED_KEYS})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but process groups; the model is copied or pickled along."""
+        kept = ("_models", "skipped_steps", "_skipped_in_a_row")
+        return super().__getstate__() | {key: getattr(self, key) for key in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tap the copied model and put the state into its place."""
+        super().__setstate__(state)
+        skipped = self.skipped_steps, self._skipped_in_a_row
+        self._begin()
+        self.skipped_steps, self._skipped_in_a_row = skipped
+        self._process_group = self._pipeline_group = None
+        self._is_complete = True
+        self._build()
+
+    # Who is preconditioned
+
+    def _build(self) -> None:
+        """Find the layers, allocate all state, and carry over what was there before."""
+        before = dict(self.state)
+        self.state = defaultdict(dict)
+        names = self._names_in_models()
+        self._named_params = {
+            param: (names.get(param, name) if "param_names" not in group else name)
+            for group in self.param_groups
+            for name, param in _named(group)
+        }
+        self._groups_of = {p: group for group in self.param_groups for p in group["params"]}
+        params = list(self._groups_of)
+        self._device = local_tensor(params[0]).device if params else torch.device("cpu")
+        layers = self._tapped_layers() if self.moments is not None else self._plain_layers()
+        joined = {param for layer in layers for param in (layer.weight, layer.bias)}
+        self._fallback: dict[int, list[Tensor]] = {}
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._step = self._make_step(layers) if layers else None
+        for number, layer in enumerate(layers):
+            assert self._step is not None
+            self.state[layer.weight] = self._step.state(number)
+            for param in (layer.weight, layer.bias):
+                if param in self._step.momentum:
+                    self.state[param]["momentum"] = self._step.momentum[param]
+        for param in params:
+            if param not in joined:
+                self._allocate_other(param)
+        for param, state in before.items():
+            _copy_state(self.state[param], state)
+
+    def _names_in_models(self) -> dict[Tensor, str]:
+        return {param: name for model in self._models for name, param in model.named_parameters()}
+
+    def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        return ((self._named_params[param], param) for param in group["params"])
+
+    def _multiplies(self, param: Tensor | None) -> bool:
+        """Whether a parameter is ours and is not looked up in or chosen from by its name."""
+        name = None if param is None else self._named_params.get(param)
+        return name is not None and NOT_MULTIPLIED.search(name) is None
+
+    def _tapped_layers(self) -> list[Layer]:
+        """The layers of the model whose inputs and outputs can be seen."""
+        assert self.moments is not None
+        layers = []
+        self._tapped: list[TappedLayer] = []
+        for model in self._models:
+            ours = {
+                unwrapped_name(name, model)
+                for name, module in model.named_modules()
+                if self._multiplies(module._parameters.get("weight"))
+            }
+            tapped = tap(model, moments=self.moments, skip=lambda name: name not in ours)
+            layers += [self._layer(one.weight, one) for one in tapped]
+            self._tapped += tapped
+            self._say_what_is_left_out(model, tapped)
+        return layers
+
+    def _say_what_is_left_out(self, model: nn.Module, tapped: Sequence[TappedLayer]) -> None:
+        """Log which of our matrices have no statistics, and why."""
+        params = {name: param for param, name in self._named_params.items()}
+        for name, reason in untapped(model, tapped).items():
+            if name in params and self._multiplies(params[name]):
+                fallback = self._groups_of[params[name]]["fallback"]
+                logger.warning("%s is stepped by %s: it %s", name, fallback, reason)
+
+    def _plain_layers(self) -> list[Layer]:
+        """Every matrix that is multiplied, for methods that need gradients only."""
+        self._tapped = []
+        return [
+            self._layer(param, None)
+            for param in self._named_params
+            if self._multiplies(param) and sum(size != 1 for size in param.shape) >= 2
+        ]
+
+    def _layer(self, weight: Tensor, tapped: TappedLayer | None) -> Layer:
+        name, options = self._named_params[weight], self._groups_of[weight]
+        row_axes = () if tapped is None else tapped.sharding.row_axes
+        tile = tile_of(weight, self._replicas(), name, row_axes=row_axes)
+        # DDP may be wrapped around the model that we know.
+        divisor = 1.0 if tile.token_group is None else float(tile.token_group.size())
+        if tapped is not None and isinstance(weight, DTensor):
+            divisor = tapped.sharding.gradient_divisor
+        bias = None if tapped is None or options["bias"] == "separate" else tapped.bias
+        if bias is None or self._groups_of.get(bias) is not options:
+            return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor)
+        place = vector_tile(bias, weight, name)
+        if place is None:
+            raise ValueError(f"{name}: its bias is stored on other ranks than the weight; "
+                             "set bias='separate'")  # fmt: skip
+        return Layer(name, weight, bias, options, tile, *place, tapped, divisor)
+
+    def _replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold plain tensors: the given group, else all."""
+        if self._process_group is None and dist.is_initialized():
+            return dist.group.WORLD
+        return self._process_group
+
+    # Everything else
+
+    def _allocate_other(self, param: Tensor) -> None:
+        options = self._groups_of[param]
+        self._fallback.setdefault(id(options), []).append(param)
+        if options["fallback"] == "adamw":
+            self.state[param] = empty_state(param)
+        elif options["momentum"] > 0:
+            self._buffers[param] = torch.zeros_like(param)
+            self.state[param] = {"momentum": self._buffers[param]}
+
+    def _step_others(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """AdamW, or SGD as the layers have it, for what is not preconditioned."""
+        for group in self.param_groups:
+            moving = [param for param in self._fallback.get(id(group), []) if param in grads]
+            if not moving:
+                continue
+            mine = [grads[param] for param in moving]
+            lr = _fallback_lr(group)
+            if group["fallback"] == "adamw":
+                states = [self.state[param] for param in moving]
+                adamw_step(moving, mine, states, group | {"lr": lr})
+            else:
+                options = group | {"lr": lr}
+                directions = [grad.clone() for grad in decayed(moving, mine, options)]
+                local = [local_tensor(param) for param in moving]
+                buffers = [local_tensor(self._buffers[p]) for p in moving if p in self._buffers]
+                move_(local, directions, buffers, motion_of(options))
+
+    # Whether to step
+
+    def _local_gradients(self) -> dict[Tensor, Tensor]:
+        """This rank's part of every gradient that is there."""
+        grads = {}
+        for param, name in self._named_params.items():
+            grad = local_gradient(param)
+            if grad is not None and grad.is_sparse:
+                raise ValueError(f"{name}: got a sparse gradient, wanted a dense one; "
+                                 "set sparse=False in its module")  # fmt: skip
+            if grad is not None:
+                grads[param] = grad
+        return grads
+
+    def _may_step(self, norms: Iterable[Tensor]) -> bool:
+        """Decide for all ranks alike whether this step is taken: one all-reduce of one element.
+
+        Raises:
+            RuntimeError: After too many skipped steps in a row.
+        """
+        self._check_not_scaled()
+        statistics = [] if self._step is None else _norms(self._step.statistics())
+        kinds = [norm.to(self._device) for norm in (*norms, *statistics)]
+        bad = torch.zeros((), device=self._device)
+        if kinds:
+            finite = torch.stack([norm.isfinite() for norm in kinds]).all()
+            bad = torch.where(finite, bad, 1.0)
+        if dist.is_initialized():
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self._all_ranks())
+        if not bad:
+            self._skipped_in_a_row = 0
+            return True
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        logger.warning("step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
+        if self._skipped_in_a_row >= self.param_groups[0]["max_skipped"]:
+            raise RuntimeError(f"{self._skipped_in_a_row} steps in a row had a gradient that "
+                               "is not finite; lower lr, or raise max_skipped")  # fmt: skip
+        return False
+
+    def _all_ranks(self) -> dist.ProcessGroup | None:
+        """The ranks that train this model: those of plain tensors, if there is nothing else."""
+        if self._pipeline_group is not None:
+            return None
+        sharded = any(isinstance(param, DTensor) for param in self._named_params)
+        return None if sharded else self._process_group
+
+    def _check_not_scaled(self) -> None:
+        """Refuse a GradScaler, which unscales gradients but not what was measured in backward."""
+        if self.moments is not None and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError("GradScaler: the statistics of layers are taken of the scaled loss "
+                               "and cannot be scaled back; train in bfloat16 without one")  # fmt: skip
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """So that a GradScaler shows itself."""
+        return self.moments is not None
+
+    def _check_taps(self, grads: Mapping[Tensor, Tensor]) -> None:
+        """In the first step: refuse layers that were trained unseen, on all ranks alike."""
+        if self._is_checked or self._step is None:
+            return
+        self._is_checked = True
+        trained = {layer.name for layer in self._step.layers if layer.weight in grads}
+        unseen = [name for name in self._step.unseen() if name in trained]
+        count = torch.tensor(float(len(unseen)), device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self._all_ranks())
+        if count:
+            which = unseen[0] if unseen else "a layer of another pipeline stage"
+            raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
+                               "the optimizer before the first forward pass")  # fmt: skip
+
+    def _reset_taps(self) -> None:
+        for tapped in self._tapped:
+            tapped.reset()
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ValueError if saved parameter groups do not fit these."""
+        counts = [len(group["params"]) for group in self.param_groups]
+        others = [len(group["params"]) for group in groups]
+        if counts != others:
+            raise ValueError(f"param_groups: the state has {others} parameters, wanted {counts}")
+        for group, other in zip(self.param_groups, groups, strict=True):
+            names = zip(group.get("param_names", ()), other.get("param_names", ()), strict=False)
+            for mine, theirs in names:
+                if mine != theirs:
+                    raise ValueError(f"{mine}: the state has {theirs!r} in its place")
+            method, wanted = other.get("method"), group["method"]
+            if method != wanted:
+                raise ValueError(f"the state is of method {method!r}, wanted {wanted!r}")
+            for key in self.shape_options:
+                if other[key] != group[key]:
+                    raise ValueError(f"{key}: the state has {other[key]!r}, got {group[key]!r}; "
+                                     f"set {key} = {other[key]!r}")  # fmt: skip
+
+
+def _parts(model: Model | None) -> list[nn.Module]:
+    if model is None:
+        return []
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
+def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The norm of each tensor; where squares overflow, so would everything that follows."""
+    some = list(tensors)
+    wide = any(tensor.dtype == torch.float64 for tensor in some)
+    dtype = torch.float64 if wide else torch.float32
+    return list(torch._foreach_norm(some, 2, dtype=dtype)) if some else []
+
+
+def _fallback_lr(options: Mapping[str, Any]) -> float:
+    """The learning rate of the diagonal method, on the schedule of that of the layers."""
+    own, lr, peak = options["fallback_lr"], float(options["lr"]), float(options["peak_lr"])
+    if own is None:
+        return lr
+    return float(own) * lr / peak if peak else 0.0

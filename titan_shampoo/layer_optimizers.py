@@ -1,0 +1,318 @@
+"""The public optimizers that look into layers: Eva, Eva-f, Eva-s, FOOF and K-FAC.
+
+Their curvature comes from a layer's inputs and output gradients, or from the marginal means of the
+gradient itself. Eva and its two relatives invert it in closed form: a step costs little more than
+SGD's.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from titan_shampoo.functional.scaling import Scaling
+from titan_shampoo.kronecker_step import KroneckerStep
+from titan_shampoo.layer import Layer
+from titan_shampoo.layer_optimizer import LayerOptimizer, Model
+from titan_shampoo.layer_step import LayerStep
+from titan_shampoo.rank_one_step import RankOneStep
+
+__all__ = ["FOOF", "KFAC", "Eva", "EvaF", "EvaS"]
+
+WeightDecay = Literal["l2", "decoupled", "corrected", "independent"]
+DampingMode = Literal["absolute", "relative"]
+
+
+class Eva(LayerOptimizer):
+    """Eva (Zhang et al. 2023, ICLR): K-FAC with the mean input and output gradient of each layer.
+
+    Linear and Conv2d layers of ``model`` are preconditioned, all other parameters, embeddings and
+    output heads are stepped by the fallback. To be constructed when the model is sharded and
+    compiled, where it computes, and before its first forward pass. Copies and pickles of the
+    optimizer take the model along: copy or pickle the two together.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or groups: parameters of ``model``.
+        lr: Learning rate, at least zero.
+        model: Whose layers are looked into, or the parts of a pipeline on this rank.
+        damping: Added to the curvature, greater than zero.
+        weight_decay: At least zero.
+        statistics_decay: Weight of the old value in the running averages of inputs and output
+            gradients, in [0, 1).
+        kl_clip: Largest change of the predictions by one step, greater than zero; for
+            ``scaling="kl_clip"``.
+        kv_scale: ``"per_token"`` takes the output gradients as they are summed; ``"batch_mean"``
+            divides them by ``kv_batch_size``, as published code does.
+        kv_batch_size: The batch size that the damping was tuned for; for ``"batch_mean"``.
+        damping_mode: ``"absolute"``, or ``"relative"`` to the running mean of the curvature.
+        scaling: ``"kl_clip"``, ``"norm"`` (as long as the gradient), ``"kl_norm"`` or None: one
+            factor for all layers.
+        momentum: Heavy ball on the direction, in [0, 1).
+        dampening: Share of the direction kept out of the heavy ball, in [0, 1].
+        nesterov: Look ahead along the heavy ball.
+        weight_decay_type: ``"l2"`` adds to the gradient, ``"decoupled"`` shrinks by ``lr *
+            weight_decay``, ``"corrected"`` by that times ``lr / peak_lr``, ``"independent"`` by
+            ``weight_decay * lr / peak_lr``; all but ``"l2"`` through the heavy ball.
+        bias: ``"joint"`` solves for weight and bias together where both are in one group;
+            ``"separate"`` leaves biases to the fallback.
+        fallback: ``"adamw"`` or ``"sgd"`` (with this momentum and weight decay).
+        fallback_lr: Learning rate of the fallback where ``lr`` has its peak; it follows the
+            schedule of ``lr``. None: ``lr``.
+        betas: Of the AdamW fallback.
+        eps: Of the AdamW fallback.
+        max_skipped: Steps in a row that may have gradients that are not finite.
+        process_group: Ranks that hold plain tensors as replicas; None for all ranks.
+        pipeline_group: Ranks that hold the other stages of a pipeline, to scale them alike.
+
+    Raises:
+        ValueError: For an impossible option, a complex parameter, a partial placement, or a layer
+            that cannot be looked into.
+    """
+
+    method = "Eva"
+    moments = "none"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        model: Model,
+        statistics_decay: float = 0.05,
+        kl_clip: float = 1e-3,
+        kv_scale: Literal["per_token", "batch_mean"] = "per_token",
+        kv_batch_size: float | None = None,
+        damping_mode: DampingMode = "absolute",
+        scaling: Scaling | None = "kl_clip",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        bias: Literal["joint", "separate"] = "joint",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return RankOneStep(layers, "input_output", self._pipeline_group)
+
+
+class EvaF(LayerOptimizer):
+    """Eva-f (Zhang et al. 2023, arXiv 2308.02123): FOOF with the mean input of each layer.
+
+    Args:
+        params: As for :class:`Eva`, and so are all options that are not named here.
+        damping: Added to the curvature ``|a|^2`` of the mean input.
+    """
+
+    method = "EvaF"
+    moments = "none"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        model: Model,
+        statistics_decay: float = 0.05,
+        kl_clip: float = 1e-3,
+        damping_mode: DampingMode = "absolute",
+        scaling: Scaling | None = "kl_clip",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        bias: Literal["joint", "separate"] = "joint",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return RankOneStep(layers, "input", self._pipeline_group)
+
+
+class EvaS(LayerOptimizer):
+    """Eva-s (Zhang et al. 2023, arXiv 2308.02123): Shampoo with the means of the gradient.
+
+    Needs no model. Every matrix is preconditioned, by its own marginal means, and its direction has
+    the length of its gradient.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or groups. All options that are not named here
+            are as for :class:`Eva`.
+        damping: Added to the curvature ``|v_1|^2 |v_2|^2 ...``.
+        damping_mode: ``"relative"`` to the running mean of the curvature by default: means of
+            gradients are so small that any absolute damping would leave nothing but the gradient.
+        statistics_decay: Weight of the old value in that running mean.
+        merge: ``"matrix"`` (first dim by all others), or ``"none"``: one mean for each dim.
+        scaling: Beside each direction's own.
+    """
+
+    method = "EvaS"
+    moments = None
+    shape_options = ()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        statistics_decay: float = 0.05,
+        kl_clip: float = 1e-3,
+        damping_mode: DampingMode = "relative",
+        merge: Literal["matrix", "none"] = "matrix",
+        scaling: Scaling | None = None,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), None, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return RankOneStep(layers, "gradient", self._pipeline_group)
+
+
+class FOOF(LayerOptimizer):
+    """FOOF (Benzing 2022, arXiv 2201.12250): gradients times the inverse second moment of inputs.
+
+    Args:
+        params: As for :class:`Eva`, and so are all options that are not named here.
+        damping: Added to the second moment.
+        damping_mode: ``"relative"``: to the mean eigenvalue of the second moment.
+        factor_frequency: Steps between two batches of which second moments are formed.
+        precondition_frequency: Steps between two inversions.
+        max_factor_dim: Factors are cut into diagonal blocks of this size; None for whole ones.
+    """
+
+    method = "FOOF"
+    moments = "input"
+    shape_options = ("bias", "max_factor_dim")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        model: Model,
+        statistics_decay: float = 0.05,
+        factor_frequency: int = 1,
+        precondition_frequency: int = 10,
+        max_factor_dim: int | None = None,
+        kl_clip: float = 1e-3,
+        damping_mode: DampingMode = "absolute",
+        scaling: Literal["kl_clip", "norm"] | None = "kl_clip",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        bias: Literal["joint", "separate"] = "joint",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return KroneckerStep(
+            layers,
+            two_sided=False,
+            replicas=self._replicas(),
+            pipeline_group=self._pipeline_group,
+        )
+
+
+class KFAC(LayerOptimizer):
+    """K-FAC (Martens & Grosse 2015): second moments of inputs and of output gradients.
+
+    Args:
+        params: As for :class:`FOOF`, and so are all options that are not named here.
+        damping: ``y``, added to the curvature.
+        damping_mode: ``"relative"``: to the product of the mean eigenvalues of both moments.
+        factored_damping: Whether the damping is split between the factors, with their traces, so
+            that inverses are kept; else eigenvectors are kept, and the damping is exact.
+        loss_normaliser: How many samples, or valid tokens, of the global batch the loss is the mean
+            of. None for the number of rows of each layer, which is right for linear layers on
+            text; images with convolutions need their batch size.
+    """
+
+    method = "KFAC"
+    moments = "both"
+    shape_options = ("bias", "max_factor_dim", "factored_damping")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        damping: float = 0.3,
+        weight_decay: float = 0.0,
+        *,
+        model: Model,
+        statistics_decay: float = 0.05,
+        factor_frequency: int = 1,
+        precondition_frequency: int = 10,
+        max_factor_dim: int | None = None,
+        factored_damping: bool = True,
+        loss_normaliser: float | None = None,
+        kl_clip: float = 1e-3,
+        damping_mode: DampingMode = "absolute",
+        scaling: Literal["kl_clip", "norm"] | None = "kl_clip",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay_type: WeightDecay = "decoupled",
+        bias: Literal["joint", "separate"] = "joint",
+        fallback: Literal["adamw", "sgd"] = "adamw",
+        fallback_lr: float | None = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_skipped: int = 20,
+        process_group: dist.ProcessGroup | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return KroneckerStep(
+            layers,
+            two_sided=True,
+            replicas=self._replicas(),
+            pipeline_group=self._pipeline_group,
+        )
+
+
+def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the arguments of a constructor."""
+    others = ("self", "params", "model", "process_group", "pipeline_group", "__class__")
+    return {key: value for key, value in arguments.items() if key not in others}

@@ -1,0 +1,70 @@
+"""Which values the options of a parameter group of Eva and its relatives may have.
+
+Every rank has the same options, so every rank refuses the same ones, before any collective.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from titan_shampoo.options import CHOICES as SHARED_CHOICES
+from titan_shampoo.options import LIMITS as SHARED_LIMITS
+from titan_shampoo.options import Limit
+
+_POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
+_AVERAGING: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
+_STEPS: Limit = (lambda x: isinstance(x, int) and x >= 1, "at least 1")
+
+_LIMITS: dict[str, Limit] = {
+    **{key: SHARED_LIMITS[key] for key in (
+        "lr", "weight_decay", "momentum", "dampening", "max_skipped", "max_failures")},
+    "betas": (lambda x: len(x) == 2 and 0 <= x[0] < 1 and 0 <= x[1] < 1, "two numbers in [0, 1)"),
+    "eps": _POSITIVE,
+    "damping": _POSITIVE,
+    "statistics_decay": _AVERAGING,
+    "kl_clip": _POSITIVE,
+    "loss_normaliser": (lambda x: x is None or x > 0, "greater than 0"),
+    "kv_batch_size": (lambda x: x is None or x > 0, "greater than 0"),
+    "fallback_lr": (lambda x: x is None or x >= 0, "at least 0"),
+    "factor_frequency": _STEPS,
+    "precondition_frequency": _STEPS,
+    "max_factor_dim": (lambda x: x is None or (isinstance(x, int) and x >= 1), "at least 1"),
+}  # fmt: skip
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_decay_type": SHARED_CHOICES["weight_decay_type"],
+    "damping_mode": ("absolute", "relative"),
+    "kv_scale": ("per_token", "batch_mean"),
+    "scaling": ("kl_clip", "norm", "kl_norm", None),
+    "bias": ("joint", "separate"),
+    "merge": ("matrix", "none"),
+    "fallback": ("adamw", "sgd"),
+    "factored_damping": (True, False),
+}
+
+_OF_THE_WHOLE_STEP = ("scaling", "kl_clip", "max_skipped")
+"""Options that all groups share, as one number is formed of all layers."""
+
+
+def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what is impossible in the last of ``groups``, alone or beside the first.
+
+    Raises:
+        ValueError: Naming the option, what was got and what is wanted.
+    """
+    options = groups[-1]
+    for key, (holds, wanted) in _LIMITS.items():
+        if key in options and not holds(options[key]):
+            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
+    for key, choices in _CHOICES.items():
+        if key in options and options[key] not in choices:
+            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
+    for key in ("nesterov", "dampening"):
+        if options[key] and options["momentum"] == 0:
+            raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
+    if options.get("kv_scale") == "batch_mean" and options["kv_batch_size"] is None:
+        raise ValueError("kv_batch_size: got None with kv_scale='batch_mean', wanted the batch "
+                         "size that the damping was tuned for")  # fmt: skip
+    for key in _OF_THE_WHOLE_STEP:
+        if key in options and options[key] != groups[0][key]:
+            raise ValueError(f"{key}: got {options[key]!r} in one group and {groups[0][key]!r} in "
+                             "another, wanted the same, as the step has one length")  # fmt: skip

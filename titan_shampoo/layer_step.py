@@ -1,0 +1,184 @@
+"""What the steps of all methods for layers share: settings on the device, sums, moved parameters."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.distributed.tiles import all_reduce_together
+from titan_shampoo.functional.heavy_ball import Motion, move_, move_by_buffers_, rank_one_
+from titan_shampoo.functional.scaling import Scaling, global_scale
+from titan_shampoo.layer import Layer, decayed
+
+MAX_KEPT = 1000
+"""Vectors of settings that are kept on the device; schedules change them without end."""
+
+Grads = Mapping[Tensor, Tensor]
+
+
+class LayerStep:
+    """State and step of the layers that one method preconditions.
+
+    Args:
+        layers: What is preconditioned.
+        pipeline_group: Ranks with the other stages of a pipeline; None without one.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], pipeline_group: dist.ProcessGroup | None
+    ) -> None:
+        self.layers = list(layers)
+        self.device = layers[0].weight.device
+        wide = any(layer.dtype == torch.float64 for layer in layers)
+        self.dtype = torch.float64 if wide else torch.float32
+        """Of scalars."""
+        self._pipeline_group = pipeline_group
+        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self.momentum = {
+            param: torch.zeros_like(param, memory_format=torch.contiguous_format)
+            for layer in layers
+            if layer.options["momentum"] > 0
+            for param in (layer.weight, layer.bias)
+            if param is not None
+        }
+
+    def observe(self) -> None:
+        """Take what the layers have measured since they were reset."""
+        raise NotImplementedError
+
+    def step(self, grads: Grads, norms: Grads) -> None:
+        """One step for the layers whose local gradients are given, with their norms."""
+        raise NotImplementedError
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """State of the weight of one layer on this rank, by names without ranks."""
+        raise NotImplementedError
+
+    def sharded_state(self, number: int) -> dict[str, Tensor]:
+        """The same as global tensors, which do not depend on the mesh."""
+        return self.state(number)
+
+    def statistics(self) -> list[Tensor]:
+        """What this rank's layers have summed since they were reset."""
+        raise NotImplementedError
+
+    def unseen(self) -> list[str]:
+        """Layers in which no rank measured anything that was last taken; asks the device."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, dict[str, Tensor]]:
+        """Numbers of the last step by layer, 0-dim."""
+        raise NotImplementedError
+
+    @property
+    def failed_refreshes(self) -> int:
+        """Inverses on this rank that were not taken since the start."""
+        return 0
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """How the whole step is scaled; the same in all groups."""
+        scaling: Scaling | None = self.layers[0].options["scaling"]
+        return scaling
+
+    def option(self, name: str) -> Tensor:
+        """One option of each layer, ``(layers,)``."""
+        return self.constant([layer.options[name] for layer in self.layers])
+
+    def constant(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers of the host on the device; kept, as schedules change few of them."""
+        key = tuple(map(float, numbers))
+        if key not in self._constants:
+            if len(self._constants) >= MAX_KEPT:
+                self._constants.clear()
+            self._constants[key] = torch.tensor(key, dtype=self.dtype, device=self.device)
+        return self._constants[key]
+
+    def summed_over_tiles(self, table: Tensor) -> Tensor:
+        """Scalars of whole layers, ``(layers, k)``: one all-reduce for each group of tiles."""
+        numbers: dict[Any, list[int]] = defaultdict(list)
+        for number, layer in enumerate(self.layers):
+            numbers[layer.tile.group].append(number)
+        rows = list(table)
+        for group, some in numbers.items():
+            sums = all_reduce_together([rows[number] for number in some], group)
+            for number, row in zip(some, sums, strict=True):
+                rows[number] = row
+        return torch.stack(rows)
+
+    def scale_of_all_stages(self, sums: Tensor) -> Tensor:
+        """The global scale, 0-dim.
+
+        Args:
+            sums: Numerator and denominator over the layers of this stage, ``(2,)``.
+        """
+        assert self.scaling is not None, "there is nothing to scale by"
+        if self._pipeline_group is not None:
+            constant = sums[:1].clone()
+            dist.all_reduce(sums, group=self._pipeline_group)
+            if self.scaling != "norm":  # then the numerator is a constant and no sum
+                sums = torch.cat([constant, sums[1:]])
+        return global_scale(self.scaling, sums)
+
+    def decayed(self, grads: Grads) -> Grads:
+        """The gradients with coupled weight decay."""
+        return {
+            param: decayed([param], [grads[param]], layer.options)[0]
+            for layer in self.layers
+            for param in (layer.weight, layer.bias)
+            if param in grads
+        }
+
+    def decays_gradients(self) -> bool:
+        """Whether any group has coupled weight decay."""
+        return any(layer.options["weight_decay_type"] == "l2" for layer in self.layers)
+
+
+class Moves:
+    """The parameters of one group that a step moves, gathered to be moved together."""
+
+    def __init__(self, motion: Motion) -> None:
+        self.motion = motion
+        self._whole: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._fused: list[tuple[Tensor, Tensor]] = []
+
+    def add_rank_one(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        left: Tensor,
+        right: Tensor,
+        factor: Tensor,
+        momentum: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Take the direction ``factor grad - left right^T`` of ``param``."""
+        motion = self.motion
+        buffer = local_tensor(momentum[param]) if motion.momentum else None
+        if buffer is not None and motion.fuses(buffer, grad):
+            target, keep = buffer.view(grad.shape), motion.keep
+            rank_one_(target, grad, left * keep, right, factor * keep, beta=motion.momentum)
+            self._fused.append((local_tensor(param), buffer))
+        else:
+            target = torch.empty_like(grad)
+            self.add_whole(param, rank_one_(target, grad, left, right, factor, beta=0), momentum)
+
+    def add_whole(
+        self, param: Tensor, direction: Tensor, momentum: Mapping[Tensor, Tensor]
+    ) -> None:
+        """Take a direction that is stored; it is changed."""
+        local = local_tensor(param)
+        buffer = local_tensor(momentum[param]) if self.motion.momentum else direction
+        self._whole.append((local, direction.view(local.shape), buffer))
+
+    def finish(self) -> None:
+        """Move all of them."""
+        move_by_buffers_(*_columns(self._fused, 2), self.motion)
+        move_(*_columns(self._whole, 3), self.motion)
+
+
+def _columns(rows: Sequence[tuple[Tensor, ...]], width: int) -> list[list[Tensor]]:
+    return [[row[column] for row in rows] for column in range(width)]

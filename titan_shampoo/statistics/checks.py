@@ -1,0 +1,102 @@
+"""What cannot be measured, said before it is missed: every other failure of a tap is silent."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from titan_shampoo.statistics.layers import TappedLayer, unwrapped_name
+
+SPLIT_BACKWARD_SCHEDULES = frozenset({"interleavedzerobubble", "zbvzerobubble", "dualpipev"})
+"""Pipeline schedules that differentiate by weights apart, and by weights alone: not by leaves."""
+
+
+def check_schedule(schedule: object) -> None:
+    """Refuse pipeline schedules that would leave the taps out, at times or always.
+
+    Args:
+        schedule: A schedule, its class or its name.
+
+    Raises:
+        ValueError: If it is one of ``SPLIT_BACKWARD_SCHEDULES``.
+    """
+    if not isinstance(schedule, str):
+        schedule = (schedule if isinstance(schedule, type) else type(schedule)).__name__
+    if schedule.lower().removeprefix("schedule") in SPLIT_BACKWARD_SCHEDULES:
+        raise ValueError(
+            f"pipeline schedule {schedule}: its split backward passes skip the statistics of "
+            "layers; use 1F1B or Interleaved1F1B"
+        )
+
+
+def check_counts(
+    layers: Sequence[TappedLayer],
+    counts: Sequence[float] | None = None,
+    expected_rows: Mapping[str, int] | None = None,
+) -> None:
+    """Refuse layers that were trained unseen; reads from the device, so for the first step only.
+
+    Args:
+        layers: What ``tap`` returned.
+        counts: Number of rows of each layer, added up over the ranks; without it those of this
+            rank, and then one rank can raise where another does not.
+        expected_rows: By name, how many rows layers should have seen.
+
+    Raises:
+        RuntimeError: If a tap saw nothing although its weight has a gradient, or saw other than
+            the expected number of rows.
+    """
+    if counts is None:
+        counts = torch.stack([layer.input_sum[-1].cpu() for layer in layers]).tolist()
+    for layer, count in zip(layers, counts, strict=True):
+        if count == 0 and layer.weight.grad is not None:
+            raise RuntimeError(
+                f"{layer.name}: its weight has a gradient, but its tap saw no rows; tap the model "
+                "before its first forward pass, and skip layers whose forward is not called"
+            )
+        wanted = count if expected_rows is None else expected_rows.get(layer.name, count)
+        if count != wanted:
+            raise RuntimeError(f"{layer.name}: its tap saw {count:.0f} rows, want {wanted}")
+
+
+def untapped(model: nn.Module, layers: Sequence[TappedLayer]) -> dict[str, str]:
+    """Why the trained parameters of two and more dims are not the weight of a tapped layer.
+
+    Args:
+        model: What was tapped.
+        layers: What ``tap`` returned.
+
+    Returns:
+        A clause for each such parameter, by its name, to complete "... has no statistics: it".
+    """
+    tapped = {id(layer.module) for layer in layers}
+    users = Counter(id(param) for module in model.modules() for param in _own(module).values())
+    reasons = {}
+    for prefix, module in model.named_modules():
+        for name, param in _own(module).items():
+            if param.dim() < 2 or not param.requires_grad:
+                continue
+            if name == "weight" and id(module) in tapped:
+                continue
+            path = f"{prefix}.{name}" if prefix else name
+            reasons[unwrapped_name(path, model)] = _reason(module, param, users[id(param)])
+    return reasons
+
+
+def _reason(module: nn.Module, param: nn.Parameter, num_users: int) -> str:
+    kind = type(module).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
+    if num_users > 1:
+        return f"is shared by {num_users} modules"
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return "was skipped"
+    if param.dim() == 3 and not isinstance(module, nn.Conv1d):
+        return (
+            f"is a stack of matrices in {kind}, which multiplies by them inside its own forward, "
+            "where a tap does not reach"
+        )
+    return f"belongs to {kind}, which is neither a linear layer nor a 2-d convolution"
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in module._parameters.items() if param is not None}

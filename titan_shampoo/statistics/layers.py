@@ -1,0 +1,234 @@
+"""Which layers are tapped, and what has been measured of each.
+
+layers = tap(model)              # before the first forward pass
+loss.backward()                  # any number of times
+layers[0].input_sum              # sums over the rows this rank has seen since
+layers[0].reset()
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from titan_shampoo.statistics.sharding import (
+    NO_DATA_PARALLELISM,
+    DataParallelism,
+    LayerSharding,
+    compute_device,
+    data_parallelism,
+    layer_sharding,
+    local_size,
+)
+from titan_shampoo.statistics.sums import patches_of
+from titan_shampoo.statistics.tap import LEAVES, Leaves, attach, is_tapped
+
+Moments = Literal["none", "input", "both"]
+
+# What torch.compile and activation checkpointing put into a name.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+class TappedLayer:
+    """The statistics of one layer: sums over the rows that this rank has seen since ``reset``.
+
+    A row is one application of the weight: a token of a linear layer, one position of one sample of
+    a convolution. All sums are float32, or float64 for float64 parameters. ``output_sum`` is the
+    gradient at the bias, whether or not the layer has one, of the loss *as it is differentiated on
+    this rank*: what is done to gradients afterwards (``sharding.gradient_divisor``, unscaling) must
+    be done to it as well.
+
+    The matrix of a convolution is ``(d_out, channels_in / groups * kernel height * kernel width)``.
+    With groups, its input statistics are the mean over the groups, so that they fit the weight.
+
+    Under tensor parallelism ``input_sum`` and ``output_sum`` describe the part of the weight on
+    this rank (see ``sharding``); the moments always the whole input and output.
+    """
+
+    name: str
+    """Of the module, without the wrappers that compilation and checkpointing put around it."""
+    module: nn.Module
+    sharding: LayerSharding
+    """Which axes of the mesh of ``weight`` cut rows, inputs and outputs."""
+
+    def __init__(self, name: str, module: nn.Module, data: Mapping[str, DataParallelism]) -> None:
+        self.name = name
+        self.module = module
+        self._data = data
+        self.sharding = layer_sharding(self.weight, data["weight"])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}: {tuple(self.weight.shape)})"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """What ranks store of the weight that the module has now; FSDP2 replaces it."""
+        weight = self._stored("weight")
+        assert weight is not None
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What ranks store of the bias that the module has now."""
+        return self._stored("bias")
+
+    def _stored(self, name: str) -> nn.Parameter | None:
+        param = self.module._parameters[name]
+        return param if param is None else self._data[name].stored(param)
+
+    @property
+    def leaves(self) -> Leaves:
+        """The tensors whose gradients are the sums."""
+        leaves = getattr(self.module, LEAVES)
+        assert isinstance(leaves, Leaves)
+        return leaves
+
+    @property
+    def input_sum(self) -> Tensor:
+        """``[sum of the inputs; number of rows]``, ``(d_in + 1,)``."""
+        return _sum_of(self.leaves.input)
+
+    @property
+    def output_sum(self) -> Tensor:
+        """Sum of the gradients at the output, ``(d_out,)``."""
+        return _sum_of(self.leaves.output)
+
+    @property
+    def input_moment(self) -> Tensor | None:
+        """Sum of ``x x^T``, ``(d_in, d_in)``, with a bias of ``[x; 1] [x; 1]^T``, one larger.
+
+        None while moments are not collected.
+        """
+        return self._moment(self.leaves.input_moment)
+
+    @property
+    def output_moment(self) -> Tensor | None:
+        """Sum of ``g g^T`` over the gradients at the output, ``(d_out, d_out)``; None likewise."""
+        return self._moment(self.leaves.output_moment)
+
+    @property
+    def collects_moments(self) -> bool:
+        """Whether backward passes form the moments that were asked for; False to begin with.
+
+        To be set between a backward pass and the next forward pass. Compiled models have one graph
+        for each value, compiled when it is first needed and kept.
+        """
+        return self.leaves.collects_moments
+
+    @collects_moments.setter
+    def collects_moments(self, value: bool) -> None:
+        self.leaves.collects_moments = value
+
+    def reset(self) -> None:
+        """Begin anew, and free the moments."""
+        leaves = self.leaves
+        for leaf in (leaves.input, leaves.output, leaves.input_moment, leaves.output_moment):
+            if leaf is not None:
+                leaf.grad = None
+
+    def _moment(self, leaf: Tensor | None) -> Tensor | None:
+        if leaf is None or not self.collects_moments:
+            return None
+        return _sum_of(leaf)
+
+
+def tap(
+    model: nn.Module,
+    *,
+    moments: Moments = "none",
+    skip: Callable[[str], bool] | None = None,
+) -> list[TappedLayer]:
+    """Tap every linear layer and 2-D convolution that is trained; return them in model order.
+
+    To be called once the model is sharded and where it computes, before its first forward pass;
+    a second call finds the taps of the first and fits them to what has become of the model.
+    Layers whose weight is shared with another module (tied) are left out, as are frozen ones.
+
+    Args:
+        model: The whole model, or a part of a pipeline.
+        moments: Which second moments can be collected beside the sums (``collects_moments``).
+        skip: Says of a module's name whether to leave it out.
+
+    Raises:
+        ValueError: If a layer cannot be tapped: a forward replaced on the instance, a convolution
+            under tensor parallelism.
+    """
+    data = data_parallelism(model)
+    users = Counter(id(param) for module in model.modules() for param in _own_parameters(module))
+    layers = []
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Linear | nn.Conv2d) or weight is None:
+            continue
+        clean = unwrapped_name(name, model)
+        if users[id(weight)] > 1 or not weight.requires_grad or (skip and skip(clean)):
+            continue
+        by_name = {
+            key: data.get((id(module), key), NO_DATA_PARALLELISM) for key in ("weight", "bias")
+        }
+        layer = TappedLayer(clean, module, by_name)
+        _tap_layer(layer, moments)
+        layers.append(layer)
+    return layers
+
+
+def unwrapped_name(name: str, model: nn.Module) -> str:
+    """The name of a module of ``model`` without compilation, checkpointing and DDP in it."""
+    parts = name.split(".")
+    if isinstance(model, DistributedDataParallel) and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def _tap_layer(layer: TappedLayer, moments: Moments) -> None:
+    """Attach the leaves of ``layer``, or fit those it has to its weight."""
+    module, sharding = layer.module, layer.sharding
+    if isinstance(module, nn.Conv2d):
+        if sharding.input_axes or sharding.output_axes:
+            raise ValueError(
+                f"{layer.name}: a convolution under tensor parallelism cannot be tapped; shard it "
+                "with FSDP2 only, or skip it"
+            )
+        patches = patches_of(module)
+    else:
+        patches = None
+    leaves = layer.leaves if is_tapped(module) else Leaves(layer.name, patches)
+    attach(module, leaves)
+    weight = layer.weight
+    d_out, d_in = weight.shape[0], weight[0].numel()
+    leaves.has_bias = layer.bias is not None
+    constant = int(leaves.has_bias)
+    shapes: dict[str, tuple[int, ...]] = {
+        "input": (local_size(d_in, weight, sharding.input_axes) + 1,),
+        "output": (local_size(d_out, weight, sharding.output_axes),),
+    }
+    if moments != "none":
+        shapes["input_moment"] = (d_in + constant, d_in + constant)
+    if moments == "both":
+        shapes["output_moment"] = (d_out, d_out)
+    for name in ("input", "output", "input_moment", "output_moment"):
+        setattr(leaves, name, _fitting(getattr(leaves, name, None), shapes.get(name), weight))
+
+
+def _fitting(leaf: Tensor | None, shape: tuple[int, ...] | None, weight: Tensor) -> Tensor | None:
+    """``leaf`` if it fits, else a new one: zeros of one element, of ``shape``."""
+    if shape is None:
+        return None
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    device = compute_device(weight)
+    if leaf is not None and (leaf.shape, leaf.dtype, leaf.device) == (shape, dtype, device):
+        return leaf
+    return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
+
+
+def _sum_of(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        leaf.grad = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+    return leaf.grad
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [param for param in module._parameters.values() if param is not None]

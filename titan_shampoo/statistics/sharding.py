@@ -1,0 +1,178 @@
+"""Which mesh axes cut a layer's rows, inputs and outputs, read off its weight.
+
+Under FSDP2 and HSDP a rank computes with the whole weight and its own rows. Under tensor
+parallelism the ranks share the rows and cut the weight: column-wise its outputs, row-wise its
+inputs. Both meet in one DTensor, whose placements alone do not say which axis is which.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.replicate import DDP, replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+ParameterKey = tuple[int, str]
+"""Identity of a module, and the name of a parameter in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallelism:
+    """How FSDP2, HSDP or DDP treat a parameter."""
+
+    mesh: DeviceMesh | None = None
+    """What FSDP2 and HSDP put it on; None for DDP and for nothing."""
+    gradient_divisor: float = 1.0
+    """By what the sum of the gradients over the ranks is divided."""
+    record: Any = None
+    """FSDP2's own record of the parameter."""
+
+    def stored(self, param: nn.Parameter) -> nn.Parameter:
+        """What ranks store of ``param``, which a module has now.
+
+        After a forward pass without a backward pass (evaluation), FSDP2 can leave the whole
+        parameter in the module, which has no gradient and is in no optimizer.
+        """
+        if self.record is None or self.record.sharded_state.name == "SHARDED":
+            return param
+        return self.record.sharded_param
+
+
+NO_DATA_PARALLELISM = DataParallelism()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSharding:
+    """Roles of the axes of the mesh of a layer's weight; none for a plain tensor.
+
+    Ranks along an axis in none of them see the same rows, inputs and outputs.
+    """
+
+    row_axes: tuple[int, ...] = ()
+    """Ranks along these have different rows (tokens, samples), and the sums add up over them."""
+    input_axes: tuple[int, ...] = ()
+    """Along these the input is cut: ranks see the same rows, and each its own part of them."""
+    output_axes: tuple[int, ...] = ()
+    """Along these the output is cut."""
+    gradient_divisor: float = 1.0
+    """By what gradients are divided when they are added up over the ranks that have different rows.
+
+    The gradient is that of the summed losses of these ranks, divided by this; so the sum of
+    ``output_sum`` over them divided by this is the bias gradient, and ``output_moment`` is to be
+    divided by its square.
+    """
+
+
+def layer_sharding(weight: Tensor, data: DataParallelism) -> LayerSharding:
+    """How the layer of ``weight`` is cut.
+
+    Args:
+        weight: ``(d_out, d_in, ...)``.
+        data: How FSDP2, HSDP or DDP treat it.
+    """
+    if not isinstance(weight, DTensor):
+        return LayerSharding(gradient_divisor=data.gradient_divisor)
+    row_axes = _axes_of(data.mesh, weight.device_mesh)
+    cut_dims = {
+        axis: placement.dim
+        for axis, placement in enumerate(weight.placements)
+        if axis not in row_axes and isinstance(placement, Shard)
+    }
+    return LayerSharding(
+        row_axes=row_axes,
+        input_axes=tuple(axis for axis, dim in cut_dims.items() if dim == 1),
+        output_axes=tuple(axis for axis, dim in cut_dims.items() if dim == 0),
+        gradient_divisor=data.gradient_divisor,
+    )
+
+
+def data_parallelism(model: nn.Module) -> dict[ParameterKey, DataParallelism]:
+    """How FSDP2, HSDP or DDP treat the parameters of ``model``; those left alone are left out."""
+    found: dict[ParameterKey, DataParallelism] = {}
+    for module in model.modules():
+        replicas = _num_ddp_replicas(module)
+        if replicas is not None:
+            replicated = DataParallelism(gradient_divisor=replicas)
+            for owner in module.modules():
+                found |= {(id(owner), name): replicated for name in owner._parameters}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            found |= _fully_sharded(module)
+    return found
+
+
+def _fully_sharded(unit: FSDPModule) -> dict[ParameterKey, DataParallelism]:
+    """How FSDP2 treats the parameters that it manages in one of its units."""
+    found = {}
+    for group, param in _managed(unit):
+        mesh = param.mesh_info.mesh
+        divisor = group.gradient_divide_factor
+        data = DataParallelism(mesh, float(mesh.size() if divisor is None else divisor), param)
+        owners = param._module_info
+        found[id(owners.module), owners.param_name] = data
+        for owner, name in zip(owners.shared_modules, owners.shared_param_names, strict=True):
+            found[id(owner), name] = data
+    return found
+
+
+def _managed(unit: FSDPModule) -> Iterator[tuple[Any, Any]]:
+    """FSDP2's records: pairs of a group of parameters and a parameter in it."""
+    state = unit._get_fsdp_state()
+    # A unit had at most one group in torch before 2.13.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is not None:
+            yield from ((group, param) for param in group.fsdp_params)
+
+
+def _num_ddp_replicas(module: nn.Module) -> int | None:
+    """Over how many ranks DDP, as a wrapper or composable, averages gradients; None without it."""
+    if isinstance(module, DistributedDataParallel):
+        return module.process_group.size()
+    if not isinstance(module, DDP):
+        return None
+    state: Any = replicate.state(module)
+    if state.has_initialized:
+        return state._ddp.process_group.size()
+    mesh, group = (state._init_kwargs.get(name) for name in ("device_mesh", "process_group"))
+    if mesh is not None:
+        return mesh.size()
+    return dist.get_world_size(group)
+
+
+def local_size(size: int, weight: Tensor, axes: tuple[int, ...]) -> int:
+    """How much of a dim of ``size`` this rank has when ``axes`` of the weight's mesh cut it."""
+    if not axes:
+        return size
+    assert isinstance(weight, DTensor)
+    for axis in axes:
+        chunk = -(-size // weight.device_mesh.size(axis))
+        before = chunk * weight.device_mesh.get_local_rank(axis)
+        size = max(0, min(chunk, size - before))
+    return size
+
+
+def compute_device(weight: Tensor) -> torch.device:
+    """Where a layer computes: with offloaded parameters not where its weight is."""
+    if not isinstance(weight, DTensor) or weight.is_meta:
+        return weight.device
+    kind = weight.device_mesh.device_type
+    if kind == weight.device.type:
+        return weight.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _axes_of(part: DeviceMesh | None, whole: DeviceMesh) -> tuple[int, ...]:
+    """The axes of ``whole`` that are those of ``part``; FSDP2 puts its own first."""
+    if part is None:
+        return ()
+    if whole.mesh_dim_names and part.mesh_dim_names:
+        names = set(part.mesh_dim_names)
+        return tuple(axis for axis, name in enumerate(whole.mesh_dim_names) if name in names)
+    return tuple(range(part.ndim))

@@ -1,0 +1,127 @@
+"""Sums over the rows of a layer: what its taps add up in every backward pass.
+
+A row is one application of the weight: a token of a linear layer, one position of one sample of a
+convolution. All sums are exact in the sense that they are formed in float32 (float64 for float64
+parameters) whatever the precision of the activations.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Patches(NamedTuple):
+    """How a convolution cuts its input into patches; the input of a row is one patch."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    """Left, right, top, bottom."""
+    padding_mode: str
+    groups: int
+
+
+def patches_of(conv: nn.Conv2d) -> Patches:
+    """The patches of ``conv``."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return Patches(
+        _pair(conv.kernel_size),
+        _pair(conv.stride),
+        _pair(conv.dilation),
+        (left, right, top, bottom),
+        "constant" if conv.padding_mode == "zeros" else conv.padding_mode,
+        conv.groups,
+    )
+
+
+def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tensor:
+    """``[sum of x; number of rows]`` over the rows ``x`` of a layer's input, ``(d_in + 1,)``.
+
+    Patches are linear in the image, so those of the summed image are summed: one image is
+    unfolded, not the batch. With groups, the mean over the groups is the input of the row.
+
+    Args:
+        input: ``(..., d_in)``, or images ``(n, channels, h, w)`` of a convolution.
+        num_rows: Number of rows, of no dims; has the dtype of the result.
+        patches: Of a convolution; None for a linear layer.
+    """
+    if patches is None:
+        total = input.reshape(-1, input.shape[-1]).sum(0, dtype=num_rows.dtype)
+    else:
+        image = _images(input).sum(0, keepdim=True, dtype=num_rows.dtype)
+        total = _unfolded(image, patches).sum((0, 1, 3)) / patches.groups
+    return torch.cat([total, num_rows[None]])
+
+
+def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Tensor:
+    """The sum over the rows of the gradients at a layer's output, ``(d_out,)``: its bias gradient.
+
+    Args:
+        grad: ``(..., d_out)``, or ``(n, d_out, h, w)`` of a convolution.
+        dtype: Of the result.
+        patches: Of a convolution; None for a linear layer.
+    """
+    if patches is None:
+        return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
+    return _images(grad).sum((0, 2, 3), dtype=dtype)
+
+
+def input_moment(
+    input: Tensor, dtype: torch.dtype, patches: Patches | None, *, with_bias: bool
+) -> Tensor:
+    """The sum over the rows ``x`` of ``x x^T``, ``(d_in, d_in)``; with groups, the mean over them.
+
+    Args:
+        input: As in ``input_sum``.
+        dtype: Of the result.
+        patches: Of a convolution; None for a linear layer.
+        with_bias: Rows are ``[x; 1]``, the result is ``(d_in + 1, d_in + 1)``.
+    """
+    if patches is None:
+        rows, num_groups = input.reshape(-1, input.shape[-1]).to(dtype), 1
+    else:
+        unfolded = _unfolded(_images(input).to(dtype), patches)
+        rows, num_groups = unfolded.transpose(2, 3).flatten(0, 2), patches.groups
+    moment = rows.T @ rows
+    if with_bias:
+        sums = rows.sum(0)
+        corner = sums.new_full((1,), rows.shape[0])
+        moment = torch.cat(
+            [torch.cat([moment, sums[None]]), torch.cat([sums, corner])[:, None]], dim=1
+        )
+    return moment / num_groups if num_groups > 1 else moment
+
+
+def output_moment(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Tensor:
+    """The sum of ``g g^T`` over the rows ``g``, ``(d_out, d_out)``; arguments as ``output_sum``."""
+    if patches is not None:
+        grad = _images(grad).permute(0, 2, 3, 1)
+    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    return rows.T @ rows
+
+
+def num_rows(grad: Tensor, patches: Patches | None) -> int:
+    """The number of rows behind the output gradient ``grad``."""
+    return grad.numel() // grad.shape[-1 if patches is None else -3]
+
+
+def _unfolded(images: Tensor, patches: Patches) -> Tensor:
+    """The patches of ``images``, ``(n, groups, d_in, positions)``."""
+    padded = functional.pad(images, patches.padding, mode=patches.padding_mode)
+    columns = functional.unfold(
+        padded, patches.kernel_size, dilation=patches.dilation, stride=patches.stride
+    )
+    return columns.unflatten(1, (patches.groups, -1))
+
+
+def _images(tensor: Tensor) -> Tensor:
+    """``tensor`` with its batch dim, which convolutions allow to be left out."""
+    return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width

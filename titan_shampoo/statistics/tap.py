@@ -1,0 +1,200 @@
+"""The tap: an identity after a layer's operation whose backward pass adds up statistics.
+
+Its backward pass returns sums over the rows of the layer's input, and of the gradient at its
+output, as the gradients of *leaves*: tensors of zeros that are neither parameters nor buffers.
+Autograd then does all book-keeping: sums accumulate over microbatches and over calls of a shared
+module, forward passes that are repeated (activation checkpointing) or never differentiated
+(evaluation) count nothing, and compilers see an ordinary differentiable function. Hooks on modules
+or tensors fail one or the other. The input is what the layer keeps for its own weight gradient, so
+a tap costs no memory.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from titan_shampoo.statistics.sums import (
+    Patches,
+    input_moment,
+    input_sum,
+    num_rows,
+    output_moment,
+    output_sum,
+)
+
+LEAVES = "curvature_leaves"
+"""Attribute of a tapped module."""
+
+
+class Leaves:
+    """Zeros whose gradients are the sums of one layer.
+
+    Leaves of moments are zeros of one element, expanded: they take no memory.
+
+    Args:
+        name: Of the layer, for errors.
+        patches: Of a convolution; None for a linear layer.
+    """
+
+    input: Tensor
+    """``(d_in + 1,)``, the part of the input that this rank sees."""
+    output: Tensor
+    """``(d_out,)``, the part of the output that this rank sees."""
+    input_moment: Tensor | None
+    """``(d_in, d_in)``, or ``(d_in + 1, d_in + 1)`` with a bias; the whole input."""
+    output_moment: Tensor | None
+    """``(d_out, d_out)``; the whole output."""
+
+    def __init__(self, name: str, patches: Patches | None) -> None:
+        self.name = name
+        self.patches = patches
+        self.has_bias = False
+        self.collects_moments = False
+
+
+def attach(module: nn.Module, leaves: Leaves) -> None:
+    """Tap ``module`` from its next forward pass on.
+
+    Its forward is replaced on the instance, by a method of one function that all layers share:
+    torch.compile guards on exactly that, so a model that has been compiled before is compiled anew,
+    and one graph serves all equal layers. Copies of the module are tapped on their own.
+
+    Raises:
+        ValueError: If the forward has been replaced already.
+    """
+    if is_tapped(module):
+        return
+    replaced = module.__dict__.get("forward")
+    # A module that was tapped, pickled and loaded has its class's forward on the instance.
+    if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
+        raise ValueError(
+            f"{leaves.name}: its forward was replaced on the instance, so that it cannot be tapped;"
+            " skip this layer, or replace its forward after it is tapped"
+        )
+    setattr(module, LEAVES, leaves)
+    module.forward = MethodType(forward, module)
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` is tapped."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is forward
+
+
+def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """What ``module`` would return, tapped.
+
+    Named so that a module that is pickled and loaded has its own forward again.
+    """
+    if not torch.is_grad_enabled():
+        return type(module).forward(module, input, *args, **kwargs)
+    leaves: Leaves = getattr(module, LEAVES)
+    _check_fit(input, leaves)
+    moments = (leaves.input_moment, leaves.output_moment)
+    input_zeros, output_zeros = moments if leaves.collects_moments else (None, None)
+    count = _InputTap.apply(input, leaves, leaves.input, input_zeros)  # type: ignore[no-untyped-call]
+    output = type(module).forward(module, input, *args, **kwargs)
+    return _OutputTap.apply(output, count, leaves, leaves.output, output_zeros)  # type: ignore[no-untyped-call]
+
+
+class _InputTap(torch.autograd.Function):
+    """Keeps the input until ``_OutputTap`` sends back how many rows there were.
+
+    It is kept before the layer's operation and not behind it, because activation checkpointing
+    stops to recompute at the last tensor that is kept: the last product of a region would be
+    recomputed for us alone.
+    """
+
+    @staticmethod
+    def forward(input: Tensor, leaves: Leaves, zeros: Tensor, moment: Tensor | None) -> Tensor:
+        return zeros.detach()[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+        input, ctx.leaves, _, moment = inputs
+        ctx.save_for_backward(input)
+        ctx.wants_moment = moment is not None
+
+    @staticmethod
+    def backward(ctx: Any, num_rows: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (input,) = ctx.saved_tensors
+        leaves: Leaves = ctx.leaves
+        sums = input_sum(_local(input), num_rows, leaves.patches)
+        moment = None
+        if ctx.wants_moment:
+            whole = _whole(input)
+            moment = input_moment(whole, sums.dtype, leaves.patches, with_bias=leaves.has_bias)
+        return None, None, sums, moment
+
+
+class _OutputTap(torch.autograd.Function):
+    """The identity on the output of a layer."""
+
+    @staticmethod
+    def forward(
+        output: Tensor, count: Tensor, leaves: Leaves, zeros: Tensor, moment: Tensor | None
+    ) -> Tensor:
+        # Detached, not returned as it is: that would be a view, which forbids relu(inplace=True)
+        # on the output; marking it as changed in place is refused by older compilers.
+        return output.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+        _, _, ctx.leaves, zeros, moment = inputs
+        ctx.dtype = zeros.dtype
+        ctx.placements = _grad_placements(output)
+        ctx.wants_moment = moment is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        patches, dtype = ctx.leaves.patches, ctx.dtype
+        local = _local(grad, ctx.placements)
+        sums = output_sum(local, dtype, patches)
+        count = sums.new_full((), num_rows(local, patches))
+        moment = output_moment(_whole(grad), dtype, patches) if ctx.wants_moment else None
+        return grad, count, None, sums, moment
+
+
+def _check_fit(input: Tensor, leaves: Leaves) -> None:
+    if input.device != leaves.input.device:
+        raise RuntimeError(
+            f"{leaves.name}: tapped on {leaves.input.device}, called on {input.device}; tap the "
+            "model (again) once it is where it computes: construct the optimizer after to_empty()"
+        )
+    if isinstance(input, DTensor) and not _rows_are_whole(input):
+        raise ValueError(
+            f"{leaves.name}: its input is placed as {input.placements}, want whole rows: Replicate "
+            "or a cut of the last dim; gather it before the layer, or skip this layer"
+        )
+
+
+def _rows_are_whole(input: DTensor) -> bool:
+    """Whether the ranks of a tensor-parallel group see the same rows."""
+    allowed = (Replicate(), Shard(input.dim() - 1))
+    return all(placement in allowed for placement in input.placements)
+
+
+def _grad_placements(output: Tensor) -> list[Placement] | None:
+    """How the gradient at ``output`` is to be placed: cut as the output is, and complete."""
+    if not isinstance(output, DTensor):
+        return None
+    last = Shard(output.dim() - 1)
+    return [last if placement == last else Replicate() for placement in output.placements]
+
+
+def _local(tensor: Tensor, placements: list[Placement] | None = None) -> Tensor:
+    """The part of ``tensor`` on this rank, once it is placed as ``placements``."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if placements is not None and tensor.placements != tuple(placements):
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, gathered from the ranks that share its rows."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()
