@@ -10,7 +10,7 @@ from titan_shampoo.config.settings import Settings
 from titan_shampoo.data.paths import DIGITS
 
 # Keys, and tables for all of their keys.
-_NOT_READ: Mapping[str, str] = {
+NOT_READ: Mapping[str, str] = {
     "checkpoint.create_seed_checkpoint": "not needed: initial weights do not depend on the mesh",
     "checkpoint.enable_ft_dataloader_checkpoints": "not supported by this trainer; remove it",
     "debug.moe_force_load_balance": "no model here has experts; remove it",
@@ -65,7 +65,7 @@ def check_read(settings: Settings) -> None:
     """
     model = settings["model.name"]
     for name in settings.explicit:
-        problem = _NOT_READ.get(name) or _NOT_READ.get(name.rpartition(".")[0])
+        problem = NOT_READ.get(name) or NOT_READ.get(name.rpartition(".")[0])
         if {name, name.partition(".")[0]} & set(_NOT_READ_BY_MODEL.get(model, ())):
             problem = f'not read by model.name = "{model}"; remove it'
         if name in _NOT_READ_BY_DIGITS and settings["training.dataset"] == DIGITS:

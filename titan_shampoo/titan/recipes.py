@@ -41,6 +41,17 @@ TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
         dim=128, n_layers=4, n_heads=4, vocab_size=256, multiple_of=32
     ),
     "27M": TransformerModelArgs(dim=512, n_layers=6, n_heads=8, vocab_size=8192),
+    "160M": TransformerModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
+    # As Llama 3.2 1B, but for its tied embeddings.
+    "1B": TransformerModelArgs(
+        dim=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim_multiplier=1.5,
+        multiple_of=256,
+        rope_theta=500000,
+    ),
     **llama3_args,
 }
 
