@@ -12,11 +12,12 @@ from titan_shampoo.config.combinations import check_combinations
 from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.config.help import help_text
+from titan_shampoo.config.launch import check_launch
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.toml_file import read_toml
 from titan_shampoo.config.world import check_world
 
-__all__ = ["ConfigError", "Settings", "check_world", "nearest", "read_config"]
+__all__ = ["ConfigError", "Settings", "check_launch", "check_world", "nearest", "read_config"]
 
 
 def read_config(args: Sequence[str]) -> Settings:

@@ -20,11 +20,17 @@ import torchtitan.train
 from torch import Tensor
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import LossFunction, TrainSpec
 
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.data.mixup import MixedLabels
+from titan_shampoo.titan.environment import (
+    check_device,
+    check_environment,
+    rendezvous_explained,
+)
 from titan_shampoo.titan.metrics import Progress
 from titan_shampoo.titan.summary import summary_lines
 
@@ -60,6 +66,7 @@ class Trainer(torchtitan.train.Trainer):
             )
         if job_config.job.dry_run:
             write_nothing(job_config)
+        check_device()
         self._pipeline_loss: DividedLoss | None = None
         _register(job_config.model.name, self._adapted(recipe))
         with _replaced(torchtitan.train, "CheckpointManager", checkpoint_manager):
@@ -67,6 +74,13 @@ class Trainer(torchtitan.train.Trainer):
 
         self.metrics_processor.count_skipped = lambda: self.dataloader.skipped.count
         self._introduce()
+
+    def init_distributed(self) -> ParallelDims:
+        """Meet the other ranks, and see that all fit together."""
+        with rendezvous_explained(self.job_config.comm.init_timeout_seconds):
+            dims = super().init_distributed()
+        check_environment(self.job_config)
+        return dims
 
     def _introduce(self) -> None:
         """Say what is about to be trained."""
