@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
 from titan_shampoo.config import ConfigError, check_launch
@@ -67,7 +68,7 @@ def refusal(check, *args):
 def start_with_other_settings(folder):
     config = JobConfig()
     config.job.dump_folder = folder
-    rank = environment.dist.get_rank()
+    rank = dist.get_rank()
     same = refusal(environment.check_environment, config)
     config.training.seq_len = 128 * (1 + rank)
     return same, refusal(environment.check_environment, config)
@@ -81,7 +82,7 @@ def test_different_settings_are_refused_on_all_ranks(tmp_path):
 
 
 def write_apart(folder):
-    own = Path(folder) / str(environment.dist.get_rank())
+    own = Path(folder) / str(dist.get_rank())
     return refusal(environment.check_shared, own), refusal(environment.check_shared, Path(folder))
 
 
@@ -101,4 +102,4 @@ def test_ranks_that_do_not_meet_are_told_where_and_what_to_check(monkeypatch):
         pytest.raises(ConfigError, match=r"rank 1 did not meet all 4 ranks at 127.0.0.1:29500 .*"),
         environment.rendezvous_explained(300),
     ):
-        raise environment.dist.DistStoreError("timed out")
+        raise dist.DistStoreError("timed out")

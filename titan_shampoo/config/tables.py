@@ -395,8 +395,8 @@ class Training:
 class Images:
     """Keys of ``[images]``, for model.name = "resnet"."""
 
-    size: int = 224
-    """Edge of the images that the network sees, in pixels"""
+    size: int | None = None
+    """Edge of the images that the network sees, in pixels; not set: 224, or 32 for the digits"""
 
     resize: int = 256
     """Shorter edge to which images are resized before the centre is evaluated, at least size"""

@@ -43,9 +43,9 @@ _NOT_READ_BY_MODEL: Mapping[str, tuple[str, ...]] = {
     "llama3": ("images",),
 }
 
-# The digits are 32x32 already, and their mirror images are no digits.
+# The digits are normalised squares already, and their mirror images are no digits.
 _NOT_READ_BY_DIGITS = tuple(
-    f"images.{key}" for key in ("size", "resize", "min_area", "flip", "mean", "std")
+    f"images.{key}" for key in ("resize", "min_area", "flip", "mean", "std")
 )
 
 # Read only where the second key is true.

@@ -1,7 +1,7 @@
 """Labelled images in memory: scikit-learn's handwritten digits, which need no download.
 
-1,797 images of 8x8 pixels, enlarged to 32x32 in three equal channels, so that any ResNet takes
-them. The last 20% in file order are the validation part.
+1,797 images of 8x8 pixels, enlarged in three equal channels, so that any ResNet takes them. The
+last 20% in file order are the validation part.
 """
 
 from typing import Literal
@@ -13,28 +13,33 @@ from torch.nn.functional import interpolate
 
 from titan_shampoo.data.paths import DIGITS
 
-__all__ = ["DIGITS", "Digits"]
+__all__ = ["DIGITS", "DIGITS_SIZE", "Digits"]
 
-_IMAGE_SIZE = 32
+DIGITS_SIZE = 32
 _VALIDATION_ONE_IN = 5
 
 
 class Digits:
-    """(image, label) pairs: float ``(3, 32, 32)`` and the class.
+    """(image, label) pairs: float ``(3, size, size)`` and the class.
 
     Mean 0 and variance 1 over the training part.
     """
 
     classes: list[str]
-    image_size = _IMAGE_SIZE
 
-    def __init__(self, *, part: Literal["train", "validation"] = "train") -> None:
-        """Load one part: the first 80% or the last 20% in file order."""
+    def __init__(
+        self, *, part: Literal["train", "validation"] = "train", size: int = DIGITS_SIZE
+    ) -> None:
+        """Load one part.
+
+        Args:
+            part: The first 80% or the last 20% in file order.
+            size: Edge in pixels to which the images are enlarged.
+        """
         digits = load_digits()
         first_held_out = len(digits.target) - len(digits.target) // _VALIDATION_ONE_IN
-        size = (_IMAGE_SIZE, _IMAGE_SIZE)
         pixels = torch.from_numpy(digits.images).float().unsqueeze(1)
-        images = interpolate(pixels, size, mode="bilinear")  # (num_images, 1, 32, 32)
+        images = interpolate(pixels, (size, size), mode="bilinear")  # (num_images, 1, size, size)
         variance, mean = torch.var_mean(images[:first_held_out], correction=0)
         rows = slice(first_held_out) if part == "train" else slice(first_held_out, None)
         self._images = (images[rows] - mean) / variance.sqrt()
@@ -46,7 +51,7 @@ class Digits:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``(3, 32, 32)`` and class."""
+        """Image ``(3, size, size)`` and class."""
         return self._images[index].expand(3, -1, -1), self._labels[index]
 
     def shortage(self, num_needed: int) -> str:

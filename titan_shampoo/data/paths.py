@@ -9,6 +9,9 @@ PYTHON_STDLIB = "python_stdlib"
 DIGITS = "digits"
 """scikit-learn's handwritten digits: real images on every machine."""
 
+DEFAULT_IMAGE_SIZE = 224
+"""Edge in pixels of images from disk, where nothing else is wanted."""
+
 
 def missing_path(source: str) -> str | None:
     """What is wrong with ``source`` if it is meant as a path and nothing is there, else None."""

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction
 from torchtitan.config import JobConfig
 
-from titan_shampoo.data.digits import DIGITS, Digits
+from titan_shampoo.data.digits import DIGITS, DIGITS_SIZE, Digits
 from titan_shampoo.data.images import TransformedImages, open_images
 from titan_shampoo.data.loader import PositionedLoader
 from titan_shampoo.data.mixup import MixedLabels, swapped
+from titan_shampoo.data.paths import DEFAULT_IMAGE_SIZE
 from titan_shampoo.data.transforms import CentreView, RandomErasing, RandomView
 from titan_shampoo.models.resnet import ResNetArgs, flops_per_image, num_parameters
 from titan_shampoo.titan.loaders import evaluation_loader, training_loader
@@ -33,8 +34,7 @@ class ImageModelArgs:
         """Take the number of classes and the image size from the data."""
         self.network.num_classes = len(_classes(job_config))
         self.network.channels_last = job_config.images.channels_last
-        is_small = job_config.training.dataset == DIGITS
-        self.image_size = Digits.image_size if is_small else job_config.images.size
+        self.image_size = _size(job_config)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Return the number of parameters and the operations per image, forward and backward."""
@@ -55,8 +55,10 @@ def image_loader(
     )
     erasing = RandomErasing(images.random_erasing)
     if source == DIGITS:
-        return load(Digits(), augment=erasing)
-    view = RandomView(images.size, images.min_area, images.flip, erasing, images.mean, images.std)
+        return load(Digits(size=_size(job_config)), augment=erasing)
+    view = RandomView(
+        _size(job_config), images.min_area, images.flip, erasing, images.mean, images.std
+    )
     return load(open_images(source, part="train", key=_TRAINING), augment=view)
 
 
@@ -110,15 +112,21 @@ def _validation_images(job_config: JobConfig) -> Digits | TransformedImages:
     own, images = job_config.validation.dataset, job_config.images
     source = own or job_config.training.dataset
     if source == DIGITS:
-        return Digits(part="validation")
+        return Digits(part="validation", size=_size(job_config))
     files = open_images(
         source,
         part="validation",
         key="validation.dataset" if own else _TRAINING,
         classes=_classes(job_config),
     )
-    view = CentreView(images.size, images.resize, images.mean, images.std)
+    view = CentreView(_size(job_config), images.resize, images.mean, images.std)
     return TransformedImages(files, view)
+
+
+def _size(job_config: JobConfig) -> int:
+    """Return the edge of the images that the network sees."""
+    is_small = job_config.training.dataset == DIGITS
+    return job_config.images.size or (DIGITS_SIZE if is_small else DEFAULT_IMAGE_SIZE)
 
 
 def _classes(job_config: JobConfig) -> list[str]:
