@@ -12,7 +12,7 @@ from titan_shampoo.data import DataError, UnreadableSampleError, sources
 from titan_shampoo.data.images import TransformedImages, open_images
 from titan_shampoo.data.loader import EvaluationLoader, PositionedLoader
 from titan_shampoo.data.mixup import mix_pairs, pair_weights
-from titan_shampoo.data.transforms import CentreView, RandomErasing, RandomView
+from titan_shampoo.data.transforms import CentreView, Chain, RandomErasing, RandomShift, RandomView
 
 KEY = "training.dataset"
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -46,7 +46,7 @@ def random_view(**changes):
 
 
 def view_of(image, seed=0, **changes):
-    changes.setdefault("erasing", RandomErasing(0.0))
+    changes.setdefault("finish", Chain([]))
     return random_view(**changes)(image, torch.Generator().manual_seed(seed))
 
 
@@ -193,10 +193,22 @@ def test_erasing_blanks_one_rectangle_of_the_wanted_area():
     assert max(shares) < 0.36
 
 
+def test_shifted_pixels_keep_their_neighbours_and_repeat_the_edge():
+    rows = torch.arange(10.0).view(1, 10, 1).expand(3, 10, 10)
+    seen = set()
+    for seed in range(60):
+        moved = RandomShift(2)(rows, torch.Generator().manual_seed(seed))
+        first = moved[0, 4, 0].item() - 4
+        seen.add(first)
+        expected = (torch.arange(10.0) + first).clamp(0, 9)
+        assert torch.equal(moved, expected.view(1, 10, 1).expand(3, 10, 10))
+    assert seen == {-2, -1, 0, 1, 2}
+
+
 def batches(folder, world_size, num_batches=6, **options):
     """Global batches as some number of ranks makes them."""
     images = open_images(str(folder), part="train", key=KEY)
-    view = random_view(erasing=RandomErasing(0.3))
+    view = random_view(finish=Chain([RandomShift(2), RandomErasing(0.3)]))
     loaders = [
         iter(
             PositionedLoader(
@@ -222,7 +234,7 @@ def test_an_image_is_seen_differently_in_every_epoch(folder):
     images = open_images(str(folder), part="train", key=KEY)
     loader = PositionedLoader(
         images, seed=0, local_batch_size=20, dp_rank=0, dp_world_size=1,
-        augment=random_view(erasing=RandomErasing(0.0)),
+        augment=random_view(finish=Chain([])),
     )  # fmt: skip
     first, second = (next(batch)[0]["input"] for batch in [iter(loader)] for _ in range(2))
     assert not any(torch.equal(a, b) for a in first for b in second)
@@ -236,7 +248,7 @@ def test_broken_images_are_replaced_by_the_next_counted_and_named(folder, caplog
         images[0]
     loader = PositionedLoader(
         images, seed=0, local_batch_size=20, dp_rank=0, dp_world_size=1,
-        augment=random_view(erasing=RandomErasing(0.0)), max_bad_fraction=0.01,
+        augment=random_view(finish=Chain([])), max_bad_fraction=0.01,
     )  # fmt: skip
     inputs, _ = next(iter(loader))
     assert len(inputs["input"]) == 20
@@ -257,7 +269,7 @@ def test_too_many_broken_images_end_the_run_in_one_line(folder, num_workers):
     images = open_images(str(folder), part="train", key=KEY)
     loader = PositionedLoader(
         images, seed=0, local_batch_size=4, dp_rank=0, dp_world_size=1,
-        augment=random_view(erasing=RandomErasing(0.0)), num_workers=num_workers,
+        augment=random_view(finish=Chain([])), num_workers=num_workers,
     )  # fmt: skip
     with pytest.raises(DataError, match="20 samples in a row cannot be read, first") as refusal:
         next(iter(loader))
@@ -270,7 +282,7 @@ def test_a_share_of_broken_images_above_the_limit_is_refused_with_the_numbers(fo
     images = open_images(str(folder), part="train", key=KEY)
     loader = PositionedLoader(
         images, seed=0, local_batch_size=20, dp_rank=0, dp_world_size=1,
-        augment=random_view(erasing=RandomErasing(0.0)), max_bad_fraction=0.0,
+        augment=random_view(finish=Chain([])), max_bad_fraction=0.0,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"1 of 1000 samples .* training.max_bad_fraction = 0 "):
         next(iter(loader))

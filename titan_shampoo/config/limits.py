@@ -142,6 +142,7 @@ LIMITS: Mapping[str, Limit] = {
     "images.mixup": _NOT_NEGATIVE,
     "images.random_erasing": _FRACTION,
     "images.resize": _at_least(1),
+    "images.shift": _at_least(0),
     "images.size": _at_least(1),
     "images.std": _SPREADS,
     "job.dump_folder": _NOT_EMPTY,

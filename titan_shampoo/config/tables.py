@@ -413,6 +413,9 @@ class Images:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of red, green and blue, by which images are divided"""
 
+    shift: int = 0
+    """Training images are moved by up to so many pixels, their edges repeated"""
+
     random_erasing: float = 0.0
     """Probability that a random rectangle of a training image is blanked"""
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["CentreView", "RandomErasing", "RandomView"]
+__all__ = ["CentreView", "Chain", "RandomErasing", "RandomShift", "RandomView"]
 
 Box = tuple[float, float, float, float]
 
@@ -52,6 +52,37 @@ class RandomErasing:
 
 
 @dataclass(frozen=True, slots=True)
+class RandomShift:
+    """Moves pixels by up to so many rows and columns; the edge is repeated behind them."""
+
+    most: int
+    """Largest distance in pixels in either direction, at least zero."""
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """``pixels``, ``(3, h, w)``, moved."""
+        if not self.most:
+            return pixels
+        height, width = pixels.shape[1:]
+        padded = nn.functional.pad(pixels[None], [self.most] * 4, mode="replicate")[0]
+        places = 2 * self.most + 1
+        top, left = int(_uniform(generator, 0, places)), int(_uniform(generator, 0, places))
+        return padded[:, top : top + height, left : left + width]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One random change of pixels after another."""
+
+    parts: Sequence[RandomShift | RandomErasing]
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """``pixels``, ``(3, h, w)``, changed by all parts in order."""
+        for part in self.parts:
+            pixels = part(pixels, generator)
+        return pixels
+
+
+@dataclass(frozen=True, slots=True)
 class RandomView:
     """A random crop, mirrored or not, normalised: float ``(3, size, size)``."""
 
@@ -61,7 +92,7 @@ class RandomView:
     """Smallest area of a crop, relative to the image's, greater than 0 and at most 1."""
     flip: float
     """Probability of the mirror image."""
-    erasing: RandomErasing
+    finish: Chain
     """What happens to the pixels last."""
     mean: Sequence[float]
     """Of red, green and blue, from 0 to 1."""
@@ -74,7 +105,7 @@ class RandomView:
         view = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         if _uniform(generator) < self.flip:
             view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.erasing(_normalised(view, self.mean, self.std), generator)
+        return self.finish(_normalised(view, self.mean, self.std), generator)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,13 @@ from titan_shampoo.data.images import TransformedImages, open_images
 from titan_shampoo.data.loader import PositionedLoader
 from titan_shampoo.data.mixup import MixedLabels, swapped
 from titan_shampoo.data.paths import DEFAULT_IMAGE_SIZE
-from titan_shampoo.data.transforms import CentreView, RandomErasing, RandomView
+from titan_shampoo.data.transforms import (
+    CentreView,
+    Chain,
+    RandomErasing,
+    RandomShift,
+    RandomView,
+)
 from titan_shampoo.models.resnet import ResNetArgs, flops_per_image, num_parameters
 from titan_shampoo.titan.loaders import evaluation_loader, training_loader
 from titan_shampoo.titan.validation import Validator
@@ -53,11 +59,11 @@ def image_loader(
         dp_rank=dp_rank,
         mixup=images.mixup,
     )
-    erasing = RandomErasing(images.random_erasing)
+    finish = Chain([RandomShift(images.shift), RandomErasing(images.random_erasing)])
     if source == DIGITS:
-        return load(Digits(size=_size(job_config)), augment=erasing)
+        return load(Digits(size=_size(job_config)), augment=finish)
     view = RandomView(
-        _size(job_config), images.min_area, images.flip, erasing, images.mean, images.std
+        _size(job_config), images.min_area, images.flip, finish, images.mean, images.std
     )
     return load(open_images(source, part="train", key=_TRAINING), augment=view)
 
