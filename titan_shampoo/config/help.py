@@ -9,6 +9,9 @@ from titan_shampoo.config.values import describe, show
 _USAGE = """\
 usage: torchrun --nproc_per_node=N train.py --job.config_file FILE [--table.key VALUE ...]
 
+--dry-run builds everything, takes one step, and writes nothing. docs/reference.md has the same
+keys as a page; `python -m titan_shampoo.plot RUN ...` draws finished runs side by side.
+
 Every key below may stand in the TOML file, or on the command line as --table.key VALUE
 (--table.flag and --table.no-flag for what is true or false). The command line wins.
 """
