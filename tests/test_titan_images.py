@@ -92,6 +92,17 @@ def test_epochs_and_milestones_become_steps(folder):
     assert rates == pytest.approx({1: 1, 2: 1, 3: 0.1, 4: 0.1, 5: 0.01, 6: 0.01})
 
 
+def test_the_average_and_the_seconds_go_on_after_a_resume(folder):
+    whole = photo_run(folder, "whole", training__steps=3)
+    saves = {"checkpoint__enable": True, "lr_scheduler__total_steps": 3}
+    first, second = (photo_run(folder, "parts", training__steps=n, **saves) for n in (2, 3))
+    run_on_ranks(1, train_all, [whole, first, second])
+    key = "average_validation_loss"
+    assert records(folder, "parts", key)[3] == records(folder, "whole", key)[3]
+    seconds = records(folder, "parts", "seconds")
+    assert seconds[1] < seconds[2] < seconds[3]
+
+
 def test_a_dry_run_takes_one_step_and_writes_nothing(folder):
     args = [*photo_run(folder, "dry", checkpoint__enable=True), "--dry-run"]
     run_on_ranks(1, train_all, [args])
