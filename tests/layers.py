@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.reference.eva import Seen
 
@@ -60,7 +60,8 @@ def made(kind: type[nn.Module], seed: int = 0) -> Any:
 def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
     """The rows that the matrix of a layer is applied to, ``(rows, d_in)``; groups are not known."""
     if isinstance(module, nn.Conv2d):
-        patches = F.unfold(
+        assert not isinstance(module.padding, str)
+        patches = functional.unfold(
             inputs, module.kernel_size, dilation=module.dilation, padding=module.padding,
             stride=module.stride,
         )  # fmt: skip

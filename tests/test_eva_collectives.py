@@ -1,6 +1,5 @@
 """What a step communicates: at most two fused sums, whatever the number of layers."""
 
-
 import pytest
 import torch.distributed as dist
 from torch import Tensor, nn

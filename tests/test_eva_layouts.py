@@ -1,4 +1,4 @@
-"""Every layout of a real model, its taps included, gives the iterates of one process to rounding."""
+"""Every layout of a real model, taps included, gives the iterates of one process to rounding."""
 
 from typing import Any
 
@@ -24,7 +24,12 @@ from titan_shampoo.layer_optimizer import LayerOptimizer
 
 METHODS: dict[str, Any] = {"Eva": Eva, "EvaF": EvaF, "EvaS": EvaS}
 STEPS, BATCH, MICROBATCHES, TIME = 4, 24, 2, 3
-OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 1e-3, "weight_decay": 0.1, "statistics_decay": 0.5}
+OPTIONS: dict[str, Any] = {
+    "lr": 0.05,
+    "damping": 1e-3,
+    "weight_decay": 0.1,
+    "statistics_decay": 0.5,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {},
     "unscaled": {"scaling": None, "damping": 0.3, "lr": 1e-3},
@@ -65,9 +70,7 @@ def train(
 
 
 def values(model: nn.Module) -> Values:
-    return {
-        name.removeprefix("module."): whole(param) for name, param in model.named_parameters()
-    }
+    return {name.removeprefix("module."): whole(param) for name, param in model.named_parameters()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def summing_fsdp(model: Any) -> tuple[nn.Module, int, int]:
     """As torchtitan: gradients are summed, and the loss is divided before."""
     sharded, rank, size = fsdp(model)
     for module in sharded.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return Divided(sharded, size), rank, size

@@ -37,9 +37,7 @@ def error(mine: Tensor, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("shape", [*MATRICES, (3, 4, 5), (3, 2, 2, 3)])
 def test_eva_solves_the_kronecker_system(shape: tuple[int, ...], damping: float) -> None:
     grad, a, b = normal(1, *shape), normal(2, int(np.prod(shape[1:]))), normal(3, shape[0])
-    expected = reference.eva(
-        grad.flatten(1).numpy(), a.numpy(), b.numpy(), damping
-    ).reshape(shape)
+    expected = reference.eva(grad.flatten(1).numpy(), a.numpy(), b.numpy(), damping).reshape(shape)
     assert error(eva(grad, a, b, damping=damping), expected) < 1e-12
 
 
@@ -83,7 +81,11 @@ def found(curvature: Curvature, grad: Tensor, left: Tensor, right: Tensor, y: fl
 def test_three_scalars_give_lengths_and_angles(
     curvature: Curvature, rows: int, columns: int, seed: int, damping: float
 ) -> None:
-    grad, right, left = normal(seed, rows, columns), normal(seed + 1, columns), normal(seed + 2, rows)
+    grad, right, left = (
+        normal(seed, rows, columns),
+        normal(seed + 1, columns),
+        normal(seed + 2, rows),
+    )
     scalars = found(curvature, grad, left, right, damping)
     if curvature == "input_output":
         direction = eva(grad, right, left, damping=damping)
@@ -126,6 +128,10 @@ def test_running_average_weighs_the_old_value_and_takes_the_first_as_it_is() -> 
     average = torch.tensor([7.0, 7.0, 2.0])
     new = torch.tensor([1.0, torch.nan, 4.0])
     running_average_(
-        average, new, torch.tensor([0.0, 3.0, 3.0]), torch.tensor([5.0, 0.0, 5.0]), torch.tensor(0.25)
+        average,
+        new,
+        torch.tensor([0.0, 3.0, 3.0]),
+        torch.tensor([5.0, 0.0, 5.0]),
+        torch.tensor(0.25),
     )
     assert average.tolist() == [1.0, 7.0, 0.25 * 2 + 0.75 * 4]

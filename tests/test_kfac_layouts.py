@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from tests.layers import Perceptron, made
 from tests.ranks import run_on_ranks
@@ -13,8 +14,6 @@ from tests.test_eva_layouts import (
     LAYOUTS,
     MICROBATCHES,
     STEPS,
-    PipelineStage,
-    Schedule1F1B,
     batch,
     mean_loss,
     stages,

@@ -1,4 +1,4 @@
-"""FOOF and K-FAC solve the Kronecker systems they stand for, and are Eva for factors of rank one."""
+"""FOOF and K-FAC solve the Kronecker systems they stand for; with factors of rank one, Eva's."""
 
 import numpy as np
 import pytest

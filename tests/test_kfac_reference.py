@@ -30,8 +30,7 @@ def compare(method: str, options: dict[str, Any]) -> None:
     naive = NaiveKFAC(
         method,
         {name: _arrays(model.get_submodule(name)) for name in LAYERS},
-        {"factored_damping": None, "loss_normaliser": None}
-        | dict(optimizer.param_groups[0]),
+        {"factored_damping": None, "loss_normaliser": None} | dict(optimizer.param_groups[0]),
     )
     for step in range(STEPS):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step)

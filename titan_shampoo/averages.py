@@ -87,11 +87,11 @@ class Averages:
             output_divisor: By what sums of gradients over all ranks are divided, ``(layers,)``.
         """
         decay, output_divisor = decay.to(self.count.dtype), output_divisor.to(self.count.dtype)
-        sums = torch.cat([t.reshape(-1) for t in all_reduce_together(self.local_sums(), self.group)])
-        self.rows = sums[self._row_counts]
-        divisor = torch.where(
-            self._is_input, self.rows[self._owners], output_divisor[self._owners]
+        sums = torch.cat(
+            [t.reshape(-1) for t in all_reduce_together(self.local_sums(), self.group)]
         )
+        self.rows = sums[self._row_counts]
+        divisor = torch.where(self._is_input, self.rows[self._owners], output_divisor[self._owners])
         owners = self._owners
         new = sums[self._sources] / divisor
         running_average_(self._flat, new, self.count[owners], self.rows[owners], decay[owners])

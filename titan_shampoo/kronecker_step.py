@@ -6,6 +6,7 @@ their own tokens are summed up where the owner of a block needs them; nobody els
 inverses.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -161,24 +162,38 @@ class KroneckerStep(LayerStep):
             owner = layer.tile.team.ranks[block.replica][block.shard]
             if block.param in chosen:
                 by_owner[layer.tile.token_group, layer.dtype][owner].append(block)
-        found = {}
+        found: dict[tuple[int, int], list[Tensor]] = {}
         for (group, _), owned in by_owner.items():
-            members = None if group is None else dist.get_process_group_ranks(group)
             for owner, blocks in sorted(owned.items()):
-                if members is not None and owner not in members:
-                    continue  # another token group has the same moments and this owner
-                if members is None and not self._is_mine(blocks[0]):
-                    continue
-                parts = [part for block in blocks for part in self._parts(block)]
-                flat = torch.cat([part.reshape(-1) for part in parts])
-                if group is not None:
-                    dist.reduce(flat, dst=owner, group=group)
-                sums = iter(zip(flat.split([p.numel() for p in parts]), parts, strict=True))
-                for block in blocks:
-                    taken = [next(sums) for _ in range(3 if self.two_sided else 2)]
-                    found[block.param, block.index] = [s.view(p.shape) for s, p in taken]
+                # Elsewhere, another token group has the same moments and this owner.
+                if self._sums_up_for(group, owner, blocks):
+                    found |= self._summed_up(group, owner, blocks)
         self._count_rows(chosen)
         return found
+
+    def _sums_up_for(
+        self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]
+    ) -> bool:
+        if group is None:
+            return self._is_mine(blocks[0])
+        return owner in dist.get_process_group_ranks(group)
+
+    def _summed_up(
+        self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]
+    ) -> dict[tuple[int, int], list[Tensor]]:
+        """The sums of some blocks over ``group``, complete on ``owner`` alone."""
+        parts = [part for block in blocks for part in self._parts(block)]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        if group is not None:
+            dist.reduce(flat, dst=owner, group=group)
+        sums = iter(zip(flat.split([p.numel() for p in parts]), parts, strict=True))
+        count = 3 if self.two_sided else 2
+        return {
+            (block.param, block.index): [
+                one.view(like.shape) for one, like in itertools.islice(sums, count)
+            ]
+            for block in blocks
+        }
 
     def _is_mine(self, block: Block) -> bool:
         team = self.layers[block.param].tile.team
@@ -250,7 +265,7 @@ class KroneckerStep(LayerStep):
             found = found * scale.to(found.dtype)
             columns = math.prod(layer.tile.shape[1:])
             group.add_whole(layer.weight, found[:, :columns].contiguous(), self.momentum)
-            if layer.bias in grads:
+            if layer.bias is not None and layer.bias in grads:
                 bias = found[layer.bias_rows, columns].contiguous()
                 group.add_whole(layer.bias, bias, self.momentum)
         for group in moves.values():
@@ -377,9 +392,7 @@ class KroneckerStep(LayerStep):
         inner, square, grad_square = table.unbind(1)
         lengths = (square * grad_square).sqrt()
         cosine = torch.where(lengths > 0, inner / lengths, 1.0)
-        return {
-            layer.name: {"cosine": cosine[number]} for number, layer in enumerate(self.layers)
-        }
+        return {layer.name: {"cosine": cosine[number]} for number, layer in enumerate(self.layers)}
 
     @property
     def failed_refreshes(self) -> int:

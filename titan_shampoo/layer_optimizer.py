@@ -17,14 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from titan_shampoo.block_optimizer import _check_state, _copy_state, _named
 from titan_shampoo.distributed.layout import local_gradient, local_tensor
-from titan_shampoo.distributed.tiles import tile_of, vector_tile
-from titan_shampoo.fallback import NOT_MULTIPLIED, adamw_step, empty_state
+from titan_shampoo.fallback import adamw_step, empty_state
 from titan_shampoo.functional.heavy_ball import move_
 from titan_shampoo.layer import Layer, decayed, motion_of
 from titan_shampoo.layer_options import check_layer_options
+from titan_shampoo.layer_search import LayerSearch
 from titan_shampoo.layer_step import LayerStep
-from titan_shampoo.statistics import TappedLayer, tap, untapped
-from titan_shampoo.statistics.layers import unwrapped_name
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +31,6 @@ Model = nn.Module | Sequence[nn.Module]
 
 _FIXED_KEYS = ("params", "param_names", "method")
 """Keys of a parameter group that a loaded state does not change."""
-
-_NOT_COPIED = ("_step", "_process_group", "_pipeline_group", "_fallback", "_tapped")
-"""Attributes that are made anew in a copy; process groups cannot be pickled."""
 
 
 class LayerOptimizer(torch.optim.Optimizer):
@@ -161,11 +156,12 @@ class LayerOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
             for name, param in self._named(group)
         }
-        for number, layer in enumerate(self._step.layers if self._step is not None else ()):
-            assert self._step is not None
-            own = {key: state[layer.name].pop(key) for key in self._step.state(number)}
-            assert own is not None
-            state[layer.name] |= self._step.sharded_state(number)
+        if self._step is not None:
+            for number, layer in enumerate(self._step.layers):
+                # In place of the views that this rank has of its blocks.
+                for key in self._step.state(number):
+                    del state[layer.name][key]
+                state[layer.name] |= self._step.sharded_state(number)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,8 +204,6 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._is_complete = True
         self._build()
 
-    # Who is preconditioned
-
     def _build(self) -> None:
         """Find the layers, allocate all state, and carry over what was there before."""
         before = dict(self.state)
@@ -223,7 +217,12 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._groups_of = {p: group for group in self.param_groups for p in group["params"]}
         params = list(self._groups_of)
         self._device = local_tensor(params[0]).device if params else torch.device("cpu")
-        layers = self._tapped_layers() if self.moments is not None else self._plain_layers()
+        search = LayerSearch(self._named_params, self._groups_of, self._replicas())
+        if self.moments is None:
+            layers = search.plain()
+        else:
+            layers = search.tapped(self._models, self.moments)
+        self._tapped = [layer.tapped for layer in layers if layer.tapped is not None]
         joined = {param for layer in layers for param in (layer.weight, layer.bias)}
         self._fallback: dict[int, list[Tensor]] = {}
         self._buffers: dict[Tensor, Tensor] = {}
@@ -245,62 +244,6 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         return ((self._named_params[param], param) for param in group["params"])
-
-    def _multiplies(self, param: Tensor | None) -> bool:
-        """Whether a parameter is ours and is not looked up in or chosen from by its name."""
-        name = None if param is None else self._named_params.get(param)
-        return name is not None and NOT_MULTIPLIED.search(name) is None
-
-    def _tapped_layers(self) -> list[Layer]:
-        """The layers of the model whose inputs and outputs can be seen."""
-        assert self.moments is not None
-        layers = []
-        self._tapped: list[TappedLayer] = []
-        for model in self._models:
-            ours = {
-                unwrapped_name(name, model)
-                for name, module in model.named_modules()
-                if self._multiplies(module._parameters.get("weight"))
-            }
-            tapped = tap(model, moments=self.moments, skip=lambda name: name not in ours)
-            layers += [self._layer(one.weight, one) for one in tapped]
-            self._tapped += tapped
-            self._say_what_is_left_out(model, tapped)
-        return layers
-
-    def _say_what_is_left_out(self, model: nn.Module, tapped: Sequence[TappedLayer]) -> None:
-        """Log which of our matrices have no statistics, and why."""
-        params = {name: param for param, name in self._named_params.items()}
-        for name, reason in untapped(model, tapped).items():
-            if name in params and self._multiplies(params[name]):
-                fallback = self._groups_of[params[name]]["fallback"]
-                logger.warning("%s is stepped by %s: it %s", name, fallback, reason)
-
-    def _plain_layers(self) -> list[Layer]:
-        """Every matrix that is multiplied, for methods that need gradients only."""
-        self._tapped = []
-        return [
-            self._layer(param, None)
-            for param in self._named_params
-            if self._multiplies(param) and sum(size != 1 for size in param.shape) >= 2
-        ]
-
-    def _layer(self, weight: Tensor, tapped: TappedLayer | None) -> Layer:
-        name, options = self._named_params[weight], self._groups_of[weight]
-        row_axes = () if tapped is None else tapped.sharding.row_axes
-        tile = tile_of(weight, self._replicas(), name, row_axes=row_axes)
-        # DDP may be wrapped around the model that we know.
-        divisor = 1.0 if tile.token_group is None else float(tile.token_group.size())
-        if tapped is not None and isinstance(weight, DTensor):
-            divisor = tapped.sharding.gradient_divisor
-        bias = None if tapped is None or options["bias"] == "separate" else tapped.bias
-        if bias is None or self._groups_of.get(bias) is not options:
-            return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor)
-        place = vector_tile(bias, weight, name)
-        if place is None:
-            raise ValueError(f"{name}: its bias is stored on other ranks than the weight; "
-                             "set bias='separate'")  # fmt: skip
-        return Layer(name, weight, bias, options, tile, *place, tapped, divisor)
 
     def _replicas(self) -> dist.ProcessGroup | None:
         """The ranks that hold plain tensors: the given group, else all."""
@@ -387,8 +330,8 @@ class LayerOptimizer(torch.optim.Optimizer):
     def _check_not_scaled(self) -> None:
         """Refuse a GradScaler, which unscales gradients but not what was measured in backward."""
         if self.moments is not None and getattr(self, "found_inf", None) is not None:
-            raise RuntimeError("GradScaler: the statistics of layers are taken of the scaled loss "
-                               "and cannot be scaled back; train in bfloat16 without one")  # fmt: skip
+            raise RuntimeError("GradScaler: statistics of layers are taken of the scaled loss and "
+                               "cannot be scaled back; train in bfloat16 without one")  # fmt: skip
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -58,13 +58,18 @@ def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
     for key, choices in _CHOICES.items():
         if key in options and options[key] not in choices:
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
+    _check_pairs(options)
+    for key in _OF_THE_WHOLE_STEP:
+        if key in options and options[key] != groups[0][key]:
+            raise ValueError(f"{key}: got {options[key]!r} in one group and {groups[0][key]!r} in "
+                             "another, wanted the same, as the step has one length")  # fmt: skip
+
+
+def _check_pairs(options: Mapping[str, Any]) -> None:
+    """Options that are possible alone but not together."""
     for key in ("nesterov", "dampening"):
         if options[key] and options["momentum"] == 0:
             raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
     if options.get("kv_scale") == "batch_mean" and options["kv_batch_size"] is None:
         raise ValueError("kv_batch_size: got None with kv_scale='batch_mean', wanted the batch "
                          "size that the damping was tuned for")  # fmt: skip
-    for key in _OF_THE_WHOLE_STEP:
-        if key in options and options[key] != groups[0][key]:
-            raise ValueError(f"{key}: got {options[key]!r} in one group and {groups[0][key]!r} in "
-                             "another, wanted the same, as the step has one length")  # fmt: skip

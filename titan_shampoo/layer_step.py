@@ -1,4 +1,4 @@
-"""What the steps of all methods for layers share: settings on the device, sums, moved parameters."""
+"""What the steps of all methods for layers share: settings, sums over tiles, moved parameters."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,7 @@ class LayerStep:
         pipeline_group: Ranks with the other stages of a pipeline; None without one.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], pipeline_group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], pipeline_group: dist.ProcessGroup | None) -> None:
         self.layers = list(layers)
         self.device = layers[0].weight.device
         wide = any(layer.dtype == torch.float64 for layer in layers)
@@ -130,7 +128,7 @@ class LayerStep:
             param: decayed([param], [grads[param]], layer.options)[0]
             for layer in self.layers
             for param in (layer.weight, layer.bias)
-            if param in grads
+            if param is not None and param in grads
         }
 
     def decays_gradients(self) -> bool:
@@ -176,8 +174,10 @@ class Moves:
 
     def finish(self) -> None:
         """Move all of them."""
-        move_by_buffers_(*_columns(self._fused, 2), self.motion)
-        move_(*_columns(self._whole, 3), self.motion)
+        params, buffers = _columns(self._fused, 2)
+        move_by_buffers_(params, buffers, self.motion)
+        params, directions, buffers = _columns(self._whole, 3)
+        move_(params, directions, buffers, self.motion)
 
 
 def _columns(rows: Sequence[tuple[Tensor, ...]], width: int) -> list[list[Tensor]]:

@@ -121,7 +121,7 @@ class RankOneStep(LayerStep):
         for layer, left, right, product in zip(self.layers, lefts, rights, products, strict=True):
             square = left.new_zeros(())
             for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts)):
-                if param in grads and counts:
+                if param is not None and param in grads and counts:
                     norm = norms[param] if param in norms else _norm(grads[param], self.dtype)
                     square = square + norm.square()
             scalars += [square, left.dot(product), left.dot(left), right.dot(right)]
@@ -168,14 +168,12 @@ class RankOneStep(LayerStep):
                 completed[number][index] = whole[span.positions].to(self.layers[number].dtype)
         return completed
 
-    def _product(
-        self, layer: Layer, matrix: Tensor | None, right: Tensor, grads: Grads
-    ) -> Tensor:
+    def _product(self, layer: Layer, matrix: Tensor | None, right: Tensor, grads: Grads) -> Tensor:
         """This rank's part of ``G right``, the column of the bias included, ``(rows,)``."""
         if matrix is None:
             return right.new_zeros(layer.tile.shape[0])
         product = matrix.mv(right)
-        if layer.bias in grads and layer.bias_counts:
+        if layer.bias is not None and layer.bias in grads and layer.bias_counts:
             product[layer.bias_rows] += grads[layer.bias]
         return product
 
@@ -256,12 +254,13 @@ class RankOneStep(LayerStep):
             if matrix is not None:
                 left = lefts[number] * amounts[number].to(layer.dtype)
                 factor = factors[number].to(layer.dtype)
+                right, kept = rights[number], self.momentum
                 group = moves.setdefault(id(layer.options), Moves(layer.motion()))
-                group.add_rank_one(layer.weight, matrix, left, rights[number], factor, self.momentum)
-                if layer.bias in grads:
+                group.add_rank_one(layer.weight, matrix, left, right, factor, kept)
+                if layer.bias is not None and layer.bias in grads:
                     grad = grads[layer.bias].to(layer.dtype)[:, None]
-                    one = rights[number].new_ones(1)
-                    group.add_rank_one(layer.bias, grad, left[layer.bias_rows], one, factor, self.momentum)
+                    rows, one = left[layer.bias_rows], right.new_ones(1)
+                    group.add_rank_one(layer.bias, grad, rows, one, factor, kept)
         for group in moves.values():
             group.finish()
 

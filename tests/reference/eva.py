@@ -22,17 +22,19 @@ def eva_f(grad: Array, a: Array, damping: float) -> Array:
 
 def eva_s(grad: Array, damping: float) -> Array:
     """``solve(kron_j(v_j v_j^T) + y I, vec G)``, as long as G."""
-    curvature = np.ones((1, 1))
+    curvature: NDArray[Any] = np.ones((1, 1))
     for dim in range(grad.ndim):
         v = grad.mean(axis=tuple(other for other in range(grad.ndim) if other != dim))
         curvature = np.kron(curvature, np.outer(v, v))
     direction = _solve(curvature, grad, damping)
-    return direction * np.linalg.norm(grad) / np.linalg.norm(direction)
+    length: float = float(np.linalg.norm(grad) / np.linalg.norm(direction))
+    return direction * length
 
 
-def _solve(curvature: Array, grad: Array, damping: float) -> Array:
+def _solve(curvature: NDArray[Any], grad: Array, damping: float) -> Array:
     damped = curvature + damping * np.eye(grad.size)
-    return np.linalg.solve(damped, grad.ravel()).reshape(grad.shape)
+    solution: Array = np.asarray(np.linalg.solve(damped, grad.ravel()), dtype=np.float64)
+    return solution.reshape(grad.shape)
 
 
 class Seen(NamedTuple):
@@ -128,14 +130,14 @@ class NaiveEva:
 
     def _scale(self, found: list[tuple[Array, Array, float]], lr: float) -> float:
         scaling = self.options["scaling"]
-        inner = sum(float((g * p).sum()) for g, p, _ in found)
+        inner = sum(float(np.vdot(g, p)) for g, p, _ in found)
         if scaling == "kl_clip":
-            return min(1.0, (self.options["kl_clip"] / (lr**2 * inner)) ** 0.5)
+            return float(min(1.0, (self.options["kl_clip"] / (lr**2 * inner)) ** 0.5))
         if scaling == "norm":
-            squares = [sum(float((t[k] ** 2).sum()) for t in found) for k in (0, 1)]
-            return (squares[0] / squares[1]) ** 0.5
+            grad_square = sum(float(np.vdot(g, g)) for g, _, _ in found)
+            return float((grad_square / sum(float(np.vdot(p, p)) for _, p, _ in found)) ** 0.5)
         if scaling == "kl_norm":
-            return sum(y * float((g * p).sum()) for g, p, y in found) ** -0.5
+            return float(sum(y * float(np.vdot(g, p)) for g, p, y in found) ** -0.5)
         return 1.0
 
     def _move(self, name: str, direction: Array, lr: float) -> None:

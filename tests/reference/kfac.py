@@ -24,7 +24,9 @@ def kfac_factored(grad: Array, a: Array, b: Array, damping: float) -> Array:
     pi = (traces[0] / traces[1]) ** 0.5 if min(traces) > 0 else 1.0
     root = damping**0.5
     left, right = b + root / pi * np.eye(len(b)), a + root * pi * np.eye(len(a))
-    return np.linalg.solve(np.kron(left, right), grad.ravel()).reshape(grad.shape)
+    solved = np.linalg.solve(np.kron(left, right), grad.ravel())
+    solution: Array = np.asarray(solved, dtype=np.float64)
+    return solution.reshape(grad.shape)
 
 
 class NaiveKFAC:

@@ -108,9 +108,7 @@ def tile_of(
 def _cuts(param: DTensor) -> list[tuple[int, int]]:
     """Pairs (mesh axis, tensor dim) of what cuts ``param``, first cut first."""
     sizes, placements = param.device_mesh.shape, param.placements
-    axes = [
-        axis for axis, p in enumerate(placements) if sizes[axis] > 1 and not p.is_replicate()
-    ]
+    axes = [axis for axis, p in enumerate(placements) if sizes[axis] > 1 and not p.is_replicate()]
     order = _cut_order([(placements[axis], sizes[axis]) for axis in axes])
     return [(axes[position], dim) for position, dim in order]
 
@@ -142,9 +140,7 @@ def vector_tile(vector: Tensor, weight: Tensor, name: str) -> tuple[Interval, bo
     return interval, all(coordinate[axis] == 0 for axis in axes - own)
 
 
-def all_reduce_together(
-    tensors: Sequence[Tensor], group: dist.ProcessGroup | None
-) -> list[Tensor]:
+def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The sums of ``tensors`` over the ranks of ``group``, by one collective for all of them.
 
     Args:

@@ -1,14 +1,14 @@
 """Eva, Eva-f and Eva-s (Zhang et al. 2023, arXiv 2308.02123): curvature that is one outer product.
 
 By Sherman-Morrison all three are the gradient without a multiple of one outer product ``V``, over
-the damping ``y``: ``P = (G - c V) / y``. With ``a`` the mean input of the layer and ``b`` the sum of
-the gradients at its output
+the damping ``y``: ``P = (G - c V) / y``. With ``a`` the mean input of the layer, ``b`` the sum of
+the gradients at its output and ``v_j`` the mean of G over all dims but ``j``
 
-    Eva      V = b a^T                c = <G, V> / (y + |V|^2)
-    Eva-f    V = (G a) a^T            c = 1 / (y + |a|^2)
-    Eva-s    V = v_1 x v_2 x ...      c = <G, V> / (y + |V|^2),   v_j = mean of G over all dims but j
+    Eva      V = b a^T               c = <G, V> / (y + |V|^2)
+    Eva-f    V = (G a) a^T           c = 1 / (y + |a|^2)
+    Eva-s    V = v_1 x v_2 x ...     c = <G, V> / (y + |V|^2)
 
-so that three scalars of each layer give ``<P, G>`` and ``|P|^2`` without another pass over a matrix.
+so that three scalars of a layer give ``<P, G>`` and ``|P|^2`` without another pass over a matrix.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Heavy ball on directions, with the correction of rank one fused into it.
 
-``B <- mu B + (1 - d) (P + w W)`` and ``W <- W - lr B``; Nesterov's form moves by ``(1 - d) (P + w W) +
-mu B`` instead. Directions of rank-one methods, ``P = f G - left right^T``, enter their buffer in one
-pass over it and one over the gradient, and are stored only where they must be.
+``B <- mu B + (1 - d) (P + w W)`` and ``W <- W - lr B``; Nesterov's form moves by ``(1 - d) (P +
+w W) + mu B`` instead. Directions of rank-one methods, ``P = f G - left right^T``, enter their
+buffer in two passes over it and one over the gradient, and are stored only where they must be.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,14 @@
 """K-FAC (Martens & Grosse 2015) and FOOF (Benzing 2022): curvature that is a Kronecker product.
 
-With ``A`` the second moment of a layer's inputs and ``B`` that of the gradients at its output,
+With ``A`` the second moment of a layer's inputs, ``B`` that of the gradients at its output, and
+``pi^2 = (tr A / i) / (tr B / o)``
 
     FOOF              P = G (A + y I)^-1
-    K-FAC, factored   P = (B + sqrt(y) / pi I)^-1 G (A + sqrt(y) pi I)^-1,  pi^2 = (tr A / i) / (tr B / o)
+    K-FAC, factored   P = (B + sqrt(y) / pi I)^-1 G (A + sqrt(y) pi I)^-1
     K-FAC, exact      P = Q_B [(Q_B^T G Q_A) / (d_B d_A^T + y)] Q_A^T
 
-All functions work on stacks ``(n, ...)`` of blocks of equal shape. A factor cut into diagonal blocks
-preconditions each block of the matrix by the two blocks that belong to it.
+All functions work on stacks ``(n, ...)`` of blocks of equal shape. A factor cut into diagonal
+blocks preconditions each block of the matrix by the two that belong to it.
 """
 
 from typing import Literal
@@ -22,9 +23,7 @@ SMALLEST_DAMPING = 1e-30
 """So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
 
 
-def state_shapes(
-    shape: tuple[int, int], kind: Damping | None
-) -> dict[str, tuple[int, ...]]:
+def state_shapes(shape: tuple[int, int], kind: Damping | None) -> dict[str, tuple[int, ...]]:
     """Shapes of what :func:`refreshed` gives for one block; kind None for FOOF."""
     rows, columns = shape
     if kind is None:

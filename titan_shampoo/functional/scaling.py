@@ -1,8 +1,8 @@
 """One length for the whole step: how far the directions of all layers are scaled together.
 
-Preconditioning by a damped inverse changes the length of a step by orders of magnitude; these bring
-it back (Zhang et al. 2023, section 4.3, and its extension, arXiv 2308.02123). With ``nu`` the factor
-of all directions P, sums over all layers and ``y`` the damping:
+Preconditioning by a damped inverse changes the length of a step by orders of magnitude; these
+bring it back (Zhang et al. 2023, and its extension, arXiv 2308.02123). With ``nu`` the factor of
+all directions P, sums over all layers and ``y`` the damping:
 
     kl_clip    nu = min(1, sqrt(kappa / sum lr^2 <P, G>))    the step moves predictions by kappa
     norm       nu = sqrt(sum |G|^2 / sum |P|^2)              as long as the gradient

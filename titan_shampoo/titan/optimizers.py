@@ -226,7 +226,7 @@ def _build_from_library(
     own: Mapping[str, Any],
 ) -> LibraryOptimizer:
     """One of the library's optimizers; its own table beats the shared keys."""
-    build, table, shared_eps = (_BLOCK_METHODS | _LAYER_METHODS)[method]
+    build, table, shared_eps = {**_BLOCK_METHODS, **_LAYER_METHODS}[method]
     options = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),

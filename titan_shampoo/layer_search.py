@@ -1,0 +1,92 @@
+"""Which parameters a method for layers preconditions, and what it needs to know of each layer."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_shampoo.distributed.tiles import tile_of, vector_tile
+from titan_shampoo.fallback import NOT_MULTIPLIED
+from titan_shampoo.layer import Layer
+from titan_shampoo.statistics import TappedLayer, tap, untapped
+from titan_shampoo.statistics.layers import Moments, unwrapped_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSearch:
+    """Finds the layers of an optimizer's parameters.
+
+    Args:
+        names: Name of every parameter of the optimizer.
+        groups: Parameter group of each.
+        replicas: Ranks that hold plain tensors as replicas; None for one process.
+    """
+
+    names: Mapping[Tensor, str]
+    groups: Mapping[Tensor, dict[str, Any]]
+    replicas: dist.ProcessGroup | None
+
+    def tapped(self, models: Sequence[nn.Module], moments: Moments) -> list[Layer]:
+        """The layers of ``models`` whose inputs and outputs can be seen; taps them.
+
+        Args:
+            models: Parts of the model on this rank.
+            moments: Second moments that shall be collected.
+        """
+        layers = []
+        for model in models:
+            modules = dict(model.named_modules())
+            others = {
+                unwrapped_name(name, model)
+                for name, module in modules.items()
+                if not self._is_multiplied(module._parameters.get("weight"))
+            }
+            found = tap(model, moments=moments, skip=others.__contains__)
+            self._say_what_is_left_out(model, found)
+            layers += [self._layer(tapped.weight, tapped) for tapped in found]
+        return layers
+
+    def plain(self) -> list[Layer]:
+        """Every matrix that is multiplied, for methods that need gradients only."""
+        return [
+            self._layer(param, None)
+            for param in self.names
+            if self._is_multiplied(param) and sum(size != 1 for size in param.shape) >= 2
+        ]
+
+    def _is_multiplied(self, param: Tensor | None) -> bool:
+        """Whether a parameter is ours and not, by its name, looked up in or chosen from."""
+        name = None if param is None else self.names.get(param)
+        return name is not None and NOT_MULTIPLIED.search(name) is None
+
+    def _say_what_is_left_out(self, model: nn.Module, tapped: Sequence[TappedLayer]) -> None:
+        """Log which of our matrices have no statistics, and why."""
+        params = {name: param for param, name in self.names.items()}
+        for name, reason in untapped(model, tapped).items():
+            if name in params and self._is_multiplied(params[name]):
+                fallback = self.groups[params[name]]["fallback"]
+                logger.warning("%s is stepped by %s: it %s", name, fallback, reason)
+
+    def _layer(self, weight: Tensor, tapped: TappedLayer | None) -> Layer:
+        """What is to be known of the layer of ``weight``."""
+        name, options = self.names[weight], self.groups[weight]
+        row_axes = () if tapped is None else tapped.sharding.row_axes
+        tile = tile_of(weight, self.replicas, name, row_axes=row_axes)
+        # DDP may be wrapped around the model that we know.
+        divisor = 1.0 if tile.token_group is None else float(tile.token_group.size())
+        if tapped is not None and isinstance(weight, DTensor):
+            divisor = tapped.sharding.gradient_divisor
+        bias = None if tapped is None or options["bias"] == "separate" else tapped.bias
+        if bias is None or self.groups.get(bias) is not options:
+            return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor)
+        place = vector_tile(bias, weight, name)
+        if place is None:
+            raise ValueError(f"{name}: its bias is stored on other ranks than the weight; "
+                             "set bias='separate'")  # fmt: skip
+        return Layer(name, weight, bias, options, tile, *place, tapped, divisor)
