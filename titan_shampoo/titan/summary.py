@@ -74,7 +74,7 @@ def _optimizer(optimizer: Optimizer) -> str:
     for group in optimizer.param_groups:
         names = group.get("param_names", [""] * len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
-            by_fallback = "fallback" in group and falls_back(name, param, group)
+            by_fallback = "batch_dims" in group and falls_back(name, param, group)
             label = "AdamW (fallback)" if by_fallback else method
             tensors[label] += 1
             numbers[label] += param.numel()

@@ -224,6 +224,7 @@ def write_nothing(job_config: JobConfig) -> None:
     job_config.profiling.enable_profiling = False
     job_config.profiling.enable_memory_snapshot = False
     job_config.job.save_config_file = None
+    job_config.comm.trace_buf_size = 0  # else a folder for the traces is made
 
 
 def _register(name: str, recipe: TrainSpec) -> None:
