@@ -14,7 +14,13 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from titan_shampoo.config import ConfigError, check_world, read_config, read_plan_request
+from titan_shampoo.config import (
+    ConfigError,
+    check_launch,
+    check_world,
+    read_config,
+    read_plan_request,
+)
 from titan_shampoo.data import DataError
 
 _ONE_RANK = {
@@ -27,8 +33,12 @@ _ONE_RANK = {
 }
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str], started_with: dict[str, str]) -> None:
     """Train as the command line says, or plan for it.
+
+    Args:
+        args: The command line without the program's name.
+        started_with: The environment as it was given.
 
     Raises:
         ConfigError: If settings are wrong; before torch is imported, wherever that is possible.
@@ -37,6 +47,7 @@ def main(args: list[str]) -> None:
     started = int(os.environ["WORLD_SIZE"])
     request, args = read_plan_request(args, started)
     settings = read_config(args)
+    check_launch(started_with)
     check_world(settings, request.world_size if request else started)
 
     from checkpoint import CheckpointManager  # noqa: PLC0415 (imports torch)
@@ -75,9 +86,10 @@ def end_with(mistake: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
+    given = dict(os.environ)
     for name, value in _ONE_RANK.items():
         os.environ.setdefault(name, value)
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:], given)
     except (ConfigError, DataError) as mistake:
         end_with(mistake)

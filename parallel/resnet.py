@@ -1,6 +1,7 @@
 """The residual network under FSDP2, HSDP and DDP: one FSDP unit per residual block.
 
-Each rank normalises by the statistics of its own images. The *running* statistics, which validation
+Each rank normalises by the statistics of its own images, or with ``images.sync_batch_norm`` by
+those of all. In the former case the *running* statistics, which validation
 uses and checkpoints hold, are averaged over all data-parallel ranks after every training pass, so
 that they are the same everywhere; their variance leaves out the spread of the ranks' means.
 """
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from parallel.batch_norm import synchronise_batch_norm
 from parallel.gradients import sum_gradients
 from titan_shampoo.config import ConfigError
 from titan_shampoo.titan import (
@@ -50,6 +52,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             f'activation_checkpoint.mode: got "{mode}", expected "none": recomputing a batch norm '
             "would count its batch twice in the running statistics"
         )
+    is_synchronised = job_config.images.sync_batch_norm and parallel_dims.dp_enabled
+    if is_synchronised:
+        synchronise_batch_norm(model, parallel_dims.get_mesh("loss"))
     if job_config.compile.enable and "model" in job_config.compile.components:
         for block in _blocks(model):
             block.compile(backend=job_config.compile.backend)
@@ -59,7 +64,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         # Buffers are kept equal below; DDP would broadcast rank 0's instead.
         mesh = parallel_dims.get_mesh("dp_replicate")
         replicate(model, device_mesh=mesh, bucket_cap_mb=100, broadcast_buffers=False)
-    if parallel_dims.dp_enabled:
+    if parallel_dims.dp_enabled and not is_synchronised:
         average_running_statistics(model, parallel_dims.get_mesh("loss"))
     initialize_alike(model, run_seed(job_config))
     return model

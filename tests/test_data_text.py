@@ -214,6 +214,24 @@ def test_files_that_do_not_decode_are_skipped_and_counted(folder, caplog):
     assert "picture.jpg" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.txt"])
+def test_broken_lines_are_skipped_counted_and_named(tmp_path, caplog, name):
+    good = b'{"text": "a line of text"}\n' * 300
+    (tmp_path / name).write_bytes(good + b'\xff{"te\n' + good)
+    with caplog.at_level(logging.WARNING):
+        dataset = TextDataset(
+            str(tmp_path / name), tokenizer=ByteTokenizer(), seq_len=8, part="all",
+            max_bad_fraction=0.01,
+        )  # fmt: skip
+    assert dataset.num_tokens > 600 * 14
+    assert "skipped 1 of 601" in caplog.text
+    with pytest.raises(DataError, match=r"not UTF-8 text|1 of 601 samples cannot be read"):
+        TextDataset(
+            str(tmp_path / name), tokenizer=ByteTokenizer(), seq_len=8, part="all",
+            max_bad_fraction=0.001,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -1,12 +1,16 @@
 """Promises of the residual networks."""
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import FlopCounterMode
 
+from parallel.batch_norm import synchronise_batch_norm
 from titan_shampoo.models.resnet import ResNet, ResNetArgs, flops_per_image, num_parameters
 
 TINY_IMAGES = torch.zeros(2, 3, 32, 32)
@@ -60,6 +64,19 @@ def torchvision_resnet50():
 def test_resnet50_has_torchvisions_names_and_shapes():
     state = build(depth=50).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == torchvision_resnet50()
+
+
+def test_weights_interchange_with_torchvisions_names_whatever_is_switched_on():
+    plain = filled(depth=18)
+    mesh = SimpleNamespace(get_group=lambda: None, size=lambda: 1, get_local_rank=lambda: 0)
+    synced = build(depth=18, channels_last=True)
+    synchronise_batch_norm(synced, cast(DeviceMesh, mesh))
+    synced.to_empty(device="cpu")
+    synced.load_state_dict(plain.state_dict(), strict=True)
+    assert list(synced.state_dict()) == list(plain.state_dict())
+    images = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(synced.eval()(images), plain.eval()(images))
 
 
 # The parameter counts that torchvision publishes.

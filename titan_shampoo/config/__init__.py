@@ -12,6 +12,7 @@ from titan_shampoo.config.combinations import check_combinations
 from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.config.help import help_text
+from titan_shampoo.config.launch import check_launch
 from titan_shampoo.config.planning import PlanRequest, read_plan_request
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.toml_file import read_toml
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "PlanRequest",
     "Settings",
+    "check_launch",
     "check_world",
     "nearest",
     "read_config",

@@ -1,15 +1,20 @@
 """Check a configuration and start nothing: ``python -m titan_shampoo.config --job.config_file F``.
 
 ``WORLD_SIZE`` in the environment says for how many ranks, 1 by default. A mistake is one line and
-exit code 2; torchrun would print a traceback of its own below it.
+exit code 2; torchrun would print a traceback of its own below it. ``--reference`` prints the page
+of all settings instead.
 """
 
 import os
 import sys
 
 from titan_shampoo.config import ConfigError, check_world, read_config
+from titan_shampoo.config.reference import reference_page
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--reference"]:
+        sys.stdout.write(reference_page())
+        sys.exit(0)
     try:
         check_world(read_config(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as mistake:

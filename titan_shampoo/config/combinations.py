@@ -5,7 +5,7 @@ from pathlib import Path
 from titan_shampoo.config.methods import check_methods
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.unread import check_read
-from titan_shampoo.data.paths import missing_path
+from titan_shampoo.data.paths import DEFAULT_IMAGE_SIZE, DIGITS, missing_path
 
 # The ResNet has no sequence to cut and no plan for its weights beyond data parallelism.
 _TRANSFORMER_ONLY = (
@@ -28,6 +28,8 @@ def check_combinations(settings: Settings) -> None:
     _check_folders(settings)
     _check_data(settings)
     _check_model(settings)
+    _check_images(settings)
+    _check_schedule(settings)
     if settings["validation.enable"]:
         _check_windows(settings)
         _check_pipeline(settings)
@@ -56,6 +58,38 @@ def _check_model(settings: Settings) -> None:
     for key in _TRANSFORMER_ONLY:
         if settings["model.name"] == "resnet" and settings[key] > 1:
             raise settings.error(key, f'got {settings[key]}, but model.name = "resnet" needs 1')
+
+
+def _check_images(settings: Settings) -> None:
+    size = settings["images.size"] or DEFAULT_IMAGE_SIZE
+    if settings["training.dataset"] != DIGITS and settings["images.resize"] < size:
+        wanted = f"expected at least images.size ({size})"
+        raise settings.error("images.resize", f"got {settings['images.resize']}, {wanted}")
+    if settings["images.mixup"] and settings["training.local_batch_size"] % 2:
+        got = settings["training.local_batch_size"]
+        raise settings.error("training.local_batch_size", f"got {got}, images.mixup needs pairs")
+
+
+# Two ways of saying one thing, of which at most one may be used.
+_EITHER = (
+    ("training.epochs", "training.steps"),
+    ("lr_scheduler.warmup_epochs", "lr_scheduler.warmup_steps"),
+    ("lr_scheduler.milestone_epochs", "lr_scheduler.milestones"),
+)
+_DECAY = ("decay_ratio", "decay_type", "min_lr_factor", "total_steps")
+
+
+def _check_schedule(settings: Settings) -> None:
+    for epochs, steps in _EITHER:
+        if settings.is_set(epochs) and settings.is_set(steps):
+            raise settings.error(epochs, f"is instead of {steps}; remove one of the two")
+    steps = settings["lr_scheduler.milestones"] or settings["lr_scheduler.milestone_epochs"]
+    for key in _DECAY:
+        if steps and settings.is_changed(f"lr_scheduler.{key}"):
+            problem = "is not read with milestones; remove it or them"
+            raise settings.error(f"lr_scheduler.{key}", problem)
+    if settings.is_changed("lr_scheduler.factor") and not steps:
+        raise settings.error("lr_scheduler.factor", "needs lr_scheduler.milestones")
 
 
 def _check_windows(settings: Settings) -> None:

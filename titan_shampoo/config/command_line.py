@@ -14,6 +14,9 @@ from titan_shampoo.config.values import from_text
 
 PLACE = "command line"
 
+_SHORT = {"dry_run": "job.dry_run"}
+"""Settings that may be written without their table."""
+
 
 def read_command_line(args: Sequence[str]) -> dict[str, Setting]:
     """The settings by dotted name; a later one beats an earlier one.
@@ -42,6 +45,7 @@ def read_command_line(args: Sequence[str]) -> dict[str, Setting]:
 
 def _find(name: str) -> tuple[str, Key, bool]:
     """The setting of that name, and whether it was written with ``no_``."""
+    name = _SHORT.get(name, name)
     table, prefix = job_schema(), ""
     *outer, last = name.split(".")
     for part in outer:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 
@@ -50,6 +51,19 @@ _EXPONENT = Limit(
 _MOMENTS = Limit(
     "two numbers from 0 to below 1, the second greater than 0",
     lambda betas: len(betas) == 2 and 0 <= betas[0] < 1 and 0 < betas[1] < 1,
+)
+
+_COLOURS = Limit(
+    "three numbers from 0 to 1",
+    lambda values: len(values) == 3 and all(map(_FRACTION.holds, values)),
+)
+_SPREADS = Limit(
+    "three numbers greater than 0",
+    lambda values: len(values) == 3 and all(map(_POSITIVE.holds, values)),
+)
+_ASCENDING = Limit(
+    "numbers greater than 0, each greater than the one before",
+    lambda values: all(low < high for low, high in pairwise([0, *values])),
 )
 
 
@@ -121,13 +135,28 @@ LIMITS: Mapping[str, Limit] = {
     "comm.train_timeout_seconds": _at_least(1),
     "comm.trace_buf_size": _at_least(0),
     "debug.seed": _at_least(0),
+    "images.flip": _FRACTION,
+    "images.label_smoothing": _AVERAGING,
+    "images.mean": _COLOURS,
+    "images.min_area": _SHARE,
+    "images.mixup": _NOT_NEGATIVE,
+    "images.random_erasing": _FRACTION,
+    "images.resize": _at_least(1),
+    "images.shift": _at_least(0),
+    "images.size": _at_least(1),
+    "images.std": _SPREADS,
     "job.dump_folder": _NOT_EMPTY,
     "lr_scheduler.decay_ratio": _FRACTION,
+    "lr_scheduler.factor": _SHARE,
+    "lr_scheduler.milestone_epochs": _ASCENDING,
+    "lr_scheduler.milestones": _ASCENDING,
     "lr_scheduler.min_lr_factor": _FRACTION,
     "lr_scheduler.total_steps": _at_least(1),
+    "lr_scheduler.warmup_epochs": _NOT_NEGATIVE,
     "lr_scheduler.warmup_steps": _at_least(0),
     "metrics.log_freq": _at_least(1),
     "model.flavor": _NOT_EMPTY,
+    "optimizer.average_decay": _AVERAGING,
     "optimizer.beta1": _AVERAGING,
     "optimizer.beta2": Limit("greater than 0 and below 1", lambda value: 0 < value < 1),
     "optimizer.eps": _POSITIVE,
@@ -163,9 +192,11 @@ LIMITS: Mapping[str, Limit] = {
     "training.dataloader.num_workers": _at_least(0),
     "training.dataloader.prefetch_factor": _at_least(1),
     "training.dataset": _NOT_EMPTY,
+    "training.epochs": _POSITIVE,
     "training.gc_freq": _at_least(1),
     "training.global_batch_size": _off_or_at_least(-1, 1),
     "training.local_batch_size": _at_least(1),
+    "training.max_bad_fraction": _FRACTION,
     "training.max_norm": Limit("greater than 0", lambda value: value > 0),  # inf: no clipping
     "training.seq_len": _at_least(1),
     "training.steps": _at_least(1),

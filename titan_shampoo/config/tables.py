@@ -358,6 +358,12 @@ class Optimizer:
     sgd: SGD = field(default_factory=SGD)
     """SGD's own keys"""
 
+    average_decay: float | None = None
+    """
+    Keep an exponential moving average of the weights with this decay, validate it too, and save it;
+    not set: none is kept
+    """
+
     groups: list[Group] = field(default_factory=list)
     """Parameters with a method, learning rate or weight decay of their own"""
 
@@ -380,8 +386,82 @@ class Training:
     dataset: str = "python_stdlib"
     """
     "python_stdlib" (the source text of this Python's standard library), a .txt or .jsonl file, a
-    folder of text files, or a name for the datasets library; for images "digits" or a folder
+    folder of text files, or a name for the datasets library; for images "digits", a folder of
+    folders per class (below train and val, or alone), or a name such as "ILSVRC/imagenet-1k"
     """
+
+    epochs: float | None = None
+    """Passes over the training data, instead of training.steps"""
+
+    max_bad_fraction: float = 0.01
+    """
+    Share of the images, lines or rows that may be unreadable: they are skipped, counted and
+    reported, and more of them end the run
+    """
+
+
+@dataclass
+class Images:
+    """Keys of ``[images]``, for model.name = "resnet"."""
+
+    size: int | None = None
+    """Edge of the images that the network sees, in pixels; not set: 224, or 32 for the digits"""
+
+    resize: int = 256
+    """Shorter edge to which images are resized before the centre is evaluated, at least size"""
+
+    min_area: float = 0.08
+    """Smallest area of the random crops to train on, relative to the image; 1 is the whole image"""
+
+    flip: float = 0.5
+    """Probability that a training image is mirrored"""
+
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of red, green and blue, from 0 to 1, that is subtracted"""
+
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Standard deviation of red, green and blue, by which images are divided"""
+
+    shift: int = 0
+    """Training images are moved by up to so many pixels, their edges repeated"""
+
+    random_erasing: float = 0.0
+    """Probability that a random rectangle of a training image is blanked"""
+
+    mixup: float = 0.0
+    """
+    Training images are mixed in pairs by weights from Beta(mixup, mixup); 0 mixes none; needs an
+    even training.local_batch_size
+    """
+
+    label_smoothing: float = 0.0
+    """Share of each training label that is spread over all classes"""
+
+    channels_last: bool = False
+    """Feed the network in the memory format that GPUs with tensor cores prefer"""
+
+    sync_batch_norm: bool = False
+    """Normalise by the statistics of all ranks' images instead of each rank's own"""
+
+
+@dataclass
+class LRScheduler:
+    """Keys of ``[lr_scheduler]`` beside torchtitan's."""
+
+    warmup_epochs: float | None = None
+    """Passes over the training data to warm up in, instead of lr_scheduler.warmup_steps"""
+
+    milestones: list[int] = field(default_factory=list)
+    """
+    Steps after which the learning rate is multiplied by lr_scheduler.factor, instead of a decay;
+    warmup stays
+    """
+
+    milestone_epochs: list[float] = field(default_factory=list)
+    """As lr_scheduler.milestones, in passes over the training data"""
+
+    factor: float = 0.1
+    """What each milestone multiplies the learning rate by"""
 
 
 @dataclass
@@ -416,11 +496,22 @@ class Checkpoint:
 
 
 @dataclass
+class Job:
+    """Keys of ``[job]`` beside torchtitan's."""
+
+    dry_run: bool = False
+    """Build everything, take one step and validate one batch, and write nothing"""
+
+
+@dataclass
 class JobConfig:
     """What torchtitan's ``JobConfig`` is merged with."""
 
+    job: Job = field(default_factory=Job)
     optimizer: Optimizer = field(default_factory=Optimizer)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
+    images: Images = field(default_factory=Images)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -7,9 +7,10 @@ Its own defaults may be written down.
 from collections.abc import Mapping
 
 from titan_shampoo.config.settings import Settings
+from titan_shampoo.data.paths import DIGITS
 
 # Keys, and tables for all of their keys.
-_NOT_READ: Mapping[str, str] = {
+NOT_READ: Mapping[str, str] = {
     "checkpoint.create_seed_checkpoint": "not needed: initial weights do not depend on the mesh",
     "checkpoint.enable_ft_dataloader_checkpoints": "not supported by this trainer; remove it",
     "debug.moe_force_load_balance": "no model here has experts; remove it",
@@ -39,7 +40,13 @@ _NOT_READ_BY_MODEL: Mapping[str, tuple[str, ...]] = {
         "training.seq_len",
         "validation.seq_len",
     ),
+    "llama3": ("images",),
 }
+
+# The digits are normalised squares already, and their mirror images are no digits.
+_NOT_READ_BY_DIGITS = tuple(
+    f"images.{key}" for key in ("resize", "min_area", "flip", "mean", "std")
+)
 
 # Read only where the second key is true.
 _NEEDS = (
@@ -58,9 +65,11 @@ def check_read(settings: Settings) -> None:
     """
     model = settings["model.name"]
     for name in settings.explicit:
-        problem = _NOT_READ.get(name) or _NOT_READ.get(name.rpartition(".")[0])
-        if name in _NOT_READ_BY_MODEL.get(model, ()):
+        problem = NOT_READ.get(name) or NOT_READ.get(name.rpartition(".")[0])
+        if {name, name.partition(".")[0]} & set(_NOT_READ_BY_MODEL.get(model, ())):
             problem = f'not read by model.name = "{model}"; remove it'
+        if name in _NOT_READ_BY_DIGITS and settings["training.dataset"] == DIGITS:
+            problem = f'not read with training.dataset = "{DIGITS}"; remove it'
         if problem and settings.is_changed(name):
             raise settings.error(name, problem)
     for name, needed in _NEEDS:

@@ -1,75 +1,260 @@
-"""Labelled images in memory: scikit-learn's handwritten digits, which need no download.
+"""Labelled images on disk: a folder per class, or a data set of the Hugging Face hub.
 
-1,797 images of 8x8 pixels, enlarged to 32x32 in three equal channels, so that any ResNet takes
-them. The last 20% in file order are the validation part.
+    cats/                              photos/train/cat/1.jpg        photos/cat/1.jpg
+      data/train-00000.parquet         photos/val/cat/2.jpg          photos/dog/7.png
+
+Left: a local copy of a hub data set. Middle: folders of classes below ``train`` and ``val`` (or
+``validation``, ``valid``, ``test``). Right: classes alone, of which 5% is held out for validation
+by a hash of the relative path. Classes are numbered in alphabetical order, as torchvision does.
 """
 
-from typing import Literal
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from sklearn.datasets import load_digits
+import datasets
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from titan_shampoo.data import DataError
+from titan_shampoo.data import DataError, UnreadableSampleError
+from titan_shampoo.data.paths import missing_path
+from titan_shampoo.data.sources import is_held_out, load_hub_split
 
-__all__ = ["DIGITS", "ImageDataset"]
+__all__ = ["ImageFiles", "TransformedImages", "open_images"]
 
-DIGITS = "digits"
+Part = Literal["train", "validation"]
 
-_IMAGE_SIZE = 32
-_VALIDATION_ONE_IN = 5
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+_HUB_VALIDATION_SPLITS = ("validation", "val", "test")
 
 
-class ImageDataset:
-    """(image, label) pairs: float ``(3, 32, 32)`` and the class.
+@dataclass(frozen=True, slots=True)
+class ImageFiles:
+    """(image, label) pairs: an RGB image of any size, and the number of its class."""
 
-    Mean 0 and variance 1 over the training part.
-    """
-
-    num_classes: int
-    image_size: int
-
-    def __init__(
-        self, source: str = DIGITS, *, part: Literal["train", "validation"] = "train"
-    ) -> None:
-        """Load one part of ``source``.
-
-        Args:
-            source: "digits".
-            part: The first 80% or the last 20% in file order.
-
-        Raises:
-            DataError: If ``source`` is no image data set.
-        """
-        if source != DIGITS:
-            raise DataError(
-                f'"{source}" is no image data set; set training.dataset and validation.dataset to '
-                f'"{DIGITS}"'
-            )
-        digits = load_digits()
-        first_held_out = len(digits.target) - len(digits.target) // _VALIDATION_ONE_IN
-        size = (_IMAGE_SIZE, _IMAGE_SIZE)
-        pixels = torch.from_numpy(digits.images).float().unsqueeze(1)
-        images = interpolate(pixels, size, mode="bilinear")  # (num_images, 1, 32, 32)
-        variance, mean = torch.var_mean(images[:first_held_out], correction=0)
-        rows = slice(first_held_out) if part == "train" else slice(first_held_out, None)
-        self._images = (images[rows] - mean) / variance.sqrt()
-        self._labels: list[int] = digits.target[rows].tolist()
-        self.num_classes = len(digits.target_names)
-        self.image_size = _IMAGE_SIZE
+    source: str
+    """What a person called it."""
+    classes: list[str]
+    labels: Sequence[int]
+    """One per image."""
+    name: Callable[[int], str]
+    """Where an image lies, for messages."""
+    data: Callable[[int], Any]
+    """The path or the bytes of an image."""
 
     def __len__(self) -> int:
         """The number of images."""
-        return len(self._labels)
+        return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``(3, 32, 32)`` and class."""
-        return self._images[index].expand(3, -1, -1), self._labels[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """The image, decoded, and its class.
+
+        Raises:
+            UnreadableSampleError: If the file is gone, cut short, or no image.
+        """
+        try:
+            return _decoded(self.data(index)), int(self.labels[index])
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            message = (str(error).splitlines() or [""])[0]
+            raise UnreadableSampleError(
+                f"{self.name(index)}: {type(error).__name__}: {message}"
+            ) from error
 
     def shortage(self, num_needed: int) -> str:
         """The sentence that refuses a run which needs at least ``num_needed`` images."""
         return (
-            f'training.dataset = "{DIGITS}" has {len(self)} images here, {num_needed} are needed '
-            "for one global batch; lower training.local_batch_size"
+            f'training.dataset or validation.dataset = "{self.source}" has {len(self)} images '
+            f"here, {num_needed} are needed for one global batch; lower local_batch_size"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TransformedImages:
+    """(tensor, label) pairs of images that are all seen in the same way."""
+
+    images: ImageFiles
+    transform: Callable[[Image.Image], Tensor]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The transformed image and its class."""
+        image, label = self.images[index]
+        return self.transform(image), label
+
+    def shortage(self, num_needed: int) -> str:
+        """As of the images."""
+        return self.images.shortage(num_needed)
+
+
+def open_images(
+    source: str, *, part: Part, key: str, classes: Sequence[str] | None = None
+) -> ImageFiles:
+    """The images of ``source``; none is decoded yet.
+
+    Args:
+        source: A folder, or a hub data set as "name", "name:config" or "name:config:split".
+        part: Which images, where the source has both kinds.
+        key: The TOML key that holds ``source``, for messages.
+        classes: The classes to number by, where other images have decided on them.
+
+    Raises:
+        DataError: If there is no such thing, it has no labelled images, or an unknown class.
+    """
+    folder = Path(source).expanduser()
+    problem = None if folder.is_dir() else missing_path(source)
+    if problem is not None or folder.is_file():
+        raise DataError(f'{key} = "{source}": {problem or "is a file, a folder is needed"}')
+    if folder.is_dir() and not any(folder.rglob("*.parquet")):
+        images = _folder_images(folder, source, part, key)
+    else:
+        images = _hub_images(source, part, key)
+    if not len(images):
+        raise DataError(f'{key} = "{source}": has no images of the {part} part')
+    return images if classes is None else _renumbered(images, list(classes), key)
+
+
+def _decoded(data: Any) -> Image.Image:  # noqa: ANN401 (a path or a file)
+    """The image in RGB; transparent palettes and 16-bit greys included."""
+    with Image.open(data) as file:
+        image: Image.Image = file
+        if image.mode.startswith("I"):  # of which Pillow keeps the lowest 8 bits
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def _folder_images(folder: Path, source: str, part: Part, key: str) -> ImageFiles:
+    training = folder / "train"
+    held_out = next((folder / n for n in _VALIDATION_FOLDERS if (folder / n).is_dir()), None)
+    if not training.is_dir():
+        found, is_split = _labelled_files(folder), True
+    elif part == "train" or held_out is not None:
+        is_split = held_out is None
+        found = _labelled_files(training if part == "train" or held_out is None else held_out)
+    else:
+        found, is_split = _labelled_files(training), True
+    if not found:
+        raise DataError(
+            f'{key} = "{source}": no folder of images per class there, such as '
+            f"{folder / 'train' / 'cat' / '1.jpg'}"
+        )
+    if is_split and key != "validation.dataset":
+        wanted = part == "validation"
+        kept = [(file, name) for file, name in found if _is_held_out(file, folder) is wanted]
+    else:
+        kept = found
+    classes = sorted({name for _, name in found})
+    number = {name: index for index, name in enumerate(classes)}
+    files = [file for file, _ in kept]
+    return ImageFiles(
+        source, classes, [number[name] for _, name in kept], _Named(files), files.__getitem__
+    )
+
+
+def _is_held_out(file: str, folder: Path) -> bool:
+    return is_held_out(Path(file).relative_to(folder).as_posix())
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """The path of each file; picklable, as workers need it."""
+
+    files: list[str]
+
+    def __call__(self, index: int) -> str:
+        return self.files[index]
+
+
+@cache
+def _labelled_files(root: Path) -> list[tuple[str, str]]:
+    """(file, class) pairs below ``root`` by path; the class is the folder right below it."""
+    found = []
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        for folder, subfolders, names in os.walk(entry, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            found += [
+                (f"{folder}/{name}", entry.name)
+                for name in sorted(names)
+                if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+            ]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _HubBytes:
+    """The encoded images of one column."""
+
+    rows: Any
+    column: str
+
+    def __call__(self, index: int) -> Any:  # noqa: ANN401 (bytes in a file, or a path)
+        image = self.rows[index][self.column]
+        return io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+
+
+@dataclass(frozen=True, slots=True)
+class _HubName:
+    source: str
+
+    def __call__(self, index: int) -> str:
+        return f"{self.source}: row {index}"
+
+
+def _hub_images(source: str, part: Part, key: str) -> ImageFiles:
+    """A split with one column of images and one of class labels, whatever they are called."""
+    rows = _hub_split(source, part, key)
+    image, label = _column(rows, datasets.Image), _column(rows, datasets.ClassLabel)
+    if image is None or label is None:
+        columns = ", ".join(f"{name} ({kind!r})" for name, kind in rows.features.items())
+        raise DataError(
+            f'{key} = "{source}": needs a column of images and one of class labels; has {columns}'
+        )
+    return ImageFiles(
+        source,
+        list(rows.features[label].names),
+        rows.with_format("numpy")[label][:],
+        _HubName(source),
+        _HubBytes(rows.cast_column(image, datasets.Image(decode=False)), image),
+    )
+
+
+def _hub_split(source: str, part: Part, key: str) -> Any:  # noqa: ANN401 (datasets is untyped)
+    if part == "train" or source.count(":") == 2:
+        return load_hub_split(source, key=key)
+    name, _, config = source.partition(":")
+    refusal: DataError | None = None
+    for split in _HUB_VALIDATION_SPLITS:
+        try:
+            return load_hub_split(f"{name}:{config}:{split}", key=key)
+        except DataError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _column(rows: Any, kind: type) -> str | None:  # noqa: ANN401 (datasets is untyped)
+    return next((name for name, type_ in rows.features.items() if isinstance(type_, kind)), None)
+
+
+def _renumbered(images: ImageFiles, classes: list[str], key: str) -> ImageFiles:
+    """``images`` with the numbers of ``classes``."""
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise DataError(
+            f'{key} = "{images.source}": class "{unknown[0]}" is not among the '
+            f"{len(classes)} of training.dataset"
+        )
+    number = [classes.index(name) for name in images.classes]
+    labels = [number[label] for label in images.labels]
+    return ImageFiles(images.source, classes, labels, images.name, images.data)

@@ -3,34 +3,40 @@
 Sample ``i`` of the endless sequence is drawn in epoch ``i // len(dataset)`` from that epoch's own
 permutation, keyed by (seed, epoch); rank ``r`` of ``R`` takes rows ``[r * b, (r + 1) * b)`` of each
 batch of ``R * b`` samples. So a position is one integer that means the same on any number of ranks,
-and random draws inside a sample, keyed by ``i``, come back exactly after a resume.
+and random draws inside a sample, keyed by ``i``, come back exactly after a resume. A sample that
+cannot be read is replaced by the next one of the data set, on any number of ranks the same.
 """
 
 from collections.abc import Callable, Iterator, Sized
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from titan_shampoo.data import DataError
+from titan_shampoo.data import DataError, UnreadableSampleError
+from titan_shampoo.data.mixup import mix_pairs, pair_weights
+from titan_shampoo.data.skipped import SkippedSamples
 
 __all__ = ["Augmentation", "Batch", "EvaluationLoader", "IndexedSamples", "PositionedLoader"]
+
+_MOST_SKIPPED_IN_A_ROW = 100
 
 IGNORED_LABEL = -100
 """Cross-entropy's default ``ignore_index``: what torchtitan does not count as a target either."""
 
 Batch = tuple[dict[str, Tensor], Tensor]
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Augmentation = Callable[[Any, torch.Generator], Tensor]
+"""A random change of one input, whatever the data set has: tensors or images."""
 
 
 class IndexedSamples(Sized, Protocol):
-    """A map-style data set of (input, label) pairs of equal shapes."""
+    """A map-style data set of (input, label) pairs, of equal shapes once they are augmented."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
-        """The input and its label or labels."""
+    def __getitem__(self, index: int) -> tuple[Any, Tensor | int]:
+        """The input and its label or labels; raises ``UnreadableSampleError`` if it is broken."""
         ...
 
     def shortage(self, num_needed: int) -> str:
@@ -54,6 +60,8 @@ class PositionedLoader:
         dp_rank: int,
         dp_world_size: int,
         augment: Augmentation | None = None,
+        mixup: float = 0.0,
+        max_bad_fraction: float = 0.0,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         pin_memory: bool = False,
@@ -67,18 +75,28 @@ class PositionedLoader:
             dp_rank: This rank among those that read different data.
             dp_world_size: How many ranks read different data.
             augment: Random change of one input, drawing only from the generator it is given.
+            mixup: Both parameters of the beta distribution of the weights by which neighbours are
+                mixed; 0 mixes nothing. ``local_batch_size`` must be even, then.
+            max_bad_fraction: Share of the samples that may be unreadable.
             num_workers: Processes that prepare batches ahead; 0 means this one, on demand.
             prefetch_factor: Batches that each worker keeps ready; only with workers.
             pin_memory: Copy batches to page-locked memory.
 
         Raises:
             DataError: If the data set is smaller than one global batch.
+            ValueError: If neighbours shall be mixed and the batch is not made of pairs.
         """
+        if mixup and local_batch_size % 2:
+            raise ValueError(f"local_batch_size: got {local_batch_size}, mixup needs an even one")
         self._global_batch_size = local_batch_size * dp_world_size
         if len(dataset) < self._global_batch_size:
             raise DataError(dataset.shortage(self._global_batch_size))
         self._order = _SampleOrder(len(dataset), seed)
         self._samples = _AugmentedSamples(dataset, seed, augment)
+        self._seed = seed
+        self._mixup = mixup
+        self.skipped = SkippedSamples(max_bad_fraction)
+        self.num_samples = len(dataset)
         self._local_batch_size = local_batch_size
         self._first_row = dp_rank * local_batch_size
         self._num_workers = num_workers
@@ -91,6 +109,7 @@ class PositionedLoader:
 
         Raises:
             RuntimeError: If the position was changed since by a load or by another iterator.
+            DataError: If too many samples are unreadable.
         """
         position = self._num_consumed
         batches = _batches(
@@ -100,15 +119,21 @@ class PositionedLoader:
             prefetch_factor=self._prefetch_factor,
             pin_memory=self._pin_memory,
         )
-        for inputs, labels in batches:
+        for inputs, labels, skipped in batches:
             if self._num_consumed != position:
                 raise RuntimeError(
                     f"the data position is {self._num_consumed}, this iterator is at {position}; "
                     "call iter() again after load_state_dict()"
                 )
+            self.skipped.add(skipped, num_read=len(labels))
+            first = position + self._first_row
             position += self._global_batch_size
             self._num_consumed = position
-            yield {"input": inputs}, labels
+            if self._mixup:
+                weights = pair_weights(self._seed, first, len(labels), self._mixup)
+                yield {"input": mix_pairs(inputs, weights), "label_weight": weights}, labels
+            else:
+                yield {"input": inputs}, labels
 
     def state_dict(self) -> dict[str, int]:
         """The number of samples consumed by all ranks together; equal on all ranks."""
@@ -142,6 +167,7 @@ class EvaluationLoader:
         dp_rank: int,
         dp_world_size: int,
         max_batches: int | None = None,
+        max_bad_fraction: float = 0.0,
         num_workers: int = 0,
     ) -> None:
         """Take this rank's rows of every batch of ``dataset``.
@@ -152,6 +178,7 @@ class EvaluationLoader:
             dp_rank: This rank among those that read different data.
             dp_world_size: How many ranks read different data.
             max_batches: Stop after so many batches; None means the whole data set.
+            max_bad_fraction: Share of the samples that may be unreadable; they count for nothing.
             num_workers: Processes that prepare batches ahead; 0 means this one, on demand.
 
         Raises:
@@ -160,6 +187,7 @@ class EvaluationLoader:
         if len(dataset) < 1:
             raise DataError(dataset.shortage(1))
         self._samples = _PaddedSamples(dataset)
+        self.skipped = SkippedSamples(max_bad_fraction)
         self._local_batch_size = local_batch_size
         self._first_row = dp_rank * local_batch_size
         self._global_batch_size = local_batch_size * dp_world_size
@@ -174,7 +202,9 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches of one pass."""
         rows = self._rows()
-        for inputs, labels in _batches(self._samples, rows, num_workers=self._num_workers):
+        batches = _batches(self._samples, rows, num_workers=self._num_workers)
+        for inputs, labels, skipped in batches:
+            self.skipped.add(skipped, num_read=len(labels))
             yield {"input": inputs}, labels
 
     def _rows(self) -> Iterator[list[int]]:
@@ -207,7 +237,15 @@ class _SampleOrder:
         return int(self._permutation[place])
 
 
-class _AugmentedSamples(Dataset[tuple[Tensor, Tensor | int]]):
+class _Sample(NamedTuple):
+    """One row of a batch, and what could not be read in its stead."""
+
+    input: Tensor
+    label: Tensor | int
+    skipped: tuple[str, ...]
+
+
+class _AugmentedSamples(Dataset[_Sample]):
     """Samples by (position, index): the index says which, the position keys the random draws."""
 
     def __init__(self, dataset: IndexedSamples, seed: int, augment: Augmentation | None) -> None:
@@ -215,48 +253,81 @@ class _AugmentedSamples(Dataset[tuple[Tensor, Tensor | int]]):
         self._seed = seed
         self._augment = augment
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor | int]:
+    def __getitem__(self, place: tuple[int, int]) -> _Sample:
         position, index = place
-        sample, label = self._dataset[index]
+        sample, label, skipped = _first_readable(self._dataset, index)
         if self._augment is not None:
             # Three words, where the order's key has two: the streams never coincide.
             key = np.random.SeedSequence((self._seed, position, 1)).generate_state(1, np.uint64)
             # manual_seed takes a signed 64-bit integer.
             generator = torch.Generator().manual_seed(int(key[0] >> np.uint64(1)))
             sample = self._augment(sample, generator)
-        return sample, label
+        return _Sample(sample, label, skipped)
 
 
-class _PaddedSamples(Dataset[tuple[Tensor, Tensor]]):
+class _PaddedSamples(Dataset[_Sample]):
     """The samples, continued for ever by one that has nothing to predict."""
 
     def __init__(self, dataset: IndexedSamples) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        is_padding = index >= len(self._dataset)
-        sample, label = self._dataset[0 if is_padding else index]
-        label = torch.as_tensor(label)
-        return sample, torch.full_like(label, IGNORED_LABEL) if is_padding else label
+    def __getitem__(self, index: int) -> _Sample:
+        if index < len(self._dataset):
+            try:
+                sample, label = self._dataset[index]
+                return _Sample(sample, torch.as_tensor(label), ())
+            except UnreadableSampleError as error:
+                return self._padding((str(error),))
+        return self._padding(())
+
+    def _padding(self, skipped: tuple[str, ...]) -> _Sample:
+        sample, label, _ = _first_readable(self._dataset, 0)
+        return _Sample(sample, torch.full_like(torch.as_tensor(label), IGNORED_LABEL), skipped)
+
+
+def _first_readable(
+    dataset: IndexedSamples, index: int
+) -> tuple[Any, Tensor | int, tuple[str, ...]]:
+    """Sample ``index`` or, if it is broken, the next one that is not, and what was skipped."""
+    skipped: list[str] = []
+    while len(skipped) < min(len(dataset), _MOST_SKIPPED_IN_A_ROW):
+        try:
+            sample, label = dataset[(index + len(skipped)) % len(dataset)]
+        except UnreadableSampleError as error:
+            skipped.append(str(error))
+        else:
+            return sample, label, tuple(skipped)
+    raise DataError(f"{len(skipped)} samples in a row cannot be read, first {skipped[0]}")
 
 
 def _batches(
-    samples: Dataset[Any],
+    samples: Dataset[_Sample],
     rows: Iterator[list[Any]],
     *,
     num_workers: int,
     prefetch_factor: int | None = None,
     pin_memory: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Collated (inputs, labels) for each list of rows, prepared by torch's loader."""
+) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Inputs, labels and what was skipped for each list of rows, prepared by torch's loader."""
     loader = DataLoader(
         samples,
         batch_sampler=rows,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
         pin_memory=pin_memory,
+        collate_fn=_collated,
         # Without one of its own, the loader draws from torch's global generator, and whatever the
         # model draws next would depend on how often the data was opened.
         generator=torch.Generator(),
     )
-    yield from loader
+    try:
+        yield from loader
+    except DataError as error:  # of a worker: its traceback, and the message in the last line
+        message = str(error).strip().splitlines()[-1]
+        raise DataError(message.removeprefix("titan_shampoo.data.DataError: ")) from None
+
+
+def _collated(samples: list[_Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    inputs = default_collate([sample.input for sample in samples])
+    labels = default_collate([sample.label for sample in samples])
+    return inputs, labels, [message for sample in samples for message in sample.skipped]

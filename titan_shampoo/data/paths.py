@@ -6,6 +6,12 @@ from pathlib import Path
 PYTHON_STDLIB = "python_stdlib"
 """The source text of this Python's own standard library: real text on every machine."""
 
+DIGITS = "digits"
+"""scikit-learn's handwritten digits: real images on every machine."""
+
+DEFAULT_IMAGE_SIZE = 224
+"""Edge in pixels of images from disk, where nothing else is wanted."""
+
 
 def missing_path(source: str) -> str | None:
     """What is wrong with ``source`` if it is meant as a path and nothing is there, else None."""

@@ -2,7 +2,8 @@
 
 Every source becomes rows ``{"text": str, "held_out": bool}`` of the ``datasets`` library. About 5%
 is held out for validation, and what is held out never depends on order, rank or run: whole files by
-a hash of their relative path, rows by a hash of their text, the end of a text that is alone.
+a hash of their relative path, rows by a hash of their text, the end of a text that is alone. Lines
+and rows that cannot be read are skipped, counted and reported, unless they are too many.
 """
 
 import hashlib
@@ -19,10 +20,18 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from titan_shampoo.data import DataError
+from titan_shampoo.data import DataError, UnreadableSampleError
 from titan_shampoo.data.paths import PYTHON_STDLIB, missing_path, nearest_path
+from titan_shampoo.data.skipped import check_share
 
-__all__ = ["PYTHON_STDLIB", "Corpus", "Document", "open_corpus"]
+__all__ = [
+    "PYTHON_STDLIB",
+    "Corpus",
+    "Document",
+    "is_held_out",
+    "load_hub_split",
+    "open_corpus",
+]
 
 
 _HELD_OUT_ONE_IN = 20
@@ -45,13 +54,15 @@ class Corpus:
     identity: str
 
 
-def open_corpus(source: str, *, key: str) -> Corpus:
+def open_corpus(source: str, *, key: str, max_bad_fraction: float = 0.0) -> Corpus:
     """The documents of ``source``; reads nothing yet of those that lie on this machine.
 
     Args:
         source: "python_stdlib", a path of a text file, a .jsonl file (key "text") or a folder of
             such files, or a hub data set as "name", "name:config" or "name:config:split".
         key: The TOML key that holds ``source``, for messages.
+        max_bad_fraction: Share of the lines or rows that may be unreadable; more of them are
+            refused when the documents are read.
 
     Raises:
         DataError: If there is no such thing, with the nearest name that exists.
@@ -60,16 +71,16 @@ def open_corpus(source: str, *, key: str) -> Corpus:
         root = Path(sysconfig.get_path("stdlib"))
         sources = [file for file in _files(root) if file.suffix == ".py"]
         # Its tests hold files in other encodings on purpose: nothing to warn about.
-        return _local_corpus(root, sources, skip_level=logging.DEBUG)
+        return _local_corpus(root, sources, 0.0, skip_level=logging.DEBUG)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _local_corpus(path, _files(path))
+        return _local_corpus(path, _files(path), max_bad_fraction)
     if path.is_file():
-        return _local_corpus(path.parent, [path])
+        return _local_corpus(path.parent, [path], max_bad_fraction)
     problem = missing_path(source)
     if problem is not None:
         raise DataError(f'{key} = "{source}": {problem}')
-    return _hub_corpus(source, key=key)
+    return _hub_corpus(source, key=key, max_bad_fraction=max_bad_fraction)
 
 
 def _files(root: Path) -> list[Path]:
@@ -86,7 +97,9 @@ def _files(root: Path) -> list[Path]:
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _local_corpus(root: Path, files: list[Path], *, skip_level: int = logging.WARNING) -> Corpus:
+def _local_corpus(
+    root: Path, files: list[Path], max_bad_fraction: float, *, skip_level: int = logging.WARNING
+) -> Corpus:
     """The documents of ``files``, known by path, size and time of change as in ``datasets``."""
     # The root belongs to it: what is held out goes by the path below it.
     digest = hashlib.sha256(f"{root.resolve()}\n".encode())
@@ -94,23 +107,31 @@ def _local_corpus(root: Path, files: list[Path], *, skip_level: int = logging.WA
         status = file.stat()
         digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     rows = datasets.IterableDataset.from_generator(
-        _documents, gen_kwargs={"root": root, "files": tuple(files), "skip_level": skip_level}
+        _documents,
+        gen_kwargs={
+            "root": root,
+            "files": tuple(files),
+            "max_bad_fraction": max_bad_fraction,
+            "skip_level": skip_level,
+        },
     )
     return Corpus(rows, digest.hexdigest())
 
 
-def _documents(root: Path, files: tuple[Path, ...], skip_level: int) -> Iterator[Document]:
+def _documents(
+    root: Path, files: tuple[Path, ...], max_bad_fraction: float, skip_level: int
+) -> Iterator[Document]:
     """One document per text file, one per line of a JSON-lines file."""
     skipped = []
     for file in files:
         if file.suffix == ".jsonl":
-            yield from _json_documents(file)
-        elif (text := _text_of(file)) is None:
+            yield from _readable(_json_documents(file), file, max_bad_fraction)
+        elif (text := _text_of(file, max_bad_fraction)) is None:
             skipped.append(file)
         elif len(files) == 1:
             yield from _head_and_tail(text)
         elif text:
-            yield {"text": text, "held_out": _is_held_out(file.relative_to(root).as_posix())}
+            yield {"text": text, "held_out": is_held_out(file.relative_to(root).as_posix())}
     if skipped and len(skipped) == len(files):
         raise DataError(f"{files[0]}: not UTF-8 text, nor is any other file given")
     if skipped:
@@ -118,14 +139,46 @@ def _documents(root: Path, files: tuple[Path, ...], skip_level: int) -> Iterator
         _logger.log(skip_level, message, root, len(skipped), len(files), skipped[0])
 
 
-def _text_of(file: Path) -> str | None:
-    """What ``file`` says, or None if it is not UTF-8 text."""
+def _readable(
+    rows: Iterator[Document | UnreadableSampleError | None], source: object, max_fraction: float
+) -> Iterator[Document]:
+    """The documents among ``rows``; those that are broken are counted, and reported at the end."""
+    num_rows, broken = 0, []
+    for row in rows:
+        num_rows += 1
+        if isinstance(row, UnreadableSampleError):
+            broken.append(str(row))
+        elif row is not None:
+            yield row
+    if broken:
+        check_share(len(broken), num_rows, max_fraction, broken[0])
+        message = "%s: skipped %d of %d rows, first %s"
+        _logger.warning(message, source, len(broken), num_rows, broken[0])
+
+
+def _text_of(file: Path, max_bad_fraction: float) -> str | None:
+    """What ``file`` says but for lines that do not decode, or None if it is not UTF-8 text."""
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
+        raw = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        lines = raw.splitlines(keepends=True)
+    kept = [text for line in lines if (text := _decoded(line)) is not None]
+    num_bad = len(lines) - len(kept)
+    if num_bad > max_bad_fraction * len(lines):
+        return None
+    _logger.warning("%s: skipped %d of %d lines that are not UTF-8", file, num_bad, len(lines))
+    return "".join(kept)
+
+
+def _decoded(line: bytes) -> str | None:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _head_and_tail(text: str) -> Iterator[Document]:
@@ -137,59 +190,77 @@ def _head_and_tail(text: str) -> Iterator[Document]:
     yield {"text": text[cut:], "held_out": True}
 
 
-def _json_documents(file: Path) -> Iterator[Document]:
+def _json_documents(file: Path) -> Iterator[Document | UnreadableSampleError | None]:
     """The "text" of each line of a JSON-lines file; blank lines do not count."""
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield from _row_document(_json_row(line, file, number), f"{file}:{number}")
+                    yield _json_document(line, f"{file}:{number}")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _json_row(line: bytes, file: Path, number: int) -> object:
-    """What one line of ``file`` holds."""
+def _json_document(line: bytes, place: str) -> Document | UnreadableSampleError | None:
+    """The document of one line, or what is wrong with it."""
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError is one too
-        raise DataError(f"{file}:{number}: not JSON: {error}") from error
+        return UnreadableSampleError(f"{place}: not JSON: {error}")
+    return _row_document(row, place)
 
 
-def _hub_documents(rows: datasets.Dataset, source: str) -> Iterator[Document]:
+def _hub_documents(
+    rows: datasets.Dataset, source: str, max_bad_fraction: float
+) -> Iterator[Document]:
     """The "text" of each row of a hub data set."""
-    for number, row in enumerate(rows):
-        yield from _row_document(row, f"{source}: row {number}")
+    documents = (_row_document(row, f"{source}: row {number}") for number, row in enumerate(rows))
+    yield from _readable(documents, source, max_bad_fraction)
 
 
-def _row_document(row: object, place: str) -> Iterator[Document]:
-    """The document of one row; none if its text is empty."""
+def _row_document(row: object, place: str) -> Document | UnreadableSampleError | None:
+    """The document of one row; None if its text is empty."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         keys = f"; its keys: {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-        raise DataError(f'{place}: has no text under the key "text"{keys}')
-    if text:
-        yield {"text": text, "held_out": _is_held_out(text)}
+        return UnreadableSampleError(f'{place}: has no text under the key "text"{keys}')
+    return {"text": text, "held_out": is_held_out(text)} if text else None
 
 
-def _hub_corpus(source: str, *, key: str) -> Corpus:
+def _hub_corpus(source: str, *, key: str, max_bad_fraction: float) -> Corpus:
     """A data set of the hub, downloaded or from the cache of ``datasets``."""
+    rows = load_hub_split(source, key=key)
+    documents = datasets.IterableDataset.from_generator(
+        _hub_documents,
+        gen_kwargs={"rows": rows, "source": source, "max_bad_fraction": max_bad_fraction},
+    )
+    return Corpus(documents, rows._fingerprint)
+
+
+def load_hub_split(source: str, *, key: str) -> datasets.Dataset:
+    """The split "name:config:split" of a data set of the hub, or of a local copy of one.
+
+    Args:
+        source: An empty config means the only one, an empty split "train".
+        key: The TOML key that holds ``source``, for messages.
+
+    Raises:
+        DataError: If it cannot be had.
+    """
     try:
-        rows = _load_from_hub(*(*source.split(":", 2), "", "")[:3])
+        return _load_from_hub(*(*source.split(":", 2), "", "")[:3])
     # The hub's client raises some twenty unrelated types.
     except Exception as error:
         raise DataError(
             f'{key} = "{source}": no such file or folder, and not to be had as a hub data set '
             f"({_first_line(error)}){nearest_path(Path(source))}"
         ) from error
-    documents = datasets.IterableDataset.from_generator(
-        _hub_documents, gen_kwargs={"rows": rows, "source": source}
-    )
-    return Corpus(documents, rows._fingerprint)
 
 
 def _load_from_hub(name: str, config: str, split: str) -> datasets.Dataset:
     """A whole split, by default "train"; what was downloaded before needs no network."""
+    if Path(name).is_dir():
+        return datasets.load_dataset(name, config or None, split=split or "train")
     offline = datasets.config.HF_HUB_OFFLINE
     # Without this, datasets tries an unreachable hub for 23 s, on every rank.
     datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
@@ -210,8 +281,8 @@ def _hub_answers(name: str) -> bool:
     return True
 
 
-def _is_held_out(name: str) -> bool:
-    """Whether the document known by ``name`` belongs to the 5% kept for validation."""
+def is_held_out(name: str) -> bool:
+    """Whether the document or image known by ``name`` belongs to the 5% kept for validation."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 

@@ -36,7 +36,13 @@ class TextDataset:
     """(input, labels) pairs of ``seq_len`` tokens each; the labels are the input's next tokens."""
 
     def __init__(
-        self, source: str, *, tokenizer: Tokenizer, seq_len: int, part: Part = "train"
+        self,
+        source: str,
+        *,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        part: Part = "train",
+        max_bad_fraction: float = 0.0,
     ) -> None:
         """Open ``source``, tokenising it if no process on this machine has done so before.
 
@@ -45,6 +51,7 @@ class TextDataset:
             tokenizer: Called once per document.
             seq_len: Tokens per sample.
             part: Which documents; "train" and "validation" never overlap.
+            max_bad_fraction: Share of the lines or rows that may be unreadable.
 
         Raises:
             DataError: If the source cannot be read or holds less than one window.
@@ -54,8 +61,8 @@ class TextDataset:
         self._seq_len = seq_len
         self._dtype = np.min_scalar_type(tokenizer.get_vocab_size() - 1)  # uint8, uint16 or uint32
         folder = _cache_folder()  # first: datasets itself writes beside it
-        corpus = open_corpus(source, key=self._key)
-        self._path = _token_file(folder, corpus, tokenizer, part, self._dtype)
+        corpus = open_corpus(source, key=self._key, max_bad_fraction=max_bad_fraction)
+        self._path = _token_file(folder, corpus, tokenizer, part, self._dtype, max_bad_fraction)
         self.num_tokens = self._path.stat().st_size // self._dtype.itemsize
         self._tokens: NDArray[Any] | None = None
         if len(self) < 1:
@@ -105,10 +112,15 @@ def _cache_folder() -> Path:
 
 
 def _token_file(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, part: Part, dtype: np.dtype[Any]
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    part: Part,
+    dtype: np.dtype[Any],
+    max_bad_fraction: float,
 ) -> Path:
     """The file of this corpus's tokens, written now if no process has done so before."""
-    key = (_FORMAT, corpus.identity, Hasher.hash(tokenizer), part, dtype.name)
+    key = (_FORMAT, corpus.identity, max_bad_fraction, Hasher.hash(tokenizer), part, dtype.name)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path = folder / f"{name}.{dtype.name}"
     if path.exists():

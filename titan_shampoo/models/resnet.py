@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEPTHS", "ResNet", "ResNetArgs", "flops_per_image", "num_parameters"]
+__all__ = ["DEPTHS", "BatchNorm2d", "ResNet", "ResNetArgs", "flops_per_image", "num_parameters"]
 
 _STAGE_WIDTHS = (64, 128, 256, 512)
 
@@ -30,8 +30,38 @@ class ResNetArgs:
     small_stem: bool = False
     """Start at full resolution, for images of about 32x32."""
 
+    channels_last: bool = False
+    """Take images in the memory format that GPUs with tensor cores prefer; all layers keep it."""
+
     zero_init_residual: bool = True
     """Start every residual block as the identity (Goyal et al. 2017, section 5.1)."""
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm in the precision of its running statistics, whatever that of its input.
+
+    Mixed precision hands its parameters over in bfloat16, which CPUs do not combine with running
+    statistics in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``, ``(n, channels, h, w)``; the result has its dtype."""
+        assert self.running_mean is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        dtype = self.running_mean.dtype
+        return nn.functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight.to(dtype),
+            self.bias.to(dtype),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
 
 
 class BasicBlock(nn.Module):
@@ -43,9 +73,9 @@ class BasicBlock(nn.Module):
         """Map ``in_channels`` to ``width`` channels at ``1 / stride`` of the resolution."""
         super().__init__()
         self.conv1 = _conv(in_channels, width, kernel_size=3, stride=stride)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = _conv(width, width, kernel_size=3)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, width, stride)
 
@@ -71,11 +101,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = width * self.expansion
         self.conv1 = _conv(in_channels, width, kernel_size=1)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = _conv(width, width, kernel_size=3, stride=stride)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.conv3 = _conv(width, out_channels, kernel_size=1)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.bn3 = BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
@@ -124,7 +154,7 @@ class ResNet(nn.Module):
         else:
             self.conv1 = _conv(3, width, kernel_size=7, stride=2)
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         stages = [
             _stage(block, stage, num_blocks) for stage, num_blocks in enumerate(blocks_per_stage)
@@ -135,6 +165,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores ``(n, num_classes)`` of ``images``, ``(n, 3, h, w)``."""
+        if self.model_args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.avgpool(x).flatten(1))
@@ -209,7 +241,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     if stride == 1 and in_channels == out_channels:
         return None
     projection = _conv(in_channels, out_channels, kernel_size=1, stride=stride)
-    return nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+    return nn.Sequential(projection, BatchNorm2d(out_channels))
 
 
 def _stage(block: Block, stage: int, num_blocks: int) -> nn.Sequential:

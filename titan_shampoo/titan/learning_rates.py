@@ -2,9 +2,11 @@
 
 torchtitan saves the first scheduler's whole state, base learning rates included, and loads it into
 all: several optimizers would come back with the first one's rate, and a changed ``lr`` in the TOML
-file would be undone.
+file would be undone. Milestones are ours.
 """
 
+from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any
 
 from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
@@ -41,5 +43,18 @@ class LearningRates(LRSchedulersContainer):
 def build_learning_rates(
     optimizers: OptimizersContainer, config: LRScheduler, num_steps: int
 ) -> LearningRates:
-    """Return torchtitan's warmup, constant and decay schedule for every optimizer."""
+    """Return the schedule of every optimizer: torchtitan's, or warmup and milestones."""
+    if config.milestones:
+        return LearningRates(LRSchedulersContainer(optimizers, _falling_at_milestones(config)))
     return LearningRates(build_lr_schedulers(optimizers, config, num_steps))
+
+
+def _falling_at_milestones(config: Any) -> Callable[[int], float]:  # noqa: ANN401 - merged dataclass
+    """Return the factor of the learning rate after so many steps."""
+    warmup_steps = config.warmup_steps
+
+    def factor(num_done: int) -> float:
+        warmed_up = min((num_done + 1) / warmup_steps, 1.0) if warmup_steps else 1.0
+        return float(warmed_up * config.factor ** bisect_right(config.milestones, num_done))
+
+    return factor

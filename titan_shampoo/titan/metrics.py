@@ -1,4 +1,4 @@
-"""What a run reports while it goes: one line per interval, TensorBoard, and ``metrics.jsonl``.
+"""What a run reports: a line per interval, a bar on a terminal, TensorBoard, ``metrics.jsonl``.
 
 Rates are over all ranks together, and leave validation out. There is no "model FLOPS utilisation":
 torchtitan relates it to the peak of an A100 when it does not know the device.
@@ -7,17 +7,21 @@ torchtitan relates it to the peak of an A100 when it does not know the device.
 import logging
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools.utils import NoColor
+from torchtitan.tools.utils import NoColor, device_type
+from tqdm import tqdm
 
-from titan_shampoo.titan.records import Record, RunRecords
+from titan_shampoo.plot import Record
+from titan_shampoo.titan.records import RunRecords
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +49,11 @@ class Progress(MetricsProcessor):
         self._num_readers = int(parallel_dims.dp_replicate * parallel_dims.dp_shard)
         self._reports = dist.get_rank() == _get_metrics_rank(parallel_dims, job_config)
         self._folder = Path(job_config.job.dump_folder)
-        self._records = RunRecords(self._folder)
+        self._is_dry = bool(job_config.job.dry_run)
+        self._records = RunRecords(self._folder, enabled=self._reports and not self._is_dry)
+        self._bar: tqdm[Any] | None = None
+        self._batch_mesh = parallel_dims.get_optional_mesh("batch")
+        self.count_skipped: Callable[[], int] = int
         self._first_step = 0
         self._last_logged = 0
         self._start = time.perf_counter()
@@ -59,12 +67,19 @@ class Progress(MetricsProcessor):
         if not self._reports:
             return
         self._records.resume(step)
+        if sys.stderr.isatty() and not self._is_dry:
+            self._bar = tqdm(total=self._num_steps, initial=step, unit="step", dynamic_ncols=True)
         if step >= self._num_steps:
             self.say(f"all {self._num_steps} steps are done; raise training.steps to go on")
         elif step:
             self.say(f"resumed after step {step} of {self._num_steps}")
         else:
-            self.say(f"training for {self._num_steps} steps")
+            self.say("a dry run: one step" if self._is_dry else f"training {self._num_steps} steps")
+
+    def advance(self) -> None:
+        """Count a step that is done."""
+        if self._bar is not None:
+            self._bar.update()
 
     def log(
         self,
@@ -96,6 +111,7 @@ class Progress(MetricsProcessor):
             "seconds_per_step": seconds / max(step - self._last_logged, 1),
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_reserved_gib,
             **self.optimizers.failures(),
+            "skipped_samples": self._all_skipped(),
         }
         self._write(record)
         self.say(self._line(record))
@@ -113,17 +129,28 @@ class Progress(MetricsProcessor):
         Args:
             loss: Mean over all validation labels.
             step: The last step done.
-            extra_metrics: ``accuracy`` (0 to 1) if there is one, ``seconds`` it took.
+            extra_metrics: ``accuracy`` and ``top5`` (0 to 1) or ``perplexity``; ``seconds`` it
+                took; ``of_average`` if it was of the averaged weights.
         """
         extra = dict(extra_metrics or {})
         self.time_last_log += extra.pop("seconds", 0.0)
-        record = {"step": step, "validation_loss": loss}
-        record |= {f"validation_{key}": value for key, value in extra.items()}
+        of_average = bool(extra.pop("of_average", False))
+        name = "average_validation" if of_average else "validation"
+        record = {"step": step, f"{name}_loss": loss}
+        record |= {f"{name}_{key}": value for key, value in extra.items()}
         self._write(record)
-        accuracy = f"  accuracy {extra['accuracy']:.2%}" if "accuracy" in extra else ""
+        shown = [
+            f"{label} {extra[key]:{form}}"
+            for key, label, form in (
+                ("accuracy", "accuracy", ".2%"),
+                ("top5", "top-5", ".2%"),
+                ("perplexity", "perplexity", ".4g"),
+            )
+            if key in extra
+        ]
         self.say(
-            f"{self._step(step)}  {self.color.yellow}validation loss {loss:.4f}"
-            f"{self._loss_unit}{self.color.reset}{accuracy}"
+            f"{self._step(step)}  {self.color.yellow}{name.replace('_', ' ')} loss {loss:.4f}"
+            f"{self._loss_unit}{self.color.reset}  {'  '.join(shown)}"
         )
 
     def finish(self, checkpoints: Path | None) -> None:
@@ -132,7 +159,9 @@ class Progress(MetricsProcessor):
         Args:
             checkpoints: Folder of the checkpoints, if the run saves any.
         """
-        if not self._reports:
+        if self._bar is not None:
+            self._bar.close()
+        if not self._reports or self._is_dry:
             return
         self._records.draw_loss(self.job_config.job.description)
         config = self.job_config.metrics
@@ -150,8 +179,20 @@ class Progress(MetricsProcessor):
 
     def say(self, line: str) -> None:
         """Print one line, on the reporting rank."""
-        if self._reports:
+        if not self._reports:
+            return
+        if self._bar is None:
             _logger.info(line)
+        else:
+            with tqdm.external_write_mode():  # the bar makes room, and comes back below
+                _logger.info(line)
+
+    def _all_skipped(self) -> int:
+        """Samples that could not be read, on all ranks together; every rank must ask."""
+        count = torch.tensor(self.count_skipped(), device=device_type)
+        if self._batch_mesh is not None:
+            dist.all_reduce(count, group=self._batch_mesh.get_group())
+        return int(count)
 
     def _write(self, record: Record) -> None:
         self.logger.log(
@@ -173,7 +214,7 @@ class Progress(MetricsProcessor):
                 f"optimizer {record['optimizer_share']:.0%}",
                 *(
                     f"{color.red}{record[key]} {key.replace('_', ' ')}{color.reset}"
-                    for key in ("skipped_steps", "failed_refreshes")
+                    for key in ("skipped_steps", "failed_refreshes", "skipped_samples")
                     if record[key]
                 ),
                 f"{self._time_left(step)} left",

@@ -25,6 +25,7 @@ from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.layer_optimizer import LayerOptimizer
 from titan_shampoo.layer_optimizers import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.optimizers import SOAP, KLShampoo, Shampoo
+from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.initialization import unwrapped_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -93,6 +94,8 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
         self._device = params[0].device
+        decay = config.average_decay
+        self.average = None if decay is None else AveragedWeights(model_parts, decay)
         self._post_init(params, {"lr": config.lr})
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as every optimizer's
@@ -122,12 +125,13 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
 
     def state_dict(self) -> dict[str, Any]:
         """Live state as ``"<parameter>.<name>"``; what is loaded into these tensors is loaded."""
-        return {
+        state = {
             f"{name}.{key}": value
             for optimizer in self.optimizers
             for name, state in _state_by_name(optimizer)
             for key, value in state.items()
         }
+        return state | (self.average.state_dict() if self.average else {})
 
     def geometry(self) -> dict[str, dict[str, Any]]:
         """What the state of each parameter on this rank means: method, shape and block grid."""

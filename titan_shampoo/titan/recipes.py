@@ -6,14 +6,11 @@ How a model is sharded is handed in (``parallel/``). Flavours without a vocabula
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
+from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -22,15 +19,20 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.train_spec import ParallelizeFunction, PipeliningFunction, TrainSpec
 
 from titan_shampoo.config.errors import ConfigError
-from titan_shampoo.data.images import ImageDataset
-from titan_shampoo.data.loader import EvaluationLoader, IndexedSamples, PositionedLoader
+from titan_shampoo.data.loader import PositionedLoader
 from titan_shampoo.data.text import TextDataset
 from titan_shampoo.data.tokenizer import ByteTokenizer, Tokenizer
-from titan_shampoo.models.resnet import ResNet, ResNetArgs, flops_per_image, num_parameters
+from titan_shampoo.models.resnet import ResNet, ResNetArgs
+from titan_shampoo.titan.images import (
+    ImageModelArgs,
+    build_class_loss,
+    image_loader,
+    image_validator,
+)
 from titan_shampoo.titan.learning_rates import build_learning_rates
+from titan_shampoo.titan.loaders import evaluation_loader, training_loader
 from titan_shampoo.titan.metrics import Progress
 from titan_shampoo.titan.optimizers import build_optimizers
-from titan_shampoo.titan.seed import run_seed
 from titan_shampoo.titan.validation import Validator
 
 TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
@@ -39,6 +41,17 @@ TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
         dim=128, n_layers=4, n_heads=4, vocab_size=256, multiple_of=32
     ),
     "27M": TransformerModelArgs(dim=512, n_layers=6, n_heads=8, vocab_size=8192),
+    "160M": TransformerModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
+    # As Llama 3.2 1B, but for its tied embeddings.
+    "1B": TransformerModelArgs(
+        dim=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim_multiplier=1.5,
+        multiple_of=256,
+        rope_theta=500000,
+    ),
     **llama3_args,
 }
 
@@ -66,23 +79,6 @@ def transformer(parallelize: ParallelizeFunction, pipeline: PipeliningFunction) 
     )
 
 
-@dataclass
-class ImageModelArgs:
-    """A residual network as torchtitan wants to be told about models."""
-
-    network: ResNetArgs
-    image_size: int = 224
-
-    def update_from_config(self, job_config: JobConfig, **_: object) -> None:
-        """Take the number of classes and the image size from the data."""
-        data = ImageDataset(job_config.training.dataset)
-        self.network.num_classes, self.image_size = data.num_classes, data.image_size
-
-    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Return the number of parameters and the operations per image, forward and backward."""
-        return num_parameters(model), flops_per_image(self.network, self.image_size)
-
-
 RESNETS: Mapping[str, ImageModelArgs] = {
     f"resnet{depth}{suffix}": ImageModelArgs(ResNetArgs(depth=depth, small_stem=small_stem))
     for depth in (18, 34, 50, 101)
@@ -103,10 +99,10 @@ def resnet(parallelize: ParallelizeFunction) -> TrainSpec:
         pipelining_fn=None,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_learning_rates,
-        build_dataloader_fn=_image_loader,
+        build_dataloader_fn=image_loader,
         build_tokenizer_fn=None,
-        build_loss_fn=_build_class_loss,
-        build_validator_fn=_image_validator,
+        build_loss_fn=build_class_loss,
+        build_validator_fn=image_validator,
         build_metrics_processor_fn=partial(_progress, unit="images"),
     )
 
@@ -153,31 +149,13 @@ def _text_loader(
     *, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig
 ) -> PositionedLoader:
     training = job_config.training
-    data = TextDataset(training.dataset, tokenizer=tokenizer, seq_len=training.seq_len)
-    return _positioned(data, job_config, dp_world_size, dp_rank)
-
-
-def _image_loader(
-    *, dp_world_size: int, dp_rank: int, tokenizer: None, job_config: JobConfig
-) -> PositionedLoader:
-    data = ImageDataset(job_config.training.dataset)
-    return _positioned(data, job_config, dp_world_size, dp_rank)
-
-
-def _positioned(
-    data: IndexedSamples, job_config: JobConfig, dp_world_size: int, dp_rank: int
-) -> PositionedLoader:
-    loading = job_config.training.dataloader
-    return PositionedLoader(
-        data,
-        seed=run_seed(job_config),
-        local_batch_size=job_config.training.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        num_workers=loading.num_workers,
-        prefetch_factor=loading.prefetch_factor,
-        pin_memory=loading.pin_memory,
+    data = TextDataset(
+        training.dataset,
+        tokenizer=tokenizer,
+        seq_len=training.seq_len,
+        max_bad_fraction=training.max_bad_fraction,
     )
+    return training_loader(data, job_config, dp_world_size, dp_rank)
 
 
 def _text_validator(
@@ -194,55 +172,14 @@ def _text_validator(
         tokenizer=tokenizer,
         seq_len=job_config.validation.seq_len or job_config.training.seq_len,
         part="all" if own else "validation",
+        max_bad_fraction=job_config.training.max_bad_fraction,
     )
-    loader = _evaluation(data, job_config, dp_world_size, dp_rank)
-    return Validator(loader, job_config=job_config, **trainer)
-
-
-def _image_validator(
-    *,
-    job_config: JobConfig,
-    tokenizer: None,
-    dp_world_size: int,
-    dp_rank: int,
-    **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
-) -> Validator:
-    own = job_config.validation.dataset
-    data = ImageDataset(own or job_config.training.dataset, part="validation")
-    loader = _evaluation(data, job_config, dp_world_size, dp_rank)
-    return Validator(loader, job_config=job_config, with_accuracy=True, **trainer)
-
-
-def _evaluation(
-    data: IndexedSamples, job_config: JobConfig, dp_world_size: int, dp_rank: int
-) -> EvaluationLoader:
-    validation = job_config.validation
-    return EvaluationLoader(
-        data,
-        local_batch_size=validation.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        max_batches=None if validation.steps == -1 else validation.steps,
-        num_workers=validation.dataloader.num_workers,
-    )
+    loader = evaluation_loader(data, job_config, dp_world_size, dp_rank)
+    return Validator(loader, job_config=job_config, reports="perplexity", **trainer)
 
 
 def _build_resnet(model_args: ImageModelArgs) -> ResNet:
     return ResNet(model_args.network)
-
-
-def _build_class_loss(job_config: JobConfig, **_: object) -> LossFunction:
-    """Return the cross entropy of class scores, summed over the images."""
-    compiled = job_config.compile.enable and "loss" in job_config.compile.components
-    return (
-        torch.compile(_class_loss, backend=job_config.compile.backend) if compiled else _class_loss
-    )
-
-
-def _class_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(
-        scores.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX
-    )
 
 
 def _progress(

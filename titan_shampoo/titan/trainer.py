@@ -24,8 +24,15 @@ from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import LossFunction, TrainSpec
 
 from titan_shampoo.config.errors import ConfigError, nearest
+from titan_shampoo.data.mixup import MixedLabels
+from titan_shampoo.titan.environment import (
+    check_device,
+    check_environment,
+    rendezvous_explained,
+)
 from titan_shampoo.titan.metrics import Progress
 from titan_shampoo.titan.restarts import init_process_group
+from titan_shampoo.titan.summary import summary_lines
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -58,6 +65,9 @@ class Trainer(torchtitan.train.Trainer):
                 f'model.flavor = "{flavor}": {job_config.model.name} has no such flavour, only '
                 f"{', '.join(recipe.model_args)}{nearest(flavor, recipe.model_args)}"
             )
+        if job_config.job.dry_run:
+            write_nothing(job_config)
+        check_device()
         self._pipeline_loss: DividedLoss | None = None
         self._whole_model: list[tuple[str, nn.Parameter]] | None = None
         _register(job_config.model.name, self._adapted(recipe))
@@ -65,10 +75,32 @@ class Trainer(torchtitan.train.Trainer):
         with _replaced(torchtitan.train, "CheckpointManager", manager):
             super().__init__(job_config)
 
+        self.metrics_processor.count_skipped = lambda: self.dataloader.skipped.count
+        self._introduce()
+
     def init_distributed(self) -> ParallelDims:
-        """Form the process group, apart from what an earlier attempt of torchrun left behind."""
-        with _replaced(dist, "init_process_group", init_process_group):
-            return super().init_distributed()
+        """Meet the other ranks, and see that all fit together."""
+        with (
+            rendezvous_explained(self.job_config.comm.init_timeout_seconds),
+            # Apart from what an earlier attempt of torchrun left behind.
+            _replaced(dist, "init_process_group", init_process_group),
+        ):
+            dims = super().init_distributed()
+        check_environment(self.job_config)
+        return dims
+
+    def _introduce(self) -> None:
+        """Say what is about to be trained."""
+        lines = summary_lines(
+            self.job_config,
+            self.parallel_dims,
+            model_parts=self.model_parts,
+            optimizers=self.optimizers,
+            num_samples=self.dataloader.num_samples,
+            unit="images" if self.job_config.model.name == "resnet" else "windows",
+        )
+        for line in lines:
+            self.metrics_processor.say(line)
 
     def _adapted(self, recipe: TrainSpec) -> TrainSpec:
         """Give the pipeline a loss that can be divided, the validator this trainer's batches."""
@@ -111,6 +143,27 @@ class Trainer(torchtitan.train.Trainer):
         num_replicas = self._num_averaged_replicas()
         return step(global_valid_tokens=global_valid_tokens / num_replicas) / num_replicas
 
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor | MixedLabels, dict[str, Tensor], dict[str, Any]]:
+        """Return the model's input, the loss's labels, and what else the model takes."""
+        weight = input_dict.pop("label_weight", None)
+        inputs, labels, *others = super().post_dataloading_process(input_dict, labels)
+        return inputs, labels if weight is None else MixedLabels(labels, weight), *others
+
+    def train_step(self, data_iterator: Iterable[Batch]) -> None:
+        """Take one step, and average the weights if the run does so."""
+        super().train_step(data_iterator)
+        if self.optimizers.average is not None:
+            self.optimizers.average.update(self.step)
+        self.metrics_processor.advance()
+
+    def should_continue_training(self) -> bool:
+        """Return whether there is a step left, and nobody asked to stop; a dry run takes one."""
+        if self.job_config.job.dry_run:
+            return self.step < 1
+        return super().should_continue_training() and not self.checkpointer.stopped
+
     def _num_averaged_replicas(self) -> int:
         """Over how many ranks gradients are averaged instead of summed: DDP's replicas."""
         dims = self.parallel_dims
@@ -120,10 +173,6 @@ class Trainer(torchtitan.train.Trainer):
         """Return the batches; torchtitan asks once, as soon as the checkpoint is loaded."""
         self.metrics_processor.begin(self.step)
         return super().batch_generator(data_iterable)
-
-    def should_continue_training(self) -> bool:
-        """Whether there is another step to do, and nobody asked the run to stop."""
-        return super().should_continue_training() and not self.checkpointer.stopped
 
     def train(self) -> None:
         """Train to the last step, and say where everything lies."""
@@ -178,6 +227,17 @@ class DividedLoss:
             yield
         finally:
             self._divisor = 1.0
+
+
+def write_nothing(job_config: JobConfig) -> None:
+    """Switch off everything in ``job_config`` that leaves a file or a record elsewhere."""
+    job_config.checkpoint.enable = False
+    job_config.metrics.enable_tensorboard = False
+    job_config.metrics.enable_wandb = False
+    job_config.profiling.enable_profiling = False
+    job_config.profiling.enable_memory_snapshot = False
+    job_config.job.save_config_file = None
+    job_config.comm.trace_buf_size = 0  # else a folder for the traces is made
 
 
 def _register(name: str, recipe: TrainSpec) -> None:

@@ -1,13 +1,14 @@
-"""Loss, and for images accuracy, over a whole validation set.
+"""Loss, and perplexity or accuracy, over a whole validation set.
 
 The mean is over all labels of all ranks: the sums are added up first and divided once, so that it
 does not depend on batch size, padding or the number of ranks.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ Prepare = Callable[
     [dict[str, Tensor], Tensor], tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Any]]
 ]
 
+_LARGEST_EXPONENT = 700.0
+
 
 class Validator(BaseValidator):
     """Validates a model on every batch of a loader.
@@ -40,7 +43,8 @@ class Validator(BaseValidator):
         maybe_enable_amp: Of the trainer: autocast.
         metrics_processor: Receives the result.
         prepare: The trainer's ``post_dataloading_process``.
-        with_accuracy: Predictions are ``(batch, classes)``: count the right ones.
+        reports: What beside the loss: with "accuracy", predictions are ``(batch, classes)`` and the
+            right ones are counted, first and among the first five.
         pp_schedule: If the model is a pipeline.
         pp_has_first_stage: This rank takes the inputs.
         pp_has_last_stage: This rank has the loss.
@@ -57,7 +61,7 @@ class Validator(BaseValidator):
         maybe_enable_amp: AbstractContextManager[None],
         metrics_processor: Progress,
         prepare: Prepare,
-        with_accuracy: bool = False,
+        reports: Literal["accuracy", "perplexity"],
         pp_schedule: _PipelineSchedule | None = None,
         pp_has_first_stage: bool | None = None,
         pp_has_last_stage: bool | None = None,
@@ -71,7 +75,7 @@ class Validator(BaseValidator):
         self._autocast = maybe_enable_amp
         self._metrics = metrics_processor
         self._prepare = prepare
-        self._with_accuracy = with_accuracy
+        self._reports = reports
         self._schedule = pp_schedule
         self._is_first = bool(pp_has_first_stage)
         self._is_last = pp_schedule is None or bool(pp_has_last_stage)
@@ -83,10 +87,17 @@ class Validator(BaseValidator):
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Report the mean loss over the whole loader."""
+        self._report(model_parts, step, of_average=False)
+        average = self._metrics.optimizers.average
+        if average is not None:
+            with average.in_use():
+                self._report(model_parts, step, of_average=True)
+
+    def _report(self, model_parts: list[nn.Module], step: int, *, of_average: bool) -> None:
         start = time.perf_counter()
         for model in model_parts:
             model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, labels, right answers
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, labels, right answers, nearly right
         for inputs, labels in self._loader:
             sums += self._evaluate(model_parts, inputs, labels)
         for model in model_parts:
@@ -94,21 +105,26 @@ class Validator(BaseValidator):
         sums = sums.to(device_type)
         if self._loss_mesh is not None:
             dist.all_reduce(sums, group=self._loss_mesh.get_group())
-        loss, num_labels, num_right = sums.tolist()
+        loss, num_labels, num_right, num_nearly = sums.tolist()
+        loss /= num_labels
         extra = {"seconds": time.perf_counter() - start}
-        if self._with_accuracy:
-            extra["accuracy"] = num_right / num_labels
-        self._metrics.log_validation(loss=loss / num_labels, step=step, extra_metrics=extra)
+        if self._reports == "accuracy":
+            extra |= {"accuracy": num_right / num_labels, "top5": num_nearly / num_labels}
+        else:
+            extra["perplexity"] = math.exp(min(loss, _LARGEST_EXPONENT))
+        self._metrics.log_validation(
+            loss=loss, step=step, extra_metrics=extra | {"of_average": of_average}
+        )
 
     def _evaluate(
         self, model_parts: list[nn.Module], input_dict: dict[str, Tensor], labels: Tensor
     ) -> Tensor:
-        """Return loss, number of labels and of right answers of this rank's batch, ``(3,)``."""
+        """Return loss, labels, right and nearly right answers of this rank's batch, ``(4,)``."""
         input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
         inputs, labels, extra_inputs, extra_kwargs = self._prepare(
             input_dict, labels.to(device_type)
         )
-        num_right = torch.tensor(0)
+        num_right = num_nearly = torch.tensor(0)
         with self._context():
             if self._schedule is not None:
                 loss = self._pipeline_loss(inputs, labels, extra_inputs, extra_kwargs)
@@ -116,12 +132,15 @@ class Validator(BaseValidator):
                 with self._autocast:
                     prediction = model_parts[0](inputs, **extra_inputs, **extra_kwargs)
                     loss = self._loss_fn(prediction, labels)
-                if self._with_accuracy:
-                    num_right = (prediction.argmax(-1) == labels).sum()
+                if self._reports == "accuracy":
+                    best = prediction.topk(min(5, prediction.shape[-1]), dim=-1).indices
+                    is_right = best == labels.unsqueeze(-1)
+                    num_right, num_nearly = is_right[:, 0].sum(), is_right.sum()
         if isinstance(loss, DTensor):  # loss parallel
             loss = loss.full_tensor()
         num_labels = (labels != IGNORE_INDEX).sum()
-        return torch.stack([value.double().cpu() for value in (loss, num_labels, num_right)])
+        values = (loss, num_labels, num_right, num_nearly)
+        return torch.stack([value.double().cpu() for value in values])
 
     def _pipeline_loss(
         self,

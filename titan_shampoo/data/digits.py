@@ -1,0 +1,62 @@
+"""Labelled images in memory: scikit-learn's handwritten digits, which need no download.
+
+1,797 images of 8x8 pixels, enlarged in three equal channels, so that any ResNet takes them. The
+last 20% in file order are the validation part.
+"""
+
+from typing import Literal
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from titan_shampoo.data.paths import DIGITS
+
+__all__ = ["DIGITS", "DIGITS_SIZE", "Digits"]
+
+DIGITS_SIZE = 32
+_VALIDATION_ONE_IN = 5
+
+
+class Digits:
+    """(image, label) pairs: float ``(3, size, size)`` and the class.
+
+    Mean 0 and variance 1 over the training part.
+    """
+
+    classes: list[str]
+
+    def __init__(
+        self, *, part: Literal["train", "validation"] = "train", size: int = DIGITS_SIZE
+    ) -> None:
+        """Load one part.
+
+        Args:
+            part: The first 80% or the last 20% in file order.
+            size: Edge in pixels to which the images are enlarged.
+        """
+        digits = load_digits()
+        first_held_out = len(digits.target) - len(digits.target) // _VALIDATION_ONE_IN
+        pixels = torch.from_numpy(digits.images).float().unsqueeze(1)
+        images = interpolate(pixels, (size, size), mode="bilinear")  # (num_images, 1, size, size)
+        variance, mean = torch.var_mean(images[:first_held_out], correction=0)
+        rows = slice(first_held_out) if part == "train" else slice(first_held_out, None)
+        self._images = (images[rows] - mean) / variance.sqrt()
+        self._labels: list[int] = digits.target[rows].tolist()
+        self.classes = [str(name) for name in digits.target_names]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image ``(3, size, size)`` and class."""
+        return self._images[index].expand(3, -1, -1), self._labels[index]
+
+    def shortage(self, num_needed: int) -> str:
+        """The sentence that refuses a run which needs at least ``num_needed`` images."""
+        return (
+            f'training.dataset = "{DIGITS}" has {len(self)} images here, {num_needed} are needed '
+            "for one global batch; lower training.local_batch_size"
+        )

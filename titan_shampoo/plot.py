@@ -1,0 +1,99 @@
+"""Runs side by side: ``python -m titan_shampoo.plot RUN [RUN ...] [--output comparison.png]``.
+
+A run is the folder that ``job.dump_folder`` named. Training and validation loss are drawn against
+steps and against the seconds spent, restarts included, from each run's ``metrics.jsonl``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["METRICS_FILE", "Record", "draw", "main", "read_records"]
+
+Record = dict[str, Any]
+
+METRICS_FILE = "metrics.jsonl"
+
+_CURVES = (("loss", "training loss"), ("validation_loss", "validation loss"))
+_AXES = ("step", "seconds")
+
+
+def read_records(file: Path) -> list[Record]:
+    """All complete records of a run, oldest first; none if there is no such file."""
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut short by the end of the process
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "") -> None:
+    """Draw a row for each loss, against steps on the left and against seconds on the right.
+
+    Args:
+        runs: Records by the name that the legend shows.
+        output: A PNG file, replaced.
+        title: Above all.
+    """
+    # Imported here: takes a second, and who reads records need not draw them.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = figure.subplots(len(_CURVES), len(_AXES), squeeze=False)
+    for row, (key, label) in zip(panels, _CURVES, strict=True):
+        for axes, x in zip(row, _AXES, strict=True):
+            for name, records in runs.items():
+                points = list(_points(records, x, key))
+                style = "-" if key == "loss" else "o-"
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+            axes.set(xlabel=x, ylabel=label)
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
+    figure.savefig(output, dpi=120)
+
+
+def main(args: Sequence[str]) -> None:
+    """Draw the runs that a command line names.
+
+    Raises:
+        SystemExit: With 2 if a run has no records, naming it.
+    """
+    parser = argparse.ArgumentParser(prog="titan_shampoo.plot", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's dump folder")
+    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="a PNG file")
+    chosen = parser.parse_args(args)
+    runs = {}
+    for folder, name in zip(chosen.runs, _names(chosen.runs), strict=True):
+        runs[name] = read_records(folder / METRICS_FILE)
+        if not runs[name]:
+            parser.error(f"{folder / METRICS_FILE}: no records of a run")
+    draw(runs, chosen.output)
+    sys.stdout.write(f"{chosen.output}\n")
+
+
+def _points(records: Sequence[Record], x: str, y: str) -> Iterator[tuple[float, float]]:
+    return ((record[x], record[y]) for record in records if x in record and y in record)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, or the whole of it where several end alike."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

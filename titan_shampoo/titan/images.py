@@ -1,0 +1,142 @@
+"""What the image recipe needs: its data, loss, and the shape that the data gives to the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.loss import IGNORE_INDEX, LossFunction
+from torchtitan.config import JobConfig
+
+from titan_shampoo.data.digits import DIGITS, DIGITS_SIZE, Digits
+from titan_shampoo.data.images import TransformedImages, open_images
+from titan_shampoo.data.loader import PositionedLoader
+from titan_shampoo.data.mixup import MixedLabels, swapped
+from titan_shampoo.data.paths import DEFAULT_IMAGE_SIZE
+from titan_shampoo.data.transforms import (
+    CentreView,
+    Chain,
+    RandomErasing,
+    RandomShift,
+    RandomView,
+)
+from titan_shampoo.models.resnet import ResNetArgs, flops_per_image, num_parameters
+from titan_shampoo.titan.loaders import evaluation_loader, training_loader
+from titan_shampoo.titan.validation import Validator
+
+_TRAINING = "training.dataset"
+
+
+@dataclass
+class ImageModelArgs:
+    """A residual network as torchtitan wants to be told about models."""
+
+    network: ResNetArgs
+    image_size: int = 224
+
+    def update_from_config(self, job_config: JobConfig, **_: object) -> None:
+        """Take the number of classes and the image size from the data."""
+        self.network.num_classes = len(_classes(job_config))
+        self.network.channels_last = job_config.images.channels_last
+        self.image_size = _size(job_config)
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Return the number of parameters and the operations per image, forward and backward."""
+        return num_parameters(model), flops_per_image(self.network, self.image_size)
+
+
+def image_loader(
+    *, dp_world_size: int, dp_rank: int, tokenizer: None, job_config: JobConfig
+) -> PositionedLoader:
+    """Return the loader of augmented training images."""
+    source, images = job_config.training.dataset, job_config.images
+    load = partial(
+        training_loader,
+        job_config=job_config,
+        dp_world_size=dp_world_size,
+        dp_rank=dp_rank,
+        mixup=images.mixup,
+    )
+    finish = Chain([RandomShift(images.shift), RandomErasing(images.random_erasing)])
+    if source == DIGITS:
+        return load(Digits(size=_size(job_config)), augment=finish)
+    view = RandomView(
+        _size(job_config), images.min_area, images.flip, finish, images.mean, images.std
+    )
+    return load(open_images(source, part="train", key=_TRAINING), augment=view)
+
+
+def image_validator(
+    *,
+    job_config: JobConfig,
+    tokenizer: None,
+    dp_world_size: int,
+    dp_rank: int,
+    loss_fn: LossFunction,
+    **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
+) -> Validator:
+    """Return what validates on the centres of all validation images, by plain cross entropy."""
+    loader = evaluation_loader(_validation_images(job_config), job_config, dp_world_size, dp_rank)
+    return Validator(
+        loader, job_config=job_config, reports="accuracy", loss_fn=class_loss, **trainer
+    )
+
+
+def build_class_loss(job_config: JobConfig, **_: object) -> LossFunction:
+    """Return the cross entropy of class scores with smoothed labels, summed over the images."""
+    loss = partial(class_loss, label_smoothing=job_config.images.label_smoothing)
+    compiled = job_config.compile.enable and "loss" in job_config.compile.components
+    return torch.compile(loss, backend=job_config.compile.backend) if compiled else loss
+
+
+def class_loss(
+    scores: Tensor, labels: Tensor | MixedLabels, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the cross entropy, summed over the images.
+
+    Args:
+        scores: ``(n, num_classes)``.
+        labels: Classes ``(n,)``, of one image each or of a mixed pair.
+        label_smoothing: Share of each label that is spread over all classes.
+    """
+    entropy: Callable[..., Tensor] = partial(
+        nn.functional.cross_entropy,
+        scores.float(),
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+    )
+    if not isinstance(labels, MixedLabels):
+        return entropy(labels, reduction="sum")
+    own, others = labels.labels, swapped(labels.labels)
+    parts = (entropy(own, reduction="none"), entropy(others, reduction="none"))
+    return (labels.weight * parts[0] + (1 - labels.weight) * parts[1]).sum()
+
+
+def _validation_images(job_config: JobConfig) -> Digits | TransformedImages:
+    own, images = job_config.validation.dataset, job_config.images
+    source = own or job_config.training.dataset
+    if source == DIGITS:
+        return Digits(part="validation", size=_size(job_config))
+    files = open_images(
+        source,
+        part="validation",
+        key="validation.dataset" if own else _TRAINING,
+        classes=_classes(job_config),
+    )
+    view = CentreView(_size(job_config), images.resize, images.mean, images.std)
+    return TransformedImages(files, view)
+
+
+def _size(job_config: JobConfig) -> int:
+    """Return the edge of the images that the network sees."""
+    is_small = job_config.training.dataset == DIGITS
+    return job_config.images.size or (DIGITS_SIZE if is_small else DEFAULT_IMAGE_SIZE)
+
+
+def _classes(job_config: JobConfig) -> list[str]:
+    source = job_config.training.dataset
+    if source == DIGITS:
+        return Digits(part="validation").classes
+    return open_images(source, part="train", key=_TRAINING).classes

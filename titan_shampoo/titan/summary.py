@@ -1,0 +1,117 @@
+"""What a run is, in a few aligned lines before it starts."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+
+from titan_shampoo.fallback import falls_back
+from titan_shampoo.titan.optimizers import OptimizersContainer
+
+_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+_GIB = 2**30
+
+
+def summary_lines(
+    job_config: JobConfig,
+    parallel_dims: ParallelDims,
+    *,
+    model_parts: list[nn.Module],
+    optimizers: OptimizersContainer,
+    num_samples: int,
+    unit: str,
+) -> list[str]:
+    """Return the lines, of this rank.
+
+    Args:
+        job_config: With epochs resolved.
+        parallel_dims: The degrees.
+        model_parts: Of this rank, sharded.
+        optimizers: With their state.
+        num_samples: In the training data.
+        unit: What a sample is: "windows" or "images".
+    """
+    rows = [
+        ("model", _model(job_config, model_parts)),
+        ("mesh", _mesh(parallel_dims)),
+        *_labelled("optimizer", map(_optimizer, optimizers.optimizers)),
+        ("memory", _memory(model_parts, optimizers)),
+        ("data", _data(job_config, parallel_dims, num_samples, unit)),
+        ("writes", _places(job_config)),
+    ]
+    return [f"{label:<10} {text}" for label, text in rows]
+
+
+def _labelled(label: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for index, text in enumerate(texts):
+        yield "" if index else label, text
+
+
+def _model(job_config: JobConfig, parts: list[nn.Module]) -> str:
+    count = sum(param.numel() for part in parts for param in part.parameters())
+    stage = " in this pipeline stage" if job_config.parallelism.pipeline_parallel_degree > 1 else ""
+    return f"{job_config.model.name} {job_config.model.flavor}, {count:,} parameters{stage}"
+
+
+def _mesh(dims: ParallelDims) -> str:
+    degrees = {axis: getattr(dims, axis) for axis in _AXES}
+    used = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1)
+    ranks = "1 rank" if dims.world_size == 1 else f"{dims.world_size} ranks"
+    return f"{ranks}{': ' if used else ''}{used}, torch {torch.__version__}"
+
+
+def _optimizer(optimizer: Optimizer) -> str:
+    """Method, learning rates, and what they step."""
+    tensors: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    method = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [""] * len(group["params"]))
+        for name, param in zip(names, group["params"], strict=True):
+            by_fallback = "batch_dims" in group and falls_back(name, param, group)
+            label = "AdamW (fallback)" if by_fallback else method
+            tensors[label] += 1
+            numbers[label] += param.numel()
+    rates = sorted({f"{float(group['initial_lr']):.3g}" for group in optimizer.param_groups})
+    parts = [f"{label} on {tensors[label]} tensors ({numbers[label]:,})" for label in tensors]
+    return f"{', '.join(parts)}; learning rate {', '.join(rates)}"
+
+
+def _memory(parts: list[nn.Module], optimizers: OptimizersContainer) -> str:
+    weights = _bytes(param for part in parts for param in part.parameters())
+    state = _bytes(optimizers.state_dict().values())
+    return (
+        f"on this rank: weights {weights / _GIB:.3f} GiB, gradients as many, "
+        f"optimizer {state / _GIB:.3f} GiB"
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return sum(t.numel() * t.element_size() for t in local if isinstance(t, Tensor))
+
+
+def _data(job_config: JobConfig, dims: ParallelDims, num_samples: int, unit: str) -> str:
+    training = job_config.training
+    readers = int(dims.dp_replicate * dims.dp_shard)
+    batch = training.global_batch_size
+    batch = training.local_batch_size * readers if batch == -1 else batch
+    epochs = training.steps * batch / num_samples
+    return (
+        f"{training.dataset}: {num_samples:,} {unit}; {training.steps:,} steps of {batch} "
+        f"({epochs:.3g} epochs)"
+    )
+
+
+def _places(job_config: JobConfig) -> str:
+    if job_config.job.dry_run:
+        return "nothing: a dry run"
+    folder = Path(job_config.job.dump_folder)
+    saved = f", checkpoints in {folder / job_config.checkpoint.folder}"
+    return f"metrics in {folder}{saved if job_config.checkpoint.enable else ', no checkpoints'}"
