@@ -129,7 +129,7 @@ LIMITS: Mapping[str, Limit] = {
     ),
     "checkpoint.folder": _NOT_EMPTY,
     "checkpoint.interval": _at_least(1),
-    "checkpoint.keep_latest_k": _off_or_at_least(0, 2),
+    "checkpoint.keep_latest_k": _off_or_at_least(0, 1),
     "checkpoint.load_step": _at_least(-1),
     "comm.init_timeout_seconds": _at_least(1),
     "comm.train_timeout_seconds": _at_least(1),

@@ -13,6 +13,7 @@ from titan_shampoo.data.paths import DIGITS
 NOT_READ: Mapping[str, str] = {
     "checkpoint.create_seed_checkpoint": "not needed: initial weights do not depend on the mesh",
     "checkpoint.enable_ft_dataloader_checkpoints": "not supported by this trainer; remove it",
+    "checkpoint.initial_load_in_hf_quantized": "no model here reads quantized weights; remove it",
     "debug.moe_force_load_balance": "no model here has experts; remove it",
     "experimental.custom_args_module": "not read: the tables of this project are always there",
     "fault_tolerance": "not supported by this trainer; remove it",
@@ -34,8 +35,6 @@ NOT_READ: Mapping[str, str] = {
 
 _NOT_READ_BY_MODEL: Mapping[str, tuple[str, ...]] = {
     "resnet": (
-        "checkpoint.initial_load_in_hf",
-        "checkpoint.last_save_in_hf",
         "model.hf_assets_path",
         "training.seq_len",
         "validation.seq_len",
@@ -53,7 +52,6 @@ _NEEDS = (
     ("checkpoint.export_dtype", "checkpoint.last_save_model_only"),
     ("checkpoint.last_save_in_hf", "checkpoint.last_save_model_only"),
     ("checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only"),
-    ("checkpoint.initial_load_in_hf_quantized", "checkpoint.initial_load_in_hf"),
 )
 
 
