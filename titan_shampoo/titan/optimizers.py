@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer as TorchtitanContainer
 from torchtitan.distributed import ParallelDims
@@ -195,10 +196,12 @@ def _build(
     """One optimizer, with its state allocated."""
     if method in _BLOCK_METHODS:
         return _build_from_library(method, groups, config, {"process_group": replicas})
-    implementation = {
-        "fused": config.implementation == "fused",
-        "foreach": config.implementation == "foreach",
-    }
+    # DTensor has no fused SGD: the first step would raise.
+    sharded = any(isinstance(p, DTensor) for group in groups for _, p in group["params"])
+    chosen = config.implementation
+    if method == "SGD" and sharded and chosen == "fused":
+        chosen = "foreach"
+    implementation = {"fused": chosen == "fused", "foreach": chosen == "foreach"}
     if method == "AdamW":
         betas = (config.beta1, config.beta2)
         optimizer: Optimizer = torch.optim.AdamW(
