@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +99,37 @@ def _tensors(value: object) -> list[Tensor]:
     return []
 
 
+OURS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "paper": (Shampoo, {"merge": "paper"}),
+    "bfloat16": (Shampoo, {"root_dtype": torch.bfloat16}),
+    "cheap": (
+        Shampoo,
+        {"root_dtype": torch.bfloat16, "factor_frequency": 2, "root_method": "qr"},
+    ),
+    "SOAP": (SOAP, {}),
+}
+"""Contestants of ours beside Shampoo with its defaults."""
+
+
 def contestants(
-    workload: str, block: int, period: int, *, with_peers: bool, folders: Mapping[str, Path]
+    workload: str,
+    block: int,
+    period: int,
+    *,
+    ours: Sequence[str],
+    with_peers: bool,
+    folders: Mapping[str, Path],
 ) -> dict[str, Any]:
     """Optimizers with parameters of their own, equal for all."""
     make = WORKLOADS[workload]
-    ours = {"lr": 1e-9, "block_size": block, "precondition_frequency": period, "start_step": 1}
-    shampoo = Shampoo(make(), **ours)
+    common = {"lr": 1e-9, "block_size": block, "precondition_frequency": period, "start_step": 1}
+    shampoo = Shampoo(make(), **common)
     params = make()
-    found = {
-        "Shampoo": shampoo,
-        "Shampoo, paper's merge": Shampoo(make(), merge="paper", **ours),
-        "Shampoo, bfloat16 roots": Shampoo(make(), root_dtype=torch.bfloat16, **ours),
-        "Shampoo, cheapest": Shampoo(
-            make(), root_dtype=torch.bfloat16, factor_frequency=2, root_method="qr", **ours
-        ),
-        "SOAP": SOAP(make(), **ours),
+    found: dict[str, Any] = {"Shampoo": shampoo}
+    for name in ours:
+        method, options = OURS[name]
+        found[name] = method(make(), **common | options)
+    found |= {
         "AdamW": torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True),
         "floor": Floor(shampoo, params, period),
     }
@@ -137,11 +152,12 @@ def measure(
     period: int,
     count: int,
     *,
+    ours: Sequence[str],
     with_peers: bool,
     folders: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
     """A row for each contestant."""
-    found = contestants(workload, block, period, with_peers=with_peers, folders=folders)
+    found = contestants(workload, block, period, ours=ours, with_peers=with_peers, folders=folders)
     for _ in range(period + 1):  # every block has its roots, every buffer its memory
         for contestant in found.values():
             contestant.step()
@@ -181,6 +197,9 @@ def main(args: list[str]) -> None:
     parser.add_argument("--block", type=int, nargs="+", default=[256])
     parser.add_argument("--period", type=int, nargs="+", default=[10])
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")
+    parser.add_argument(
+        "--ours", choices=OURS, nargs="*", default=["SOAP"], help="ours beside Shampoo"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="other libraries too")
     parser.add_argument(
@@ -200,7 +219,8 @@ def main(args: list[str]) -> None:
         for block in options.block:
             for period in options.period:
                 found = measure(workload, block, period, options.steps,
-                                with_peers=options.peers, folders=folders)  # fmt: skip
+                                ours=options.ours, with_peers=options.peers,
+                                folders=folders)  # fmt: skip
                 print(table(found), flush=True)
                 rows += found
     if options.json:
