@@ -43,8 +43,12 @@ class Floor:
         self.period = period
         self.adamw = torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True)
         names = ("left", "right", "left_root", "right_root", "exp_avg")
+        # Live, but for sums and output: eigenvalues take less time where there is nothing yet.
         self.stacks = [
-            tuple(state[name].clone() for name in (*names, "exp_avg"))
+            (
+                *(state[name] for name in names),
+                *(torch.zeros_like(state[name]) for name in ("left", "right", "exp_avg")),
+            )
             for state in engine.state.stacks
         ]
         self.turns = [torch.tensor([b.turn for b in stack.blocks]) for stack in engine.plan.stacks]
@@ -55,10 +59,9 @@ class Floor:
         """One step's worth of unavoidable work."""
         turn = self.time % self.period
         self.time += 1
-        for (left, right, left_root, right_root, grad, out), turns in zip(
-            self.stacks, self.turns, strict=True
-        ):
-            for factor, rows in ((left, grad), (right, grad.mT)):
+        for stack, turns in zip(self.stacks, self.turns, strict=True):
+            left, right, left_root, right_root, grad, left_sum, right_sum, out = stack
+            for factor, rows in ((left_sum, grad), (right_sum, grad.mT)):
                 extent = rows.shape[1]
                 views = zip(slab_views(factor, extent), slabs(extent), strict=True)
                 for view, (start, stop) in views:

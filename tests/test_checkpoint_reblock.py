@@ -119,7 +119,8 @@ def test_a_run_goes_on_with_blocks_of_another_size_on_any_layout(tmp_path):
         if key.startswith("model.") or "exp_avg" in key or key.endswith(("step", "momentum")):
             assert torch.equal(before[key], one[key]), key
     left, root = (one[f"optim.wq.weight.{name}.3"][0].double() for name in ("left", "left_root"))
-    average = unpack(left, 3) / (1 - JobConfig().optimizer.beta2 ** int(before["optim.wq.weight.step"]))
+    count = int(before["optim.wq.weight.step"])
+    average = unpack(left, 3) / (1 - JobConfig().optimizer.beta2 ** count)
     identity = torch.linalg.matrix_power(root, 4) @ average
     torch.testing.assert_close(identity, torch.eye(3).double(), rtol=0, atol=1e-3)
 

@@ -21,7 +21,7 @@ from titan_shampoo.functional.descent import as_tensors, descend_, rates
 from titan_shampoo.functional.rule import Clock, Rule, State
 from titan_shampoo.schedule import Mask, schedule, start_step
 
-CPU_TILE_NUMEL = 1 << 18
+CPU_TILE_NUMEL = 1 << 19
 """Elements of gradient per thread that are worked on at once, so that they stay in caches."""
 
 MAX_KEPT = 10_000
