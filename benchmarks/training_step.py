@@ -1,10 +1,10 @@
 """Whole training steps of both recipes: what each optimizer costs beside another, and what of it.
 
-    python -m benchmarks.training_step transformer --tokens 4096 --methods Eva EvaF --base SGD
+    python -m benchmarks.training_step transformer --tokens 4096 --methods Eva EvaF --bases SGD
     python -m benchmarks.training_step resnet50 --images 16 --methods EvaF Shampoo --ranks 2
 
 Contestants take turns; ratios are medians over the pairs of one round. "backward" is all before the
-optimizer's step: its excess over the base's is what the tap costs. Parts of a step are timed in
+optimizer's step: its excess over a base's is what the tap costs. Parts of a step are timed in
 rounds of their own, as clocks cost time.
 """
 
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,17 @@ import torch.multiprocessing as mp
 
 from benchmarks.training_models import Job, Layout, parallel, resnet50, transformer
 from benchmarks.workloads import machine
-from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, Shampoo
+from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, Shampoo, library_optimizer
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.distributed.exchange import Exchange
+from titan_shampoo.failure import Watch
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
 from titan_shampoo.layers.factors import Factors
 from titan_shampoo.layers.moments import Moments
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.layers.rank_one import RankOneStep
+from titan_shampoo.library_optimizer import LibraryOptimizer
 
 TINY = 1e-9
 """Learning rate: the arithmetic of training, and weights that stay where they are."""
@@ -43,6 +45,7 @@ TINY = 1e-9
 METHODS: dict[str, Any] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), TINY, momentum=0.9, foreach=True),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), TINY, foreach=True),
+    "AdamW fused": lambda model: torch.optim.AdamW(model.parameters(), TINY, fused=True),
     "Eva": lambda model: Eva(model.named_parameters(), TINY, model=model, fallback="sgd"),
     "EvaF": lambda model: EvaF(model.named_parameters(), TINY, model=model, fallback="sgd"),
     "EvaS": lambda model: EvaS(model.named_parameters(), TINY, fallback="sgd"),
@@ -52,8 +55,12 @@ METHODS: dict[str, Any] = {
     "SOAP": lambda model: SOAP(model.named_parameters(), TINY, block_size=256),
 }
 
-PARTS: dict[str, tuple[tuple[type, str], ...]] = {
-    "finite check": ((LayerOptimizer, "_verdict"),),
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "finite check": (
+        (LibraryOptimizer, "_norms"),
+        (library_optimizer, "verdict_of"),
+        (Watch, "read"),
+    ),
     "statistics": ((RankOneStep, "observe"), (Moments, "of_owned_blocks"), (Factors, "average_")),
     "factors": ((ShampooRule, "accumulate_"), (SOAPRule, "accumulate_")),
     "roots": ((Engine, "_refresh"), (Factors, "refresh_")),
@@ -131,9 +138,9 @@ def _clocked(
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    """A row for each method, the base first."""
+    """A row for each method, the bases first."""
     torch.set_num_threads(options.threads)
-    names = list(dict.fromkeys([options.base, *options.methods]))
+    names = list(dict.fromkeys([*options.bases, *options.methods]))
     contestants = {name: Contestant(_job(options), name, options.layout) for name in names}
     for _ in range(options.warmup):
         for contestant in contestants.values():
@@ -144,29 +151,28 @@ def measure(options: argparse.Namespace) -> list[Row]:
     for _ in range(options.rounds):
         for contestant in contestants.values():
             contestant.step()
-    rows = [_row(name, one, contestants[options.base]) for name, one in contestants.items()]
+    bases = {name: contestants[name] for name in options.bases}
+    rows = [_row(name, one, bases) for name, one in contestants.items()]
     for row, contestant in zip(rows, contestants.values(), strict=True):
         with clocks() as spent:
-            for _ in range(options.rounds):
+            for _ in range(options.part_rounds):
                 contestant.step()
-        row |= {"parts": {part: seconds / options.rounds for part, seconds in spent.items()}}
+        row |= {"parts": {part: seconds / options.part_rounds for part, seconds in spent.items()}}
     return rows
 
 
-def _row(name: str, one: Contestant, base: Contestant) -> Row:
+def _row(name: str, one: Contestant, bases: Mapping[str, Contestant]) -> Row:
     def over(mine: list[float], others: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(mine, others, strict=True))
 
-    return {
-        "method": name,
-        "size": one.job.size,
-        "step_s": statistics.median(one.seconds),
-        "/base": over(one.seconds, base.seconds),
-        "backward_s": statistics.median(one.backward),
-        "backward /base": over(one.backward, base.backward),
-        "update_s": statistics.median(one.update),
-        "worst/median": max(one.seconds) / statistics.median(one.seconds),
+    row: Row = {"method": name, "size": one.job.size, "step_s": statistics.median(one.seconds)}
+    row |= {f"/{other}": over(one.seconds, base.seconds) for other, base in bases.items()}
+    row |= {"backward_s": statistics.median(one.backward)}
+    row |= {
+        f"backward /{other}": over(one.backward, base.backward) for other, base in bases.items()
     }
+    row |= {"update_s": statistics.median(one.update)}
+    return row | {"worst/median": max(one.seconds) / statistics.median(one.seconds)}
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -179,9 +185,7 @@ def _job(options: argparse.Namespace) -> Job:
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, and below them the parts that were found."""
     keys = [key for key in rows[0] if key != "parts"]
-    cells = [
-        [f"{row[k]:.4f}" if isinstance(row[k], float) else row[k] for k in keys] for row in rows
-    ]
+    cells = [[_cell(row[key]) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -224,7 +228,7 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("model", choices=("transformer", "resnet50"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["Eva"])
-    parser.add_argument("--base", choices=METHODS, default="SGD")
+    parser.add_argument("--bases", nargs="+", choices=METHODS, default=["SGD"])
     parser.add_argument("--tokens", type=int, default=4096, help="of a step, on each rank")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--images", type=int, default=16, help="of a step, on each rank")
@@ -235,6 +239,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps")
+    parser.add_argument("--part-rounds", type=int, default=3, help="steps that parts are timed in")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(args)
     if options.ranks == 1:
