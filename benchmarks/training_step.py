@@ -10,6 +10,7 @@ rounds of their own, as clocks cost time.
 
 import argparse
 import functools
+import importlib
 import json
 import statistics
 import sys
@@ -42,6 +43,9 @@ from titan_shampoo.library_optimizer import LibraryOptimizer
 TINY = 1e-9
 """Learning rate: the arithmetic of training, and weights that stay where they are."""
 
+PERIOD = 10
+"""Steps between refreshes of one block, as by default."""
+
 METHODS: dict[str, Any] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), TINY, momentum=0.9, foreach=True),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), TINY, foreach=True),
@@ -51,9 +55,12 @@ METHODS: dict[str, Any] = {
     "EvaS": lambda model: EvaS(model.named_parameters(), TINY, fallback="sgd"),
     "FOOF": lambda model: FOOF(model.named_parameters(), TINY, model=model, max_factor_dim=1024),
     "KFAC": lambda model: KFAC(model.named_parameters(), TINY, model=model, max_factor_dim=1024),
-    "Shampoo": lambda model: Shampoo(model.named_parameters(), TINY, block_size=256),
-    "SOAP": lambda model: SOAP(model.named_parameters(), TINY, block_size=256),
+    "Shampoo": lambda model: Shampoo(model.named_parameters(), TINY),
+    "SOAP": lambda model: SOAP(model.named_parameters(), TINY),
 }
+
+# The package has a function of this name.
+tap = importlib.import_module("titan_shampoo.statistics.tap")
 
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "finite check": (
@@ -61,6 +68,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
         (library_optimizer, "verdict_of"),
         (Watch, "read"),
     ),
+    "tap": ((tap, "input_sum"), (tap, "output_sum")),
     "statistics": ((RankOneStep, "observe"), (Moments, "of_owned_blocks"), (Factors, "average_")),
     "factors": ((ShampooRule, "accumulate_"), (SOAPRule, "accumulate_")),
     "roots": ((Engine, "_refresh"), (Factors, "refresh_")),
@@ -90,6 +98,13 @@ class Contestant:
         self.backward: list[float] = []
         self.update: list[float] = []
 
+    def settle(self) -> None:
+        """Take a step that does not count, and updates until every block has been refreshed."""
+        self.optimizer.zero_grad()
+        self.job.loss(self.model).backward()
+        for _ in range(PERIOD + 1):
+            self.optimizer.step()
+
     def step(self) -> None:
         """One training step."""
         start = time.perf_counter()
@@ -99,6 +114,13 @@ class Contestant:
         self.optimizer.step()
         self.backward.append(middle - start)
         self.update.append(time.perf_counter() - middle)
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Seconds in each of ``PARTS``, of one of ``count`` further steps."""
+        with clocks() as spent:
+            for _ in range(count):
+                self.step()
+        return {part: seconds / count for part, seconds in spent.items()}
 
     @property
     def seconds(self) -> list[float]:
@@ -142,22 +164,15 @@ def measure(options: argparse.Namespace) -> list[Row]:
     torch.set_num_threads(options.threads)
     names = list(dict.fromkeys([*options.bases, *options.methods]))
     contestants = {name: Contestant(_job(options), name, options.layout) for name in names}
-    for _ in range(options.warmup):
-        for contestant in contestants.values():
-            contestant.step()
     for contestant in contestants.values():
-        contestant.backward.clear()
-        contestant.update.clear()
+        contestant.settle()
     for _ in range(options.rounds):
         for contestant in contestants.values():
             contestant.step()
     bases = {name: contestants[name] for name in options.bases}
     rows = [_row(name, one, bases) for name, one in contestants.items()]
     for row, contestant in zip(rows, contestants.values(), strict=True):
-        with clocks() as spent:
-            for _ in range(options.part_rounds):
-                contestant.step()
-        row |= {"parts": {part: seconds / options.part_rounds for part, seconds in spent.items()}}
+        row["parts"] = contestant.parts(options.part_rounds)
     return rows
 
 
@@ -237,7 +252,6 @@ def main(args: Sequence[str]) -> None:
         "--layout", choices=("fsdp", "ddp"), default="fsdp", help="of several ranks"
     )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of steps")
     parser.add_argument("--part-rounds", type=int, default=3, help="steps that parts are timed in")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
