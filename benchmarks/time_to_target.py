@@ -14,7 +14,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.runs import (
@@ -35,25 +35,43 @@ REFERENCES = ("AdamW", "SGD")
 
 @dataclass(frozen=True)
 class Method:
-    """A method and the middle of its learning rates on texts and on images."""
+    """A method, the middle of its learning rates on texts and on images, and its settings."""
 
     name: str
     text_lr: float
     image_lr: float
-    own_settings: Settings
+    both: Settings
+    text: Settings = field(default_factory=dict)
+    images: Settings = field(default_factory=dict)
 
-    @property
-    def settings(self) -> Settings:
-        """With its name."""
-        return {"optimizer.name": self.name, **self.own_settings}
+    def middle(self, task: str) -> float:
+        """Of the learning rates that are tried."""
+        return self.text_lr if task == "text" else self.image_lr
+
+    def settings(self, task: str) -> Settings:
+        """As on the command line of ``train.py``, but for the learning rate."""
+        own = self.text if task == "text" else self.images
+        return {"optimizer.name": self.name, **self.both, **own}
 
 
-_BLOCKS = {"block_size": 256, "eps_relative": 1e-6}
-_ADAMW_REST = {"fallback_lr": 3e-3}
-
-
-def _own(table: str, options: Settings) -> Settings:
+def _own(table: str, **options: object) -> Settings:
     return {f"optimizer.{table}.{key}": value for key, value in options.items()}
+
+
+def _blocks(name: str, table: str, **options: object) -> Method:
+    """A method for blocks: AdamW's weight decay, and AdamW for all that is not a matrix."""
+    own = _own(table, block_size=256, **options)
+    return Method(name, 6e-3, 3e-3, {"optimizer.weight_decay": 0.1, **own})
+
+
+def _layers(name: str, table: str, text_lr: float = 0.1, **on_texts: object) -> Method:
+    """A method for layers: AdamW, and on images SGD, for what it does not precondition."""
+    return Method(
+        name, text_lr, 0.1, {},
+        text=_own(table, fallback_lr=1e-2, **on_texts),
+        images={"optimizer.weight_decay": 5e-4,
+                **_own(table, kl_clip=1e-2, fallback="sgd", fallback_lr=0.1)},
+    )  # fmt: skip
 
 
 METHODS = {
@@ -61,17 +79,18 @@ METHODS = {
     for method in (
         Method("SGD", 0.3, 0.1, {"optimizer.sgd.momentum": 0.9, "optimizer.sgd.nesterov": True,
                                  "optimizer.weight_decay": 5e-4}),
-        Method("AdamW", 3e-3, 3e-3, {"optimizer.weight_decay": 0.1}),
-        Method("Shampoo", 3e-3, 3e-3, {"optimizer.weight_decay": 0.1, **_own("shampoo", _BLOCKS)}),
-        Method("SOAP", 3e-3, 3e-3, {"optimizer.weight_decay": 0.1,
-                                    **_own("soap", {"block_size": 256})}),
-        Method("KLShampoo", 3e-3, 3e-3, {"optimizer.weight_decay": 0.1,
-                                         **_own("kl_shampoo", {"block_size": 256})}),
-        Method("Eva", 0.1, 0.1, _own("eva", _ADAMW_REST)),
-        Method("EvaF", 0.1, 0.1, _own("eva_f", _ADAMW_REST)),
-        Method("EvaS", 0.1, 0.1, _own("eva_s", _ADAMW_REST)),
-        Method("FOOF", 0.1, 0.1, _own("foof", _ADAMW_REST)),
-        Method("KFAC", 0.1, 0.1, _own("kfac", _ADAMW_REST)),
+        Method("AdamW", 6e-3, 3e-3, {"optimizer.weight_decay": 0.1}),
+        _blocks("Shampoo", "shampoo", eps_relative=1e-6),
+        _blocks("SOAP", "soap"),
+        _blocks("KLShampoo", "kl_shampoo"),
+        _layers("Eva", "eva"),
+        # Damping as in configs/transformer_debug_eva.toml; docs/eva.md has what led to it.
+        _layers("EvaF", "eva_f", 0.3, scaling="kl_norm", damping_mode="relative", damping=0.03),
+        Method("EvaS", 0.1, 0.1, {}, text=_own("eva_s", fallback_lr=1e-2),
+               images={"optimizer.weight_decay": 5e-4,
+                       **_own("eva_s", fallback="sgd", fallback_lr=0.1)}),
+        _layers("FOOF", "foof"),
+        _layers("KFAC", "kfac"),
     )
 }  # fmt: skip
 
@@ -152,12 +171,12 @@ def main() -> None:
     for trial in range(options.trials):
         scale = options.factor ** (trial - options.trials // 2)
         for name in options.methods:
-            method = METHODS[name]
-            middle = method.text_lr if options.task == "text" else method.image_lr
-            results.run(name, method.settings, float(f"{middle * scale:.3g}"), 0)
+            method, rate = METHODS[name], METHODS[name].middle(options.task) * scale
+            results.run(name, method.settings(options.task), float(f"{rate:.3g}"), 0)
     for seed in range(1, options.seeds + 1):
         for name in options.methods:
-            results.run(name, METHODS[name].settings, best_lr(results, name), seed)
+            settings = METHODS[name].settings(options.task)
+            results.run(name, settings, best_lr(results, name), seed)
     print(machine())
     print("\n".join(rows(results, options.methods)))
     if options.plot:

@@ -122,7 +122,7 @@ def _difference(key: str, first: Manifest, second: Manifest) -> str:
     if one.dtype != two.dtype:
         return "dtype"
     files = [
-        {(box.start, box.extent, manifest.files[box.file].sha256) for box in entry.boxes}
+        {(box.start, box.extent, manifest.files[box.file].xxh128) for box in entry.boxes}
         for entry, manifest in ((one, first), (two, second))
     ]
     return "" if files[0] == files[1] else "content"

@@ -4,13 +4,14 @@ Needs neither torch nor a GPU. ``read_manifest`` costs milliseconds and finds wh
 truncated, renamed or foreign; ``hash_problems`` reads everything.
 """
 
-import hashlib
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import xxhash
 
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, parse
@@ -31,7 +32,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
     content, sums = (_content(folder / name) for name in (MANIFEST, SUMS))
-    written = f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+    written = f"{xxhash.xxh3_128_hexdigest(content)}  {MANIFEST}\n".encode()
     if not sums.endswith(written):
         raise CheckpointError(f"{folder / MANIFEST}: corrupted, not what {SUMS} says")
     try:
@@ -52,10 +53,10 @@ def hash_problems(
     wanted = list(files)
     num_threads = max(1, min(8, len(os.sched_getaffinity(0)), len(wanted)))
     with ThreadPoolExecutor(num_threads) as pool:
-        found = pool.map(lambda item: _sha256(folder / item[0], progress), wanted)
+        found = pool.map(lambda item: _xxh128(folder / item[0], progress), wanted)
         for (name, file), digest in zip(wanted, found, strict=True):
-            if digest != file.sha256:
-                yield f"{folder / name}: corrupted, its SHA-256 is not what {MANIFEST} says"
+            if digest != file.xxh128:
+                yield f"{folder / name}: corrupted, its hash is not what {MANIFEST} says"
 
 
 def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
@@ -122,8 +123,8 @@ def _regular_size(path: Path) -> int:
     return found.st_size
 
 
-def _sha256(path: Path, progress: Progress) -> str:
-    digest = hashlib.sha256()
+def _xxh128(path: Path, progress: Progress) -> str:
+    digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_PIECE))
     try:
         with path.open("rb", buffering=0) as file:

@@ -5,19 +5,18 @@ renames the folder when every rank's data are on the disk. No pickle, and nothin
 """
 
 import errno
-import hashlib
 import itertools
 import json
 import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -40,8 +39,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 MAX_FILE_BYTES = 4 << 30
 """A rank begins another file here, so that readers can share the hashing."""
-
-_OVERLAPPED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,17 +290,12 @@ def _write_file(path: Path, parts: Sequence[Part], planner: SavePlanner) -> File
         offset += part.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
+    digest = xxhash.xxh3_128()
+    with path.open("xb") as file:
         head = struct.pack("<Q", len(text)) + text
         for data in itertools.chain([memoryview(head)], _contents(parts, planner)):
-            if len(data) < _OVERLAPPED_BYTES:
-                digest.update(data)
-                file.write(data)
-            else:
-                hashed = hasher.submit(digest.update, data)
-                file.write(data)
-                hashed.result()
+            digest.update(data)
+            file.write(data)
         _to_disk(file)
         return File(file.tell(), digest.hexdigest())
 

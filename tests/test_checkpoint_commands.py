@@ -63,11 +63,11 @@ def test_verify_names_every_bad_file(saved, tmp_path, capsys):
     for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
         path = tmp_path / "copy" / "step-2" / name
         path.write_bytes(path.read_bytes()[:-1] + b"?")
-    (tmp_path / "copy" / "step-1" / "SHA256SUMS").unlink()
+    (tmp_path / "copy" / "step-1" / "XXH128SUMS").unlink()
     assert main(["verify", str(tmp_path / "copy")]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert "step-1/SHA256SUMS: missing" in lines[0]
+    assert "step-1/XXH128SUMS: missing" in lines[0]
     assert "step-2/rank-00000.safetensors: corrupted" in lines[1]
     assert "step-2/rank-00001.safetensors: corrupted" in lines[2]
     assert lines[3].endswith("step-3: good")

@@ -27,7 +27,7 @@ from titan_shampoo.config import check_world, read_config, read_plan_request
 from titan_shampoo.plot import main as plot
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python)\b|make\b|srun\b"
 
 

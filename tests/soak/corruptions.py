@@ -93,7 +93,7 @@ def rename_folder(folder: Path, _: Path, draw: random.Random) -> Path:
 def leave_temporary(folder: Path, _: Path, draw: random.Random) -> Path:
     """A temporary folder of a dead run that somebody gave the name of a checkpoint."""
     (folder / "manifest.json").unlink()
-    (folder / "SHA256SUMS").unlink()
+    (folder / "XXH128SUMS").unlink()
     return folder
 
 
@@ -112,7 +112,7 @@ DAMAGES: tuple[Damage, ...] = (
 
 def _names(damage: Damage, path: Path) -> list[Path]:
     """What a refusal may name: the file, or another that contradicts it."""
-    witnesses = [path.parent / name for name in ("manifest.json", "SHA256SUMS")]
+    witnesses = [path.parent / name for name in ("manifest.json", "XXH128SUMS")]
     if damage is swap_ranks:
         return sorted(path.parent.glob("*.safetensors"))
     return witnesses if path in witnesses else [path]
