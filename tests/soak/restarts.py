@@ -27,7 +27,7 @@ def job(folder: Path, name: str, draw: random.Random) -> str:
         time.sleep(draw.uniform(0, 0.2))
         os.kill(draw.choice(workers_of(process)), signal.SIGKILL)
         time.sleep(3)  # until torchrun has ended the others
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=600)
     if process.returncode:
         return f"exit code {process.returncode}: {said[-2000:]}"
     verify(place / "step-12")
