@@ -67,7 +67,8 @@ def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Ten
     """
     if patches is None:
         return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
-    return _images(grad).sum((0, 2, 3), dtype=dtype)
+    # In two steps: torch reduces trailing dims up to twice as fast as leading ones with them.
+    return _images(grad).sum((2, 3), dtype=dtype).sum(0)
 
 
 def input_moment(
