@@ -94,6 +94,17 @@ class BlockOptimizer(LibraryOptimizer):
         """Blocks on this rank that kept their last good roots, since the start."""
         return 0 if self._engine is None else int(self._engine.failed_refreshes)
 
+    def conditions(self) -> dict[str, Tensor]:
+        """Condition numbers of the blocks of each parameter by name, ``(blocks,)`` on the device.
+
+        That of a block is the largest over the smallest damped eigenvalue of its worst factor, as
+        its last refresh found them: exact, or with Newton's and QR iterations estimated from below.
+        Beyond 1e7, float32 has no digits of the smallest ones, and damping decides what is done
+        with their directions. It is 0 until a block's first refresh in this process; checkpoints
+        do not have it. Communicates: every rank must ask.
+        """
+        return {} if self._engine is None else self._engine.state.conditions()
+
     def grids(self) -> dict[str, Grid]:
         """The block grid of each preconditioned parameter, by name."""
         params = [] if self._engine is None else self._engine.plan.params
