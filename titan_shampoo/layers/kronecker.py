@@ -7,7 +7,7 @@ factors and inverses.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.distributed.agreement import check_agreement
-from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.distributed.assignment import Claim
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
@@ -27,7 +27,7 @@ from titan_shampoo.layers.factors import Factors
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import Moments
 from titan_shampoo.layers.step import LayerStep, Moves, moves_of
-from titan_shampoo.library_optimizer import Described
+from titan_shampoo.whole_model import Described, turns_in_model
 
 State = dict[str, Tensor]
 
@@ -60,7 +60,10 @@ class KroneckerStep(LayerStep):
         groups = {id(layer.options): layer.options for layer in layers}
         numbers = {group: number for number, group in enumerate(groups)}
         planned = [self._planned(layer, numbers[id(layer.options)], replicas) for layer in layers]
-        self.plan = make_plan(planned, _turns(planned, whole_model))
+        claims = [param.claim for param in planned]
+        names = {param.name for param in whole_model or ()}
+        turns = turns_in_model(claims, whole_model, lambda param: _claim(param, names))
+        self.plan = make_plan(planned, turns)
         check_agreement(self.plan, self.device)
         self.factors = Factors(self.layers, self.plan, two_sided=two_sided)
         self._scalars: Tensor | None = None
@@ -251,32 +254,19 @@ def _inversion(extent: Sequence[int]) -> float:
     return float(sum(extent)) ** 3
 
 
-def _turns(
-    planned: Sequence[Parameter], whole_model: Sequence[Described] | None
-) -> list[list[int]] | None:
-    """Refresh turns of the blocks here, spread over those of the whole model, if it is known.
+def _claim(param: Described, names: Collection[str]) -> Claim | None:
+    """What a parameter of another stage needs of the period of inversions.
 
-    Raises:
-        ValueError: If a layer is not one of the model's.
+    Args:
+        param: Any.
+        names: Of all parameters of the model.
     """
-    if whole_model is None:
+    if param.tensor.ndim < 2 or NOT_MULTIPLIED.search(param.name) is not None:
         return None
-    names = {name for _, name, _, _ in whole_model}
-    here = {param.name: param for param in planned}
-    claims = []
-    for group, name, tensor, options in whole_model:
-        if name in here:
-            claims.append(here[name].claim._replace(group=group))
-        elif tensor.ndim >= 2 and NOT_MULTIPLIED.search(name) is None:
-            has_bias = name.removesuffix("weight") + "bias" in names
-            columns = tensor[0].numel() + (has_bias and options["bias"] == "joint")
-            extents = [[b - a for a, b in itertools.pairwise(cuts)]
-                       for cuts in _edges(len(tensor), columns, options)]  # fmt: skip
-            costs = tuple(_inversion(extent) for extent in itertools.product(*extents))
-            claims.append(Claim(name, group, options["precondition_frequency"], costs))
-    by_name = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
-    for name in here:
-        if name not in by_name:
-            raise ValueError(f"{name}: is not in all_params, which has {len(whole_model)} "
-                             "parameters; pass those of the whole model")  # fmt: skip
-    return [by_name[param.name] for param in planned]
+    rows, columns = param.tensor.shape[0], param.tensor[0].numel()
+    has_bias = param.name.removesuffix("weight") + "bias" in names
+    columns += has_bias and param.options["bias"] == "joint"
+    extents = [[b - a for a, b in itertools.pairwise(cuts)]
+               for cuts in _edges(rows, columns, param.options)]  # fmt: skip
+    costs = tuple(_inversion(extent) for extent in itertools.product(*extents))
+    return Claim(param.name, param.group, param.options["precondition_frequency"], costs)
