@@ -498,6 +498,11 @@ class Validation:
     seq_len: int | None = None
     """Sequence length for validation, at most training.seq_len; not set: training.seq_len"""
 
+    steps: int = -1
+    """
+    Batches of each rank: of images spread evenly over all classes, of text the first; -1: all
+    """
+
 
 @dataclass
 class Metrics:
