@@ -11,6 +11,8 @@ those of ``benchmarks.time_to_target`` do. What follows ``--`` are settings for 
 import argparse
 import os
 import statistics
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.runs import (
@@ -58,7 +60,7 @@ OWN_SCALE = ("grafted to SGD", "grafted to AdaGrad", "no graft")
 """Whose steps have a length of their own: three more rates are tried, a factor 10 apart."""
 
 
-def main() -> None:
+def main(args: Sequence[str]) -> None:
     """Take the runs that are missing and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("settings", nargs="*", help="for all runs, after --")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     results = Results(options.results, options.task, options.settings, options.threads)
     rates = dict.fromkeys(options.variants, options.lr)
     for name in set(OWN_SCALE) & set(options.variants):
@@ -91,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

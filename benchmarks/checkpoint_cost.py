@@ -11,9 +11,11 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +75,14 @@ def _sizes(place: Path, manifest: Manifest) -> dict[str, int]:
     return {"bytes": sum(path.stat().st_size for path in place.iterdir()), "ideal": ideal}
 
 
-def main() -> None:
+def main(args: Sequence[str]) -> None:
     """Print the table and, as the last line, its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
+    options = parser.parse_args(args)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         first, *_ = run_on_ranks(
             options.ranks, measure, Path(temporary), options.megabytes, options.repeats, timeout=600
@@ -107,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

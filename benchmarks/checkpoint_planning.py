@@ -9,7 +9,9 @@ all and the manifest.
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,12 @@ def measure(config: Path, world_size: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(args: Sequence[str]) -> None:
     """Print the table and, as the last line, its JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
     parser.add_argument("--ranks", type=int, default=8)
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     table = measure(options.config, options.ranks)
     for name, value in table.items():
         print(f"{name:20} {value:.3g}" if isinstance(value, float) else f"{name:20} {value:,}")
@@ -83,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -196,7 +196,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(args: list[str]) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument(
+        "--workload", choices=WORKLOADS, nargs="+", default=["resnet50", "transformer-27M"]
+    )
     parser.add_argument("--block", type=int, nargs="+", default=[256])
     parser.add_argument("--period", type=int, nargs="+", default=[10])
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each contestant")

@@ -10,8 +10,9 @@ on the meta device over torch's fake process group, which sends nothing.
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def print_table(rows: dict[int, Row]) -> None:
         print(f"{name:22}", *values)
 
 
-def main() -> None:
+def main(args: Sequence[str]) -> None:
     """Print both tables and, as the last line, their JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--measured", type=int, nargs="*", default=[1, 2, 4], metavar="RANKS")
     parser.add_argument("--planned", type=int, nargs="*", metavar="RANKS",
                         default=[8, 32, 128, 512, 2048, 4096])  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     print(machine())
     measured_rows = {}
     for world in options.measured:
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -13,6 +13,7 @@ better of AdamW and SGD, averaged over seeds. What follows ``--`` are settings f
 import argparse
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,7 @@ def rows(results: Results, methods: Sequence[str]) -> Iterator[str]:
                f"{statistics.median(map(seconds_per_step, runs)):8.4f}")  # fmt: skip
 
 
-def main() -> None:
+def main(args: Sequence[str]) -> None:
     """Take the runs that are missing, print the table, draw the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--plot", type=Path, help="a PNG file: the runs that count, seed 1")
     parser.add_argument("settings", nargs="*", help="for all runs, after --")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     results = Results(options.results, options.task, options.settings, options.threads)
     for trial in range(options.trials):
         scale = options.factor ** (trial - options.trials // 2)
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """The models of both recipes with one batch each, ready for whole training steps on some ranks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,15 +27,16 @@ class Job:
     """Of the batch, for the table."""
 
 
-def transformer(tokens: int, sequence: int) -> Job:
-    """Torchtitan's Llama of 27 M parameters, as the recipe has it; random tokens."""
+def transformer(flavor: str, tokens: int, sequence: int) -> Job:
+    """Torchtitan's Llama of some flavour of the recipe, such as "27M"; random tokens."""
     # Answers for a CPU what torchtitan asks of a device, so it comes first.
     from titan_shampoo.titan.recipes import TRANSFORMERS, Transformer  # noqa: PLC0415
 
     if tokens % sequence:
         raise SystemExit(f"--tokens {tokens}: wanted a multiple of --sequence {sequence}")
-    args = TRANSFORMERS["27M"]
-    args.max_seq_len = sequence
+    if flavor not in TRANSFORMERS:
+        raise SystemExit(f"--flavor {flavor}: wanted one of {', '.join(TRANSFORMERS)}")
+    args = replace(TRANSFORMERS[flavor], max_seq_len=sequence)
     model = Transformer(args)
     with torch.no_grad():
         model.init_weights()
@@ -47,16 +48,16 @@ def transformer(tokens: int, sequence: int) -> Job:
     return Job(model, loss, f"{tokens} tokens")
 
 
-def resnet50(images: int) -> Job:
-    """ResNet-50 on random images of 224 pixels."""
+def resnet50(images: int, pixels: int) -> Job:
+    """ResNet-50 on random images of ``pixels`` along each edge."""
     model = ResNet(ResNetArgs(depth=50, num_classes=1000))
     model.init_weights()
-    batch, labels = torch.randn(images, 3, 224, 224), torch.randint(1000, (images,))
+    batch, labels = torch.randn(images, 3, pixels, pixels), torch.randint(1000, (images,))
 
     def loss(module: nn.Module) -> Tensor:
         return cross_entropy(module(batch), labels)
 
-    return Job(model, loss, f"{images} images")
+    return Job(model, loss, f"{images} images of {pixels}")
 
 
 def parallel(model: nn.Module, layout: Layout) -> nn.Module:

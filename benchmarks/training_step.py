@@ -193,8 +193,8 @@ def _row(name: str, one: Contestant, bases: Mapping[str, Contestant]) -> Row:
 def _job(options: argparse.Namespace) -> Job:
     torch.manual_seed(0)
     if options.model == "resnet50":
-        return resnet50(options.images)
-    return transformer(options.tokens, options.sequence)
+        return resnet50(options.images, options.pixels)
+    return transformer(options.flavor, options.tokens, options.sequence)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -244,9 +244,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("model", choices=("transformer", "resnet50"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["Eva"])
     parser.add_argument("--bases", nargs="+", choices=METHODS, default=["SGD"])
+    parser.add_argument("--flavor", default="27M", help="of the transformer")
     parser.add_argument("--tokens", type=int, default=4096, help="of a step, on each rank")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--images", type=int, default=16, help="of a step, on each rank")
+    parser.add_argument("--pixels", type=int, default=224, help="along the edge of an image")
     parser.add_argument("--ranks", type=int, default=1, help="processes, over gloo")
     parser.add_argument(
         "--layout", choices=("fsdp", "ddp"), default="fsdp", help="of several ranks"

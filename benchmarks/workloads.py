@@ -1,5 +1,6 @@
 """The parameter lists that optimizers are timed on, and the machine that they are timed on."""
 
+import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ def _filled(model: nn.Module) -> NamedParameters:
 WORKLOADS: dict[str, Callable[[], NamedParameters]] = {
     "resnet50": resnet50,
     "transformer-27M": transformer,
+    "transformer-0.7M": functools.partial(transformer, dim=128, num_layers=2, vocabulary=1024),
 }
 
 

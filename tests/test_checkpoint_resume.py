@@ -13,6 +13,7 @@ from titan_shampoo.distributed.state import BlockTensor
 
 STEPS = 12
 METHODS = ("Shampoo", "SOAP", "KLShampoo", *LAYER_METHODS, "AdamW", "SGD")
+IN_EVERY_STEP = ("Shampoo", "FOOF", "KFAC")
 NOISE = 0.1
 
 
@@ -34,7 +35,8 @@ def digests_of_resumed_runs(folder, method, starts, steps):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_resumed_after_any_step_ends_with_the_same_bits(tmp_path, method):
-    starts = range(1, STEPS) if method == "Shampoo" else (1, 2, 3, 5, 8)
+    # A period of six steps with FOOF and K-FAC: moments every second, inversions every third.
+    starts = range(1, STEPS if method == "Shampoo" else 7) if method in IN_EVERY_STEP else (1, 5, 8)
     assert_same_bits(tmp_path, method, starts, STEPS)
 
 

@@ -151,7 +151,7 @@ def test_less_than_one_global_batch_is_refused():
         loaders(7, 4, 2)
 
 
-def evaluation_batches(num_samples, num_ranks, local_batch_size, max_batches=None):
+def evaluation_batches(num_samples, num_ranks, local_batch_size, max_batches=None, spread=False):
     of_ranks = [
         EvaluationLoader(
             Numbers(num_samples),
@@ -159,6 +159,7 @@ def evaluation_batches(num_samples, num_ranks, local_batch_size, max_batches=Non
             dp_rank=rank,
             dp_world_size=num_ranks,
             max_batches=max_batches,
+            spread=spread,
         )
         for rank in range(num_ranks)
     ]
@@ -186,6 +187,33 @@ def test_evaluation_stops_after_the_batches_asked_for():
     of_ranks = evaluation_batches(40, 2, 3, max_batches=2)
     counted = sorted(int(i) for rank in of_ranks for _, labels in rank for i in labels[:, 0])
     assert counted == list(range(12))
+
+
+def spread_samples(num_samples, num_ranks, batch_size, num_batches):
+    of_ranks = evaluation_batches(num_samples, num_ranks, batch_size, num_batches, spread=True)
+    return sorted(int(row) for rank in of_ranks for _, labels in rank
+                  for row, other in labels if other != -100)  # fmt: skip
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 60), st.integers(1, 4))
+def test_samples_that_are_spread_take_of_every_class_its_share(
+    num_samples, batch_size, class_size, num_batches
+):
+    taken = spread_samples(num_samples, 1, batch_size, num_batches)
+    assert len(taken) == len(set(taken)) == min(num_samples, batch_size * num_batches)
+    for first in range(0, num_samples, class_size):
+        last = min(first + class_size, num_samples)
+        share = (last - first) * len(taken) / num_samples
+        assert abs(sum(first <= row < last for row in taken) - share) < 1
+
+
+@pytest.mark.parametrize("num_samples", [37, 48])
+def test_samples_that_are_spread_are_the_same_on_any_number_of_ranks(num_samples):
+    taken = spread_samples(num_samples, 1, 12, 2)
+    assert taken[0] <= 1
+    assert taken[-1] >= num_samples - 2
+    for num_ranks in (2, 3, 4, 6):
+        assert spread_samples(num_samples, num_ranks, 12 // num_ranks, 2) == taken
 
 
 def test_evaluation_of_nothing_is_refused():

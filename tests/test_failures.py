@@ -19,7 +19,7 @@ from titan_shampoo import Shampoo
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.functional import shampoo
-from titan_shampoo.functional.roots import inverse_root
+from titan_shampoo.functional.roots import Root, inverse_root
 
 
 def matrix_and_optimizer(**options: Any) -> tuple[torch.nn.Parameter, Shampoo]:
@@ -41,11 +41,11 @@ def take_step(weight: Tensor, optimizer: Shampoo, step: int) -> None:
 def spoil_first_root(monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype) -> None:
     """The first matrix of every call in one of ``dtypes`` has no root."""
 
-    def spoiled(matrices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        root = inverse_root(matrices, *args, **kwargs)
+    def spoiled(matrices: Tensor, *args: Any, **kwargs: Any) -> Root:
+        found = inverse_root(matrices, *args, **kwargs)
         if matrices.dtype in dtypes:
-            root[0] = math.nan
-        return root
+            found.root[0] = math.nan
+        return found
 
     monkeypatch.setattr(shampoo, "inverse_root", spoiled)
 

@@ -26,7 +26,7 @@ from titan_shampoo.layers.optimizer import LayerOptimizer
 METHODS: dict[str, Any] = {"FOOF": FOOF, "KFAC": KFAC}
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
-    "blocks": {"max_factor_dim": 3, "scaling": None, "lr": 1e-3},
+    "blocks": {"max_factor_dim": 3, "scaling": None, "lr": 1e-3, "factor_frequency": 2},
 }
 SEPARATE = ("fsdp over columns", "tp", "fsdp x tp")
 """Layouts that cut the columns of a layer with a bias, which cannot be one of them then."""
@@ -77,7 +77,7 @@ def test_iterates_equal_those_of_one_process(layout: str) -> None:
                     assert error <= 1e-12, f"{method}, {variant}, {name}: {error:.1e}"
 
 
-def train_stage(method: str) -> Values:
+def train_stage(method: str, options: dict[str, Any]) -> Values:
     """One of two stages, 1F1B; all weights by their names in the whole."""
     stage = dist.get_rank()
     lone = [dist.new_group([rank]) for rank in range(2)][stage]
@@ -87,7 +87,7 @@ def train_stage(method: str) -> Values:
     groups = {"process_group": lone, "pipeline_group": dist.group.WORLD}
     whole = nn.Sequential(*stages()).named_parameters()
     named = [(f"{stage}.{name}", param) for name, param in module.named_parameters()]
-    optimizer = make(method, module, params=named, all_params=whole, **groups)
+    optimizer = make(method, module, params=named, all_params=whole, **groups, **options)
     for step in range(STEPS):
         optimizer.zero_grad()
         inputs, targets = batch(Perceptron, step)
@@ -99,16 +99,17 @@ def train_stage(method: str) -> Values:
     return {f"{stage}.{name}": value for name, value in values(module).items()}
 
 
+@pytest.mark.parametrize("options", [{}, {"factor_frequency": 2}], ids=["", "sparse"])
 @pytest.mark.parametrize("method", METHODS)
-def test_stages_of_a_pipeline_are_scaled_by_one_number(method: str) -> None:
+def test_stages_of_a_pipeline_step_as_one_process(method: str, options: dict[str, Any]) -> None:
     model = nn.Sequential(*stages())
-    optimizer = make(method, model)
+    optimizer = make(method, model, **options)
     for step in range(STEPS):
         optimizer.zero_grad()
         inputs, targets = batch(Perceptron, step)
         mean_loss(model(inputs), targets).backward()
         optimizer.step()
-    results = run_on_ranks(2, train_stage, method)
+    results = run_on_ranks(2, train_stage, method, options)
     for name, tensor in values(model).items():
         error = ((results[0] | results[1])[name] - tensor).norm() / tensor.norm()
         assert error <= 1e-12, f"{name}: {error:.1e}"

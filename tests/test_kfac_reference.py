@@ -16,6 +16,8 @@ STEPS, TOLERANCE = 8, 1e-10
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {"precondition_frequency": 1},
     "sparse": {"factor_frequency": 2, "precondition_frequency": 3},
+    "sparser": {"factor_frequency": 4, "precondition_frequency": 2, "max_factor_dim": 3},
+    "sparse together": {"factor_frequency": 3, "precondition_frequency": 2, "refresh": "together"},
     "together": {"precondition_frequency": 3, "refresh": "together"},
     "waiting": {"precondition_frequency": 5, "damping_mode": "relative", "max_factor_dim": 3},
     "blocks": {"max_factor_dim": 2, "precondition_frequency": 2},
@@ -33,6 +35,14 @@ def turns_of(optimizer: Any) -> dict[str, list[int]]:
     return found
 
 
+def moment_turns_of(optimizer: Any) -> dict[str, int]:
+    """When moments of each layer are formed, beside the first step."""
+    step = optimizer._step
+    names = [layer.name.removesuffix(".weight") for layer in step.layers]
+    is_staggered = optimizer.param_groups[0]["refresh"] == "staggered"
+    return dict(zip(names, step.turns if is_staggered else [0] * len(names), strict=True))
+
+
 def compare(method: str, options: dict[str, Any]) -> None:
     model = made(Mixed)
     # The convolutions see several positions of each of six images.
@@ -43,6 +53,7 @@ def compare(method: str, options: dict[str, Any]) -> None:
         {name: _arrays(model.get_submodule(name)) for name in LAYERS},
         {"factored_damping": None, "loss_normaliser": None} | dict(optimizer.param_groups[0]),
         turns_of(optimizer),
+        moment_turns_of(optimizer),
     )
     for step in range(STEPS):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step)

@@ -185,7 +185,8 @@ def bytes_of_state(shards: int) -> int:
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_state_of_a_rank_falls_with_the_number_of_ranks(shards: int) -> None:
-    whole = 4 * 16 * (4 * (2 * 16 * 16 + 2 * 16 * 16 + 2 * 16 * 16) + 2 * 4)
+    # Factors, roots and moments; failures, refreshes and condition number of each block.
+    whole = 4 * 16 * (4 * (2 * 16 * 16 + 2 * 16 * 16 + 2 * 16 * 16) + 3 * 4)
     assert run_on_ranks(4, bytes_of_state, shards) == [whole // 4] * 4
 
 

@@ -604,10 +604,10 @@ def break_first_block(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name = REFRESHES[method]
     working = getattr(module, name)
 
-    def broken(matrices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = working(matrices, *args, **kwargs).clone()
+    def broken(matrices: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found, beside = working(matrices, *args, **kwargs)
         found[0] = torch.nan
-        return found
+        return found, beside
 
     monkeypatch.setattr(module, name, broken)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from titan_shampoo import Shampoo
+from titan_shampoo import EvaS, Shampoo
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative lr": ({"lr": -1.0}, "lr: got -1.0, wanted at least 0"),
@@ -51,6 +51,8 @@ def test_sparse_gradient_is_refused_by_name() -> None:
         optimizer.step()
 
 
-def test_parameters_without_names_are_warned_about() -> None:
-    with pytest.warns(UserWarning, match="without names"):
-        Shampoo([torch.zeros(2, 2, requires_grad=True)])
+@pytest.mark.parametrize("method", [Shampoo, EvaS])
+def test_parameters_without_names_are_warned_about_where_they_are_given(method: Any) -> None:
+    with pytest.warns(UserWarning, match="without names") as warned:
+        method([torch.zeros(2, 2, requires_grad=True)])
+    assert [one.filename for one in warned] == [__file__]

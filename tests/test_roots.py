@@ -6,6 +6,7 @@ from torch import Tensor
 
 from titan_shampoo.functional.roots import (
     RootMethod,
+    condition_number,
     inverse_root,
     next_basis,
     root_from_eigenvalues,
@@ -46,15 +47,18 @@ def test_root_is_that_of_the_eigenvalues(
 ) -> None:
     values, vectors = spectrum(condition)
     matrices = powered(values, vectors, 1.0).to(dtype)
-    root = inverse_root(matrices, exponent, eps=1e-9, method=method)
+    root, found = inverse_root(matrices, exponent, eps=1e-9, method=method)
     assert relative_error(root, powered(values + 1e-9, vectors, -exponent)) < tolerance
+    estimates = method in ("newton", "newton_schulz")
+    low, high = (0.2, 1.2) if estimates or dtype == torch.float32 else (0.999, 1.001)
+    assert all(low < one / condition < high for one in found.flatten().tolist())
 
 
 @pytest.mark.parametrize("method", ["eigh", "newton", "newton_schulz"])
 def test_relative_damping_is_relative_to_the_largest_eigenvalue(method: RootMethod) -> None:
     values, vectors = spectrum(1e8)
     matrices = powered(values, vectors, 1.0)
-    root = inverse_root(matrices, 0.5, eps=1.0, eps_relative=0.1, method=method)
+    root, _ = inverse_root(matrices, 0.5, eps=1.0, eps_relative=0.1, method=method)
     assert relative_error(root, powered(values + 0.7, vectors, -0.5)) < 1e-2
 
 
@@ -62,15 +66,17 @@ def test_relative_damping_is_relative_to_the_largest_eigenvalue(method: RootMeth
 def test_root_of_nothing_is_finite(method: RootMethod) -> None:
     nothing = torch.zeros(2, 5, 5)
     for eps_relative in (None, 1e-6):
-        root = inverse_root(nothing, 0.25, eps=1e-12, eps_relative=eps_relative, method=method)
-        assert root.isfinite().all()
+        found = inverse_root(nothing, 0.25, eps=1e-12, eps_relative=eps_relative, method=method)
+        assert found.root.isfinite().all()
+        assert (found.condition - 1).abs().max() < 1e-4
 
 
 def test_one_matrix_without_eigenvalues_does_not_spoil_the_others() -> None:
     values, vectors = spectrum(10.0)
     matrices = powered(values, vectors, 1.0)
     matrices[1] = torch.nan
-    root = inverse_root(matrices, 0.5, eps=1e-12)
+    root, conditions = inverse_root(matrices, 0.5, eps=1e-12)
+    assert conditions.isfinite().flatten().tolist() == [True, False, True]
     assert root[1].isnan().all()
     expected = powered(values, vectors, -0.5)
     assert relative_error(root[[0, 2]], expected[[0, 2]]) < 1e-8
@@ -78,16 +84,19 @@ def test_one_matrix_without_eigenvalues_does_not_spoil_the_others() -> None:
 
 def test_orthogonal_iteration_follows_a_drifting_matrix() -> None:
     values, vectors = spectrum(1e4)
-    basis = next_basis(powered(values, vectors, 1.0), vectors, False, method="qr")
+    basis, _ = next_basis(powered(values, vectors, 1.0), vectors, False, method="qr")
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
         noise = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
         vectors = torch.linalg.qr(vectors + 1e-4 * noise)[0]
         matrices = powered(values, vectors, 1.0)
-        basis = next_basis(matrices, basis, True, method="qr")
+        basis, seen_before = next_basis(matrices, basis, True, method="qr")
     seen = tracked_eigenvalues(matrices, basis)
-    root = root_from_eigenvalues(seen, basis, 0.25, eps=1e-12, eps_relative=None)
+    root, condition = root_from_eigenvalues(seen, basis, 0.25, eps=1e-12, eps_relative=None)
     assert relative_error(root, powered(values, vectors, -0.25)) < 1e-2
+    assert condition.flatten().tolist() == pytest.approx([1e4] * 3, rel=0.1)
+    before = condition_number(seen_before)
+    assert before.flatten().tolist() == pytest.approx([1e4] * 3, rel=0.1)
 
 
 def test_first_basis_is_found_by_eigendecomposition_whatever_the_method() -> None:
@@ -95,8 +104,9 @@ def test_first_basis_is_found_by_eigendecomposition_whatever_the_method() -> Non
     matrices = powered(values, vectors, 1.0)
     identity = torch.eye(24, dtype=torch.float64).expand_as(matrices)
     ready = torch.tensor([False, True, False])
-    basis = next_basis(matrices, identity, ready, method="qr")
+    basis, found = next_basis(matrices, identity, ready, method="qr")
     off_diagonal = basis.mT @ matrices @ basis
     off_diagonal.diagonal(dim1=-2, dim2=-1).zero_()
     assert off_diagonal[[0, 2]].norm() < 1e-10
     assert off_diagonal[1].norm() > 1e-3
+    assert found[[0, 2]].sort().values.allclose(values.flip(0).expand(2, -1))

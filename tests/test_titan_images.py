@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from parallel.batch_norm import synchronise_batch_norm
 from tests.ranks import run_on_ranks
-from tests.titan_runs import image_run, records, train_all
+from tests.titan_runs import image_run, records, train_all, trainer_of
 from titan_shampoo.data.mixup import MixedLabels
 from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.images import class_loss
@@ -203,3 +203,20 @@ def test_the_average_follows_the_weights_and_gives_them_back():
     torch.testing.assert_close(model.state_dict()["0.weight"], kept["0.weight"] + 2)
     assert {"0.weight.average", "1.running_var.average"} <= average.state_dict().keys()
     assert "1.num_batches_tracked.average" not in average.state_dict()
+
+
+def validated_labels(args):
+    """Labels that this rank validates on."""
+    with trainer_of(args) as trainer:
+        labels = [int(label) for _, batch in trainer.validator._loader for label in batch]
+    return [label for label in labels if label != -100]
+
+
+def test_a_short_validation_sees_all_classes_on_any_number_of_ranks(folder):
+    run = photo_run(folder, "one", validation__steps=1, validation__local_batch_size=4)
+    (alone,) = run_on_ranks(1, validated_labels, run)
+    assert sorted(alone) == [0, 0, 1, 2]
+    changes = {"validation__local_batch_size": 2, "training__local_batch_size": 2}
+    run = photo_run(folder, "two", validation__steps=1, **changes)
+    first, second = run_on_ranks(2, validated_labels, run)
+    assert first + second == alone

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +19,6 @@ logger = logging.getLogger(__name__)
 
 _FIXED_KEYS = ("params", "param_names", "method")
 """Keys of a parameter group that a loaded state does not change."""
-
-
-Described = tuple[int, str, Tensor, dict[str, Any]]
-"""Group, name, shape (as a tensor without memory) and options of a parameter."""
 
 
 class LibraryOptimizer(torch.optim.Optimizer):
@@ -293,16 +290,11 @@ def copy_state(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
             mine[key].copy_(value)
 
 
-def described(all_params: Iterable[Any], defaults: Mapping[str, Any]) -> list[Described]:
-    """Each parameter of a whole model, given as to an optimizer, with names."""
-    given = list(all_params)
-    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-    found = []
-    for number, group in enumerate(groups):
-        options = {**defaults, **{k: v for k, v in group.items() if k != "params"}}
-        for entry in group["params"]:
-            if isinstance(entry, Tensor):
-                raise ValueError("all_params: got a tensor without a name, wanted pairs of both")
-            name, tensor = entry
-            found.append((number, name, torch.empty(tensor.shape, device="meta"), options))
-    return found
+def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say what is lost if some parameters have no names; for constructors of base classes."""
+    if any("param_names" not in group and group["fallback"] for group in groups):
+        warnings.warn(
+            "without names, embeddings and output heads cannot be told from other matrices "
+            "and are preconditioned; pass model.named_parameters()",
+            stacklevel=4,  # of the user, who calls the constructor of a subclass
+        )

@@ -40,6 +40,8 @@ class NaiveKFAC:
         params: ``name -> (weight, bias or None)``; changed in place.
         options: As the library's.
         turns: Step of the period in which each block is refreshed, by name, row-major.
+        moment_turns: Step of ``factor_frequency`` in which a layer's moments are formed, by name,
+            beside the first.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class NaiveKFAC:
         params: Mapping[str, tuple[Array, Array | None]],
         options: Mapping[str, Any],
         turns: Mapping[str, list[int]],
+        moment_turns: Mapping[str, int],
     ) -> None:
-        self.turns = turns
+        self.turns, self.moment_turns = turns, moment_turns
         self.method, self.params, self.options = method, params, options
         self.factors: dict[str, tuple[Array, Array]] = {}
         self.used: dict[tuple[str, int], tuple[Array, Array]] = {}
@@ -58,10 +61,10 @@ class NaiveKFAC:
 
     def step(self, seen: Mapping[str, Seen], lr: float) -> None:
         options = self.options
-        accumulates = self.time % options["factor_frequency"] == 0
         found = {}
         for name, layer in seen.items():
-            if accumulates:
+            turn = self.moment_turns[name]
+            if self.time == 0 or self.time % options["factor_frequency"] == turn:
                 self._average(name, layer)
             matrix = layer.weight_grad.reshape(len(layer.weight_grad), -1)
             if layer.bias_grad is not None:

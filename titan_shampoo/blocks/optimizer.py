@@ -4,9 +4,8 @@ Nothing distributed has to be configured: meshes and placements are read off the
 """
 
 import logging
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.blocks.state import Member, state_bytes
 from titan_shampoo.distributed.agreement import check_agreement
-from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.distributed.assignment import Claim
 from titan_shampoo.distributed.geometry import Grid, make_grid
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import layout_of
@@ -25,8 +24,14 @@ from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
-from titan_shampoo.library_optimizer import LibraryOptimizer, copy_state, described, named
+from titan_shampoo.library_optimizer import (
+    LibraryOptimizer,
+    copy_state,
+    named,
+    warn_without_names,
+)
 from titan_shampoo.options import check_options
+from titan_shampoo.whole_model import Described, described, turns_in_model
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +61,7 @@ class BlockOptimizer(LibraryOptimizer):
         self._is_complete = False
         super().__init__(params, defaults | {"method": self.rule.name})
         self._is_complete = True
-        self._warn_without_names()
+        warn_without_names(self.param_groups)
         self._build()
 
     def _check_options(self) -> None:
@@ -93,6 +98,17 @@ class BlockOptimizer(LibraryOptimizer):
     def failed_refreshes(self) -> int:
         """Blocks on this rank that kept their last good roots, since the start."""
         return 0 if self._engine is None else int(self._engine.failed_refreshes)
+
+    def conditions(self) -> dict[str, Tensor]:
+        """Condition numbers of the blocks of each parameter by name, ``(blocks,)`` on the device.
+
+        That of a block is the largest over the smallest damped eigenvalue of its worst factor, as
+        its last refresh found them: exact, or with Newton's and QR iterations estimated from below.
+        Beyond 1e7, float32 has no digits of the smallest ones, and damping decides what is done
+        with their directions. It is 0 until a block's first refresh in this process; checkpoints
+        do not have it. Communicates: every rank must ask.
+        """
+        return {} if self._engine is None else self._engine.state.conditions()
 
     def grids(self) -> dict[str, Grid]:
         """The block grid of each preconditioned parameter, by name."""
@@ -167,7 +183,8 @@ class BlockOptimizer(LibraryOptimizer):
         self._engine = None
         if members:
             planned = [self._planned(member) for member in members]
-            plan = make_plan(planned, self._turns(planned))
+            claims = [param.claim for param in planned]
+            plan = make_plan(planned, turns_in_model(claims, self._model, self._claim))
             check_agreement(plan, self._device)
             compiled = self.defaults["compile"]
             self._engine = engine = Engine(members, self.rule, plan, compiled=compiled)
@@ -205,38 +222,14 @@ class BlockOptimizer(LibraryOptimizer):
             communication_dtype=options["communication_dtype"],
         )
 
-    def _turns(self, planned: Sequence[Parameter]) -> list[list[int]] | None:
-        """Refresh turns of the blocks here, spread over those of the whole model, if it is known.
-
-        Raises:
-            ValueError: If a parameter is not one of the model's.
-        """
-        if self._model is None:
+    def _claim(self, param: Described) -> Claim | None:
+        """What a parameter of another stage needs of the refresh period."""
+        if falls_back(param.name, param.tensor, param.options):
             return None
-        here = {param.name: param for param in planned}
-        claims = []
-        for group, name, tensor, options in self._model:
-            if name in here:
-                claims.append(here[name].claim._replace(group=group))
-            elif not falls_back(name, tensor, options):
-                grid = _grid(tensor, options)
-                costs = [self.rule.cost(grid.block_shape(p), options)[1] for p in grid.positions()]
-                period = options["precondition_frequency"]
-                claims.append(Claim(name, group, period, tuple(costs)))
-        by_name = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
-        for name in here:
-            if name not in by_name:
-                raise ValueError(f"{name}: is not in all_params, which has {len(self._model)} "
-                                 "parameters; pass those of the whole model")  # fmt: skip
-        return [by_name[param.name] for param in planned]
-
-    def _warn_without_names(self) -> None:
-        if any("param_names" not in group and group["fallback"] for group in self.param_groups):
-            warnings.warn(
-                "without names, embeddings and output heads cannot be told from other "
-                "matrices and are preconditioned; pass model.named_parameters()",
-                stacklevel=4,
-            )
+        grid = _grid(param.tensor, param.options)
+        costs = [self.rule.cost(grid.block_shape(p), param.options)[1] for p in grid.positions()]
+        period = param.options["precondition_frequency"]
+        return Claim(param.name, param.group, period, tuple(costs))
 
 
 def _grid(param: Tensor, options: Mapping[str, Any]) -> Grid:

@@ -3,6 +3,7 @@
 Keys name parameter, block and extent in global coordinates, never a rank.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from titan_shampoo.distributed.plan import Block, Plan
+from titan_shampoo.distributed.reports import told_by_owners
 from titan_shampoo.distributed.state import BlockTensor
-from titan_shampoo.functional.rule import Rule, State, StateShape
+from titan_shampoo.functional.rule import CONDITION, Rule, State, StateShape
 from titan_shampoo.functional.symmetric import pack
 
 FAILURES = StateShape("failures", ())
 """How many refreshes of a block have failed in a row."""
 REFRESHES = StateShape("refreshes", ())
 """How many refreshes of a block have been taken."""
+UNKNOWN = 0.0
+"""Condition number of a block that has not been refreshed since this process began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,23 @@ class BlockState:
             key: BlockTensor(size, chunks.get(key, {}), dtypes[key]) for key, size in sizes.items()
         }
 
+    def conditions(self) -> dict[str, Tensor]:
+        """Condition number of each block of each parameter by name; every rank must ask."""
+        counts = [param.grid.num_blocks for param in self._plan.params]
+        starts = [0, *itertools.accumulate(counts)]
+        owned = torch.full((starts[-1],), UNKNOWN, dtype=torch.float64, device=self._device)
+        for stack, state in zip(self._plan.stacks, self.stacks, strict=True):
+            places = [starts[block.param] + block.index for block in stack.blocks]
+            owned[torch.tensor(places, device=self._device)] = state[CONDITION].flatten().double()
+        parts = told_by_owners(owned, self._plan).split(counts)
+        return {member.name: part for member, part in zip(self._members, parts, strict=True)}
+
     def _grid_mark(self, number: int) -> str:
         fingerprint = self._plan.params[number].grid.fingerprint
         return f".{fingerprint}" if fingerprint else ""
 
     def _empty(self, number: int) -> State:
-        """State of a stack at the start."""
+        """State of a stack at the start, and the condition numbers of its blocks."""
         stack = self._plan.stacks[number]
         param = stack.blocks[0].param
         state = {}
@@ -106,6 +121,10 @@ class BlockState:
                 identity = torch.eye(shape.extent, dtype=value.dtype, device=self._device)
                 value.copy_(identity if len(shape.shape) == 2 else pack(identity))
             state[shape.name] = value
+        # Beside what is saved: a resumed run learns it anew with the next refresh.
+        dtype = self._plan.params[param].dtype
+        state[CONDITION] = torch.full((len(stack.blocks), 1), UNKNOWN, dtype=dtype,
+                                      device=self._device)  # fmt: skip
         return state
 
     def _views(self, number: int) -> Iterator[tuple[Block, StateShape, Tensor]]:

@@ -270,13 +270,15 @@ class FOOF(TappedLayers):
     """
 
     factor_frequency: int | None = None
-    """Steps between two batches of which second moments are formed; not set: 1"""
+    """Steps between two batches of which second moments of a layer are formed; not set: 1"""
 
     precondition_frequency: int | None = None
     """Steps between two inversions of a block; not set: 10"""
 
     refresh: Literal["staggered", "together"] | None = None
-    """Spread the inversions over the period, or do all in one step; not set: staggered"""
+    """
+    Spread inversions and moments over their periods, or do all in one step; not set: staggered
+    """
 
     max_failures: int | None = None
     """Inversions of one block in a row that may fail; not set: 3"""
@@ -495,6 +497,11 @@ class Validation:
 
     seq_len: int | None = None
     """Sequence length for validation, at most training.seq_len; not set: training.seq_len"""
+
+    steps: int = -1
+    """
+    Batches of each rank: of images spread evenly over all classes, of text the first; -1: all
+    """
 
 
 @dataclass

@@ -155,6 +155,10 @@ class PositionedLoader:
 class EvaluationLoader:
     """One pass over a data set in file order, in as many equal-shaped batches on every rank.
 
+    A pass that is cut short takes the first samples, or as many that are spread evenly: of files
+    that are ordered by class, each class's share. Which ones depends on their number alone, not on
+    how many ranks read them.
+
     Rows past the end are the first sample with its labels set to -100, so that ranks take the same
     collective steps and the padding counts for nothing.
     """
@@ -167,6 +171,7 @@ class EvaluationLoader:
         dp_rank: int,
         dp_world_size: int,
         max_batches: int | None = None,
+        spread: bool = False,
         max_bad_fraction: float = 0.0,
         num_workers: int = 0,
     ) -> None:
@@ -178,6 +183,7 @@ class EvaluationLoader:
             dp_rank: This rank among those that read different data.
             dp_world_size: How many ranks read different data.
             max_batches: Stop after so many batches; None means the whole data set.
+            spread: Spread the samples of these evenly over the data set.
             max_bad_fraction: Share of the samples that may be unreadable; they count for nothing.
             num_workers: Processes that prepare batches ahead; 0 means this one, on demand.
 
@@ -193,6 +199,10 @@ class EvaluationLoader:
         self._global_batch_size = local_batch_size * dp_world_size
         num_batches = -(-len(dataset) // self._global_batch_size)
         self._num_batches = num_batches if max_batches is None else min(num_batches, max_batches)
+        self._num_samples = len(dataset)
+        self._num_taken = len(dataset)
+        if spread:
+            self._num_taken = min(len(dataset), self._num_batches * self._global_batch_size)
         self._num_workers = num_workers
 
     def __len__(self) -> int:
@@ -211,7 +221,14 @@ class EvaluationLoader:
         """Per batch, the indices of this rank's rows; those past the end are padding."""
         for batch in range(self._num_batches):
             first = batch * self._global_batch_size + self._first_row
-            yield list(range(first, first + self._local_batch_size))
+            places = range(first, first + self._local_batch_size)
+            yield [self._index(place) for place in places]
+
+    def _index(self, place: int) -> int:
+        """The sample in the middle of a run of the data set; all runs are about as long."""
+        if place >= self._num_taken:
+            return self._num_samples
+        return (2 * place + 1) * self._num_samples // (2 * self._num_taken)
 
 
 class _SampleOrder:

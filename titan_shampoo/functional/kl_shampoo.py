@@ -20,7 +20,7 @@ from titan_shampoo.functional.factors import (
     unfold,
 )
 from titan_shampoo.functional.roots import floored_inverse_root
-from titan_shampoo.functional.rule import Clock, State, StateShape
+from titan_shampoo.functional.rule import Clock, State, StateShape, worst
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.symmetric import unpack
 
@@ -72,9 +72,11 @@ class KLShampooRule(ShampooRule):
         options: Mapping[str, Any],
     ) -> State:
         """New roots ``L_k^(-1/2)`` of the blocks that are due, eigenvalues floored."""
-        return {
-            f"{name}_root": floored_inverse_root(
-                unpack(state[name][due], shape[dim]), 0.5, floor=EIGENVALUE_FLOOR
-            )
-            for dim, name in active_factors(shape, options)
-        }
+        new: State = {}
+        conditions = []
+        for dim, name in active_factors(shape, options):
+            factor = unpack(state[name][due], shape[dim])
+            root, condition = floored_inverse_root(factor, 0.5, floor=EIGENVALUE_FLOOR)
+            new[f"{name}_root"] = root
+            conditions.append(condition)
+        return new | worst(conditions)

@@ -6,7 +6,7 @@ al. 2020); and for accelerators the coupled Newton-Schulz iteration with the opt
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,19 @@ SMALLEST_DAMPING = 1e-30
 NEWTON_TOLERANCE = 1e-6
 NEWTON_ITERATIONS = 1000
 POWER_ITERATIONS = 16
+CONDITION_ITERATIONS = 4
+"""Power iterations for the condition number of a root; they are nothing beside its products."""
 NEWTON_SCHULZ_MIN_EXTENT = 512
 """Extent from which ``"auto"`` prefers matrix products to eigendecomposition on accelerators."""
+
+
+class Root(NamedTuple):
+    """An inverse root of each matrix of a stack, and what was seen on the way to it."""
+
+    root: Tensor
+    """``(n, d, d)``."""
+    condition: Tensor
+    """Largest over smallest eigenvalue of the damped matrix, ``(n, 1)``."""
 
 
 def inverse_root(
@@ -30,8 +41,11 @@ def inverse_root(
     eps: float,
     eps_relative: float | None = None,
     method: RootMethod = "auto",
-) -> Tensor:
+) -> Root:
     """``(A + eps I)^(-exponent)`` for each matrix ``A`` of a stack; NaN where it could not be had.
+
+    With it comes the condition number of ``A + eps I``: exact where there are eigenvalues; the
+    Newton iterations have none, and estimate it from below by a few power iterations.
 
     Args:
         matrices: Symmetric positive semi-definite, ``(n, d, d)``.
@@ -55,7 +69,7 @@ def inverse_root(
 
 def root_from_eigenvalues(
     values: Tensor, vectors: Tensor, exponent: float, *, eps: float, eps_relative: float | None
-) -> Tensor:
+) -> Root:
     """``Q (lambda + damping)^(-exponent) Q^T``; eigenvalues are lifted to the damping at least.
 
     Args:
@@ -71,8 +85,41 @@ def root_from_eigenvalues(
         damping = (eps_relative * values.amax(1, keepdim=True)).clamp(min=SMALLEST_DAMPING)
     lift = (-values.amin(1, keepdim=True)).clamp(min=0.0)
     # In this order: beside a lift, damping may be less than rounding.
-    scaled = (values + lift + damping).pow(-exponent)
-    return (vectors * scaled.unsqueeze(-2)) @ vectors.mT
+    return _root_of(values + lift + damping, vectors, exponent)
+
+
+def _root_of(values: Tensor, vectors: Tensor, exponent: float) -> Root:
+    """``Q lambda^(-exponent) Q^T`` of positive eigenvalues."""
+    root = (vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT
+    return Root(root, condition_number(values))
+
+
+def condition_number(values: Tensor) -> Tensor:
+    """Largest over smallest of positive eigenvalues ``(n, d)``, ``(n, 1)``; finite."""
+    ratio = values.amax(1, keepdim=True) / values.amin(1, keepdim=True)
+    return ratio.clamp(max=torch.finfo(values.dtype).max)
+
+
+def lifted(values: Tensor) -> Tensor:
+    """Eigenvalues ``(n, d)`` of positive semi-definite matrices, lifted by what they are good to.
+
+    That is the rounding of the largest of each.
+    """
+    noise = torch.finfo(values.dtype).eps * values.amax(1, keepdim=True)
+    return values.clamp(min=0.0) + noise.clamp(min=SMALLEST_DAMPING)
+
+
+def _estimated_condition(damped: Tensor, root: Tensor, exponent: float) -> Tensor:
+    """That of ``damped``, from below: its largest eigenvalue times the inverse of its smallest.
+
+    Args:
+        damped: ``(n, d, d)``.
+        root: ``damped^(-exponent)``, whose largest eigenvalue belongs to the smallest of it.
+        exponent: Positive.
+    """
+    inverse = _largest_eigenvalues(root, CONDITION_ITERATIONS).pow(1 / exponent)
+    condition = _largest_eigenvalues(damped, CONDITION_ITERATIONS) * inverse
+    return condition.flatten(1).clamp(min=1.0, max=torch.finfo(damped.dtype).max)
 
 
 def halvings(exponent: float) -> int:
@@ -101,7 +148,7 @@ def _eigh_or_nan(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float | None) -> Tensor:
+def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float | None) -> Root:
     """Coupled Newton iteration; each matrix stops when ``max|M - I|`` is below the tolerance."""
     order = round(1 / exponent)
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
@@ -115,16 +162,17 @@ def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float |
     for _ in range(NEWTON_ITERATIONS):
         active = (coupled - identity).abs().amax(dim=(-2, -1), keepdim=True) > NEWTON_TOLERANCE
         if not active.any():
-            return root
+            break
         factor = identity * (1 + 1 / order) - coupled / order
         root = torch.where(active, root @ factor, root)
         coupled = torch.where(active, torch.linalg.matrix_power(factor, order) @ coupled, coupled)
-    return torch.where(active, torch.nan, root)
+    root = torch.where(active, torch.nan, root)
+    return Root(root, _estimated_condition(damped, root, exponent))
 
 
 def _newton_schulz(
     matrices: Tensor, exponent: float, eps: float, eps_relative: float | None
-) -> Tensor:
+) -> Root:
     """Inverse root by repeated square roots, the last one inverted; matrix products only."""
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     norms = torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=SMALLEST_DAMPING)
@@ -135,18 +183,20 @@ def _newton_schulz(
     relative = relative.maximum(noise * largest).clamp(min=SMALLEST_DAMPING)
     root = matrices / norms + relative * identity
     scale = 1 / (1 + relative)  # of norm 1 at most, eigenvalues at least the damping
-    root, smallest = root * scale, relative * scale
+    damped = root = root * scale
+    smallest = relative * scale
     for _ in range(halvings(exponent) - 1):
         root, _ = _square_roots(root, smallest, noise)
         smallest = smallest.sqrt()
     _, inverse = _square_roots(root, smallest, noise)
-    return inverse * (scale / norms) ** exponent
+    condition = _estimated_condition(damped, inverse, exponent)
+    return Root(inverse * (scale / norms) ** exponent, condition)
 
 
-def _largest_eigenvalues(matrices: Tensor) -> Tensor:
+def _largest_eigenvalues(matrices: Tensor, iterations: int = POWER_ITERATIONS) -> Tensor:
     """Rayleigh quotients after some power iterations, ``(n, 1, 1)``: good to a few percent."""
     vectors = matrices.sum(-1, keepdim=True) + matrices.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(iterations):
         vectors = torch.nn.functional.normalize(matrices @ vectors, dim=-2)
     return vectors.mT @ matrices @ vectors
 
@@ -172,12 +222,11 @@ def _square_roots(matrices: Tensor, smallest: Tensor, noise: float) -> tuple[Ten
         slowest = min(1.0, 0.5 * worst * slowest * (3 - (worst * slowest) ** 2))
 
 
-def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> Tensor:
-    """``A^(-exponent)`` with eigenvalues raised to ``floor`` times the largest, ``(n, d, d)``."""
+def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> Root:
+    """``A^(-exponent)`` with eigenvalues raised to ``floor`` times the largest."""
     values, vectors = _eigh(matrices)
     smallest = (floor * values[:, -1:]).clamp(min=SMALLEST_DAMPING)
-    values = values.maximum(smallest)
-    return (vectors * values.pow(-exponent).unsqueeze(-2)) @ vectors.mT
+    return _root_of(values.maximum(smallest), vectors, exponent)
 
 
 def tracked_eigenvalues(matrices: Tensor, basis: Tensor) -> Tensor:
@@ -187,10 +236,11 @@ def tracked_eigenvalues(matrices: Tensor, basis: Tensor) -> Tensor:
 
 def next_basis(
     matrices: Tensor, previous: Tensor, ready: Tensor | bool, *, method: BasisMethod
-) -> Tensor:
-    """Orthonormal eigenvectors of each matrix, in columns, ``(n, d, d)``.
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal eigenvectors of each matrix, in columns, ``(n, d, d)``, and eigenvalues.
 
     The first ones are always found by eigendecomposition: one QR step from the identity finds none.
+    The eigenvalues of ``"qr"``, ``(n, d)``, are those that ``previous`` sees, in any order.
 
     Args:
         matrices: Symmetric positive semi-definite, ``(n, d, d)``.
@@ -199,18 +249,19 @@ def next_basis(
         method: ``"eigh"``, or ``"qr"`` for one step of orthogonal iteration.
     """
     if method == "eigh" or ready is False:
-        return _eigh(matrices)[1]
-    turned = _orthogonal_iteration(matrices, previous)
+        values, vectors = _eigh(matrices)
+        return vectors, values
+    turned, seen = _orthogonal_iteration(matrices, previous)
     if ready is True or bool(ready.all()):
-        return turned
+        return turned, seen
     fresh = (~ready).nonzero().flatten()
-    turned[fresh] = _eigh(matrices[fresh])[1]
-    return turned
+    seen[fresh], turned[fresh] = _eigh(matrices[fresh])
+    return turned, seen
 
 
-def _orthogonal_iteration(matrices: Tensor, previous: Tensor) -> Tensor:
-    """``qr(A Q)``, with columns in the order of the eigenvalues that ``Q`` sees."""
+def _orthogonal_iteration(matrices: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """``qr(A Q)``, with columns in the order of the eigenvalues that ``Q`` sees, and these."""
     product = matrices @ previous
     seen = (previous * product).sum(-2)
     order = seen.argsort(dim=-1, descending=True).unsqueeze(-2)
-    return torch.linalg.qr(product.gather(-1, order.expand_as(product)))[0]
+    return torch.linalg.qr(product.gather(-1, order.expand_as(product)))[0], seen

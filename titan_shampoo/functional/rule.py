@@ -4,7 +4,7 @@ A rule is mathematics only. The engine decides which blocks it sees and when; op
 parameter group at every call, so that schedules and users may change them between steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 """Named tensors of a stack of blocks, ``(n, ...)`` each."""
+
+CONDITION = "condition"
+"""What a refresh says of a block beside its new state: the condition number of its worst factor,
+the largest over the smallest of its damped eigenvalues, ``(n, 1)``. Kept, but never saved."""
 
 
 class StateShape(NamedTuple):
@@ -74,7 +78,10 @@ class Rule(Protocol):
         shape: tuple[int, ...],
         options: Mapping[str, Any],
     ) -> State:
-        """New roots or bases of the blocks at ``due``; what is not finite is not taken."""
+        """New roots or bases of the blocks at ``due``, and their condition numbers.
+
+        What is not finite is not taken.
+        """
 
     def direction(
         self,
@@ -84,6 +91,11 @@ class Rule(Protocol):
         options: Mapping[str, Any],
     ) -> Tensor:
         """Direction of each block, ``(n, *block)``."""
+
+
+def worst(conditions: Sequence[Tensor]) -> State:
+    """The largest of the condition numbers ``(n, 1)`` of the factors of each block; {} of none."""
+    return {CONDITION: torch.cat(list(conditions), 1).amax(1, keepdim=True)} if conditions else {}
 
 
 def power(base: float, exponents: Tensor, like: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from titan_shampoo.functional.rule import (
     bias_correction,
     per_block,
     power,
+    worst,
 )
 from titan_shampoo.functional.symmetric import unpack
 
@@ -121,20 +122,23 @@ class ShampooRule:
         count = state[NUM_MEASURED.name][due] if has_count else clock.step
         damping = {"eps": options["eps"], "eps_relative": options["eps_relative"]}
         new: State = {}
+        conditions = []
         for dim, name in active_factors(shape, options):
             factor, exponent = unpack(state[name][due], shape[dim]), exponents[dim]
             if options["bias_correction"] and beta2 < 1:
                 factor = factor / bias_correction(beta2, count, factor)
             if options["root_method"] == "qr":
                 old = state[f"{name}_basis"][due]
-                basis = next_basis(factor, old, clock.ready, method="qr")
+                basis, _ = next_basis(factor, old, clock.ready, method="qr")
                 values = tracked_eigenvalues(factor, basis)
                 new[f"{name}_basis"] = basis
-                new[f"{name}_root"] = root_from_eigenvalues(values, basis, exponent, **damping)
+                root, condition = root_from_eigenvalues(values, basis, exponent, **damping)
             else:
                 method = options["root_method"]
-                new[f"{name}_root"] = inverse_root(factor, exponent, method=method, **damping)
-        return new
+                root, condition = inverse_root(factor, exponent, method=method, **damping)
+            new[f"{name}_root"] = root
+            conditions.append(condition)
+        return new | worst(conditions)
 
     def direction(
         self,

@@ -18,9 +18,16 @@ from titan_shampoo.functional.factors import (
     product_cost,
     square_cost,
 )
-from titan_shampoo.functional.roots import next_basis
+from titan_shampoo.functional.roots import condition_number, lifted, next_basis
 from titan_shampoo.functional.rounding import average_
-from titan_shampoo.functional.rule import Clock, State, StateShape, bias_correction, per_block
+from titan_shampoo.functional.rule import (
+    Clock,
+    State,
+    StateShape,
+    bias_correction,
+    per_block,
+    worst,
+)
 from titan_shampoo.functional.symmetric import unpack
 
 
@@ -67,20 +74,24 @@ class SOAPRule:
         """New bases of the blocks that are due, with their moments turned into them.
 
         ``U = Q_new^T Q_old`` per dim; ``M <- M`` contracted with every ``U``, ``V <- V`` with every
-        ``U o U``: a change of basis mixes variances by the squares of its entries.
+        ``U o U``: a change of basis mixes variances by the squares of its entries. The condition
+        number is that of a factor whose eigenvalues are lifted by the rounding of the largest:
+        nothing is known of smaller ones, and SOAP has no damping of its own.
         """
         new: State = {}
-        turns = []
+        turns, conditions = [], []
         for dim, name in active_factors(shape, options):
             factor = unpack(state[name][due], shape[dim])
             old = state[f"{name}_basis"][due].to(factor.dtype)
-            basis = next_basis(factor, old, clock.ready, method=options["basis_method"])
+            method = options["basis_method"]
+            basis, values = next_basis(factor, old, clock.ready, method=method)
             new[f"{name}_basis"] = basis
+            conditions.append(condition_number(lifted(values)))
             turns.append((dim, basis.mT @ old))
         squared = [(dim, turn.square()) for dim, turn in turns]
         for name, matrices in (("exp_avg", turns), ("exp_avg_sq", squared)):
             new[name] = contract(state[name][due].to(turns[0][1].dtype), matrices)
-        return new
+        return new | worst(conditions)
 
     def direction(
         self, state: State, grad: Tensor, clock: Clock, options: Mapping[str, Any]

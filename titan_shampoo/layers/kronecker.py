@@ -5,29 +5,31 @@ to their owners and back as the blocks of Shampoo do, and are refreshed in turn.
 factors and inverses.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.distributed.agreement import check_agreement
-from titan_shampoo.distributed.assignment import Claim, spread_turns
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import Sharding, layout_of
 from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
-from titan_shampoo.fallback import NOT_MULTIPLIED
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.factors import Factors
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import Moments
 from titan_shampoo.layers.step import LayerStep, Moves, moves_of
-from titan_shampoo.library_optimizer import Described
+from titan_shampoo.layers.turns import (
+    block_edges,
+    inversion_cost,
+    inversion_turns,
+    moment_turns,
+)
+from titan_shampoo.whole_model import Described
 
 State = dict[str, Tensor]
 
@@ -39,8 +41,8 @@ class KroneckerStep(LayerStep):
         layers: What is preconditioned.
         two_sided: K-FAC, else FOOF.
         replicas: Ranks that hold plain tensors as replicas.
-        whole_model: All parameters, where these layers are a part of the model only; refreshes are
-            spread over all.
+        whole_model: All parameters, where these layers are a part of the model only; refreshes and
+            moments are spread over all.
         pipeline_group: Ranks with the other stages of a pipeline; None without one.
     """
 
@@ -60,11 +62,14 @@ class KroneckerStep(LayerStep):
         groups = {id(layer.options): layer.options for layer in layers}
         numbers = {group: number for number, group in enumerate(groups)}
         planned = [self._planned(layer, numbers[id(layer.options)], replicas) for layer in layers]
-        self.plan = make_plan(planned, _turns(planned, whole_model))
+        self.plan = make_plan(planned, inversion_turns(planned, whole_model))
         check_agreement(self.plan, self.device)
         self.factors = Factors(self.layers, self.plan, two_sided=two_sided)
         self._scalars: Tensor | None = None
         self._moments = Moments(self.layers, self.plan, two_sided=two_sided)
+        periods = [layer.options["factor_frequency"] for layer in layers]
+        self.turns = moment_turns(planned, periods, whole_model, two_sided=two_sided)
+        """In which of ``factor_frequency`` steps moments of each layer are formed."""
         self.prepare()
 
     def _planned(self, layer: Layer, group: int, replicas: dist.ProcessGroup | None) -> Parameter:
@@ -78,7 +83,7 @@ class KroneckerStep(LayerStep):
                                  "one of them; set bias='separate'")  # fmt: skip
             columns += 1
             shape = (rows, columns)
-        edges = _edges(rows, columns, layer.options)
+        edges = block_edges(rows, columns, layer.options)
         grid = Grid(((0,), tuple(range(1, len(shape)))), (rows, columns), edges, 0)
         return Parameter(
             name=layer.name,
@@ -90,19 +95,23 @@ class KroneckerStep(LayerStep):
             dtype=layer.dtype,
             period=layer.options["precondition_frequency"],
             is_staggered=layer.options["refresh"] == "staggered",
-            cost=lambda extent: Cost(2.0 * math.prod(extent) * sum(extent), _inversion(extent)),
+            cost=lambda extent: Cost(2.0 * math.prod(extent) * sum(extent), inversion_cost(extent)),
         )
 
     # Schedule and statistics
 
-    def _is_due(self, layer: Layer, frequency: str) -> bool:
-        """Whether the step that comes is one in so many for a layer."""
-        return int(self.cursor) % int(layer.options[frequency]) == 0
-
     def prepare(self) -> None:
         """Have the coming backward passes form moments where they are wanted."""
+        cursor = int(self.cursor)
         layers = enumerate(self.layers)
-        self._moments.collect([n for n, one in layers if self._is_due(one, "factor_frequency")])
+        self._moments.collect([n for n, _ in layers if self._is_measured(n, cursor)])
+
+    def _is_measured(self, number: int, cursor: int) -> bool:
+        """Whether the step that comes forms the moments of a layer: the first, then in its turn."""
+        options = self.layers[number].options
+        period = int(options["factor_frequency"])
+        turn = self.turns[number] if options["refresh"] == "staggered" else 0
+        return cursor == 0 or cursor % period == turn % period
 
     def pass_time(self) -> None:
         """Let the schedule go on."""
@@ -238,45 +247,3 @@ class KroneckerStep(LayerStep):
     def failed_refreshes(self) -> int:
         """Refreshes on this rank that were not taken since the start."""
         return int(self.factors.failed)
-
-
-def _edges(rows: int, columns: int, options: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """Where a joint matrix is cut into blocks."""
-    size = options["max_factor_dim"] or max(rows, columns)
-    return (*range(0, rows, size), rows), (*range(0, columns, size), columns)
-
-
-def _inversion(extent: Sequence[int]) -> float:
-    """What the inverses of a block cost, up to a constant."""
-    return float(sum(extent)) ** 3
-
-
-def _turns(
-    planned: Sequence[Parameter], whole_model: Sequence[Described] | None
-) -> list[list[int]] | None:
-    """Refresh turns of the blocks here, spread over those of the whole model, if it is known.
-
-    Raises:
-        ValueError: If a layer is not one of the model's.
-    """
-    if whole_model is None:
-        return None
-    names = {name for _, name, _, _ in whole_model}
-    here = {param.name: param for param in planned}
-    claims = []
-    for group, name, tensor, options in whole_model:
-        if name in here:
-            claims.append(here[name].claim._replace(group=group))
-        elif tensor.ndim >= 2 and NOT_MULTIPLIED.search(name) is None:
-            has_bias = name.removesuffix("weight") + "bias" in names
-            columns = tensor[0].numel() + (has_bias and options["bias"] == "joint")
-            extents = [[b - a for a, b in itertools.pairwise(cuts)]
-                       for cuts in _edges(len(tensor), columns, options)]  # fmt: skip
-            costs = tuple(_inversion(extent) for extent in itertools.product(*extents))
-            claims.append(Claim(name, group, options["precondition_frequency"], costs))
-    by_name = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
-    for name in here:
-        if name not in by_name:
-            raise ValueError(f"{name}: is not in all_params, which has {len(whole_model)} "
-                             "parameters; pass those of the whole model")  # fmt: skip
-    return [by_name[param.name] for param in planned]

@@ -205,10 +205,13 @@ class FOOF(LayerOptimizer):
         params: As for :class:`Eva`, and so are all options that are not named here.
         damping: Added to the second moment.
         damping_mode: ``"relative"``: to the mean eigenvalue of the second moment.
-        factor_frequency: Steps between two batches of which second moments are formed.
+        factor_frequency: Steps between two batches of which second moments of a layer are formed.
         precondition_frequency: Steps between two inversions of a block.
-        refresh: ``"staggered"`` spreads inversions over the period, so that all steps cost the
-            same; ``"together"`` inverts all in one step.
+        refresh: ``"staggered"`` spreads inversions over their period, and moments over theirs (all
+            layers of one numbered part of the network, such as ``layers.3``, in one step), so that
+            all steps cost the same; ``"together"`` inverts all, and measures all, in one step. (A
+            model that is compiled as one graph, and not part by part, then has a graph less for
+            each turn of the moments.)
         max_factor_dim: Factors are cut into diagonal blocks of this size; None for whole ones.
         max_failures: Inversions of one block in a row that may fail.
         all_params: The whole model's ``(name, tensor)`` pairs or groups, shapes alone count, where

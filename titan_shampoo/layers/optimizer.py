@@ -5,7 +5,6 @@ parameters, how gradients are reduced off FSDP2.
 """
 
 import logging
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -23,7 +22,13 @@ from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep
-from titan_shampoo.library_optimizer import LibraryOptimizer, copy_state, described, named
+from titan_shampoo.library_optimizer import (
+    LibraryOptimizer,
+    copy_state,
+    named,
+    warn_without_names,
+)
+from titan_shampoo.whole_model import described
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +64,8 @@ class LayerOptimizer(LibraryOptimizer):
         self._is_complete = False
         super().__init__(params, defaults | {"method": self.method})
         self._is_complete = True
-        if self.moments is None and any("param_names" not in g for g in self.param_groups):
-            warnings.warn(
-                "without names, embeddings and output heads cannot be told from other matrices "
-                "and are preconditioned; pass model.named_parameters()",
-                stacklevel=3,
-            )
+        if self.moments is None:  # else names are those of the model's layers
+            warn_without_names(self.param_groups)
         self._build()
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:

@@ -84,8 +84,12 @@ def image_validator(
     loss_fn: LossFunction,
     **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
 ) -> Validator:
-    """Return what validates on the centres of all validation images, by plain cross entropy."""
-    loader = evaluation_loader(_validation_images(job_config), job_config, dp_world_size, dp_rank)
+    """Return what validates on the centres of the validation images, by plain cross entropy.
+
+    Files are in the order of classes: ``validation.steps`` batches take of each its share.
+    """
+    images = _validation_images(job_config)
+    loader = evaluation_loader(images, job_config, dp_world_size, dp_rank, spread=True)
     return Validator(
         loader, job_config=job_config, reports="accuracy", loss_fn=class_loss, **trainer
     )

@@ -1,10 +1,11 @@
-"""What methods for layers report of each layer, and the few numbers of it that a person reads.
+"""What methods report of layers and blocks, and the few numbers of it that a person reads.
 
 Asked for in steps that are logged, and in no others: numbers leave the device then.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from titan_shampoo.plot import Record
 
 LayerNumbers = dict[str, dict[str, float]]
 """``name of a layer -> {"rho": ..., "cosine": ...}``."""
+BlockNumbers = dict[str, list[float]]
+"""``name of a parameter -> a number for each of its blocks``."""
+Numbers = TypeVar("Numbers")
 
 
 def on_host(layers: Mapping[str, Mapping[str, Tensor]]) -> LayerNumbers:
@@ -29,13 +33,40 @@ def on_host(layers: Mapping[str, Mapping[str, Tensor]]) -> LayerNumbers:
     return {name: {kind: next(values) for kind in numbers} for name, numbers in layers.items()}
 
 
-def of_all_stages(layers: LayerNumbers, stages: dist.ProcessGroup | None) -> LayerNumbers:
+def lists_on_host(blocks: Mapping[str, Tensor]) -> BlockNumbers:
+    """Numbers of blocks, by one transfer.
+
+    Args:
+        blocks: ``(blocks,)`` by parameter.
+    """
+    values = iter(torch.cat(list(blocks.values())).tolist() if blocks else ())
+    return {name: [next(values) for _ in part] for name, part in blocks.items()}
+
+
+def of_all_stages(here: dict[str, Numbers], stages: dist.ProcessGroup | None) -> dict[str, Numbers]:
     """Those of all stages of a pipeline, from ``stages``; every rank must ask."""
     if stages is None:
-        return layers
-    parts: list[LayerNumbers] = [{} for _ in range(stages.size())]
-    dist.all_gather_object(parts, layers, group=stages)
+        return here
+    parts: list[dict[str, Numbers]] = [{} for _ in range(stages.size())]
+    dist.all_gather_object(parts, here, group=stages)
     return {name: numbers for part in parts for name, numbers in part.items()}
+
+
+def condition_numbers(blocks: BlockNumbers) -> Record:
+    """``condition_median`` and ``condition_max`` over all blocks, and which layer has the latter.
+
+    Args:
+        blocks: As optimizers of blocks report them; 0 is none.
+    """
+    found = [number for numbers in blocks.values() for number in numbers if number > 0]
+    if not found:
+        return {}
+    name = max(blocks, key=lambda name: max(blocks[name]))
+    return {
+        "condition_median": statistics.median(found),
+        "condition_max": max(found),
+        "condition_max_layer": name,
+    }
 
 
 def extremes(layers: LayerNumbers) -> Record:

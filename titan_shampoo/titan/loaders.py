@@ -52,9 +52,22 @@ def training_loader(
 
 
 def evaluation_loader(
-    data: IndexedSamples, job_config: JobConfig, dp_world_size: int, dp_rank: int
+    data: IndexedSamples,
+    job_config: JobConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    *,
+    spread: bool = False,
 ) -> EvaluationLoader:
-    """Return the loader that passes once over ``data``, or over ``validation.steps`` batches."""
+    """Return the loader that passes once over ``data``, or over ``validation.steps`` batches.
+
+    Args:
+        data: The validation part.
+        job_config: Says how many batches.
+        dp_world_size: How many ranks read different data.
+        dp_rank: Which of them this is.
+        spread: Whether so many batches are spread over ``data``, and not the first.
+    """
     validation = job_config.validation
     num_batches = None if validation.steps == -1 else validation.steps
     return EvaluationLoader(
@@ -63,6 +76,7 @@ def evaluation_loader(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         max_batches=1 if job_config.job.dry_run else num_batches,
+        spread=spread,
         max_bad_fraction=job_config.training.max_bad_fraction,
         num_workers=validation.dataloader.num_workers,
     )

@@ -21,7 +21,7 @@ from torchtitan.tools.utils import NoColor, device_type
 from tqdm import tqdm
 
 from titan_shampoo.plot import Record
-from titan_shampoo.titan.layer_metrics import extremes, scalars
+from titan_shampoo.titan.layer_metrics import condition_numbers, extremes, scalars
 from titan_shampoo.titan.records import RunRecords
 
 _logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Progress(MetricsProcessor):
             "skipped_samples": self._all_skipped(),
         }
         layers = self.optimizers.layer_metrics()
-        record |= extremes(layers)
+        record |= extremes(layers) | condition_numbers(self.optimizers.conditions())
         if layers and self.job_config.metrics.layers:
             record["layers"] = layers
         self._write(record)

@@ -29,7 +29,13 @@ from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.initialization import unwrapped_name
-from titan_shampoo.titan.layer_metrics import LayerNumbers, of_all_stages, on_host
+from titan_shampoo.titan.layer_metrics import (
+    BlockNumbers,
+    LayerNumbers,
+    lists_on_host,
+    of_all_stages,
+    on_host,
+)
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -143,6 +149,12 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         here = {name: n for method in methods for name, n in method.layer_metrics().items()}
         # All ranks have the same methods, if not the same layers.
         return of_all_stages(on_host(here), self._stages) if methods else {}
+
+    def conditions(self) -> BlockNumbers:
+        """Condition numbers of all blocks at their last refresh; every rank must ask."""
+        methods = [o for o in self.optimizers if isinstance(o, BlockOptimizer)]
+        here = {name: found for method in methods for name, found in method.conditions().items()}
+        return of_all_stages(lists_on_host(here), self._stages) if methods else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Live state as ``"<parameter>.<name>"``; what is loaded into these tensors is loaded."""

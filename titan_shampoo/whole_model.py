@@ -1,0 +1,90 @@
+"""What an optimizer of one stage of a pipeline knows of the whole model: names, shapes, options.
+
+Work that is spread over steps is spread over all parameters of all stages, so that a stage does in
+each step what one process would do there.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_shampoo.distributed.assignment import Claim, spread_turns
+
+
+class Described(NamedTuple):
+    """A parameter, wherever it is."""
+
+    group: int
+    """Number of its parameter group."""
+    name: str
+    tensor: Tensor
+    """Its shape: a tensor without memory."""
+    options: dict[str, Any]
+
+
+def described(all_params: Iterable[Any], defaults: Mapping[str, Any]) -> list[Described]:
+    """Each parameter of a whole model, given as to an optimizer, with names.
+
+    Raises:
+        ValueError: If one has no name.
+    """
+    given = list(all_params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    found = []
+    for number, group in enumerate(groups):
+        options = {**defaults, **{k: v for k, v in group.items() if k != "params"}}
+        for entry in group["params"]:
+            if isinstance(entry, Tensor):
+                raise ValueError("all_params: got a tensor without a name, wanted pairs of both")
+            name, tensor = entry
+            shape = torch.empty(tensor.shape, device="meta")
+            found.append(Described(number, name, shape, options))
+    return found
+
+
+def claims_of_model(
+    here: Sequence[Claim],
+    whole_model: Sequence[Described] | None,
+    claim_elsewhere: Callable[[Described], Claim | None],
+) -> list[Claim]:
+    """Claims of all parameters of the model that have any.
+
+    Args:
+        here: Those of this stage.
+        whole_model: All parameters; None if there are no others.
+        claim_elsewhere: That of a parameter of another stage, None if it is not preconditioned.
+
+    Raises:
+        ValueError: If a parameter of this stage is not one of the model's.
+    """
+    if whole_model is None:
+        return list(here)
+    mine = {claim.name: claim for claim in here}
+    claims = []
+    for param in whole_model:
+        if param.name in mine:
+            claims.append(mine.pop(param.name)._replace(group=param.group))
+        elif (claim := claim_elsewhere(param)) is not None:
+            claims.append(claim)
+    if mine:
+        raise ValueError(f"{next(iter(mine))}: is not in all_params, which has {len(whole_model)} "
+                         "parameters; pass those of the whole model")  # fmt: skip
+    return claims
+
+
+def turns_in_model(
+    here: Sequence[Claim],
+    whole_model: Sequence[Described] | None,
+    claim_elsewhere: Callable[[Described], Claim | None],
+) -> list[list[int]]:
+    """Turns of the blocks of each parameter of this stage, spread over those of the whole model.
+
+    Arguments and errors as for :func:`claims_of_model`.
+    """
+    if whole_model is None:  # in which case there may be parameters without names of their own
+        return spread_turns(here)
+    claims = claims_of_model(here, whole_model, claim_elsewhere)
+    turns = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
+    return [turns[claim.name] for claim in here]
