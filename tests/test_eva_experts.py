@@ -237,6 +237,7 @@ def test_compiled_products_inside_are_tapped() -> None:
 
 # What torch's compiler says while it traces any autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_is_tapped() -> None:
     model: Any = mixture()
     layers = [layer for layer in tap(model, is_stack=_is_stack) if layer.batch_dims]
@@ -395,6 +396,13 @@ def hsdp_ep(model: Mixture) -> nn.Module:
     return expert_parallel(model, (2, 1, 2))
 
 
+CASES = (
+    ("Eva", "clipped"),
+    ("Eva", "relative"),
+    ("EvaF", "unscaled"),
+    ("EvaF", "relative, unscaled"),
+    ("EvaS", "normalised"),
+)
 LAYOUTS: dict[str, tuple[int, Any]] = {
     "ddp 2": (2, ddp),
     "fsdp 2": (2, fsdp),
@@ -409,7 +417,7 @@ LAYOUTS: dict[str, tuple[int, Any]] = {
 
 def train(model: nn.Module, optimizer: LayerOptimizer, reader: int, num_readers: int) -> None:
     """Steps of two microbatches each on this reader's part, with an evaluation in between."""
-    for step in range(STEPS):
+    for step in range(1, 5):
         optimizer.zero_grad()
         parts = [t[reader::num_readers] for t in batch(step)]
         for tokens, choice, targets in zip(*[p.chunk(2) for p in parts], strict=True):
@@ -440,34 +448,32 @@ def whole(tensor: Tensor) -> Tensor:
 
 def train_layout(layout: str) -> dict[tuple[str, str], tuple[Values, Any]]:
     found = {}
-    for method in METHODS:
-        for variant, options in VARIANTS.items():
-            model = LAYOUTS[layout][1](mixture())
-            sum_gradients(model)
-            optimizer = make(method, model, **options)
-            train(model, optimizer, dist.get_rank(), dist.get_world_size())
-            numbers = {
-                name.removeprefix("module."): {key: float(value) for key, value in metrics.items()}
-                for name, metrics in optimizer.layer_metrics().items()
-            }
-            found[method, variant] = values(model, optimizer), numbers
+    for method, variant in CASES:
+        model = LAYOUTS[layout][1](mixture())
+        sum_gradients(model)
+        optimizer = make(method, model, **VARIANTS[variant])
+        train(model, optimizer, dist.get_rank(), dist.get_world_size())
+        numbers = {
+            name.removeprefix("module."): {key: float(value) for key, value in metrics.items()}
+            for name, metrics in optimizer.layer_metrics().items()
+        }
+        found[method, variant] = values(model, optimizer), numbers
     return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_iterates_and_state_equal_those_of_one_process(layout: str) -> None:
     results = run_on_ranks(LAYOUTS[layout][0], train_layout, layout)
-    for method in METHODS:
-        for variant, options in VARIANTS.items():
-            model = mixture()
-            optimizer = make(method, model, **options)
-            train(model, optimizer, 0, 1)
-            metrics = optimizer.layer_metrics()
-            for result in results:
-                found, numbers = result[method, variant]
-                for name, tensor in values(model, optimizer).items():
-                    error = (found[name] - tensor).norm() / max(tensor.norm(), 1e-30)
-                    assert error <= 1e-12, f"{method}, {variant}, {name}: {error:.1e}"
-                for name, wanted in metrics.items():
-                    for key, value in wanted.items():
-                        assert numbers[name][key] == pytest.approx(float(value), rel=1e-11)
+    for method, variant in CASES:
+        model = mixture()
+        optimizer = make(method, model, **VARIANTS[variant])
+        train(model, optimizer, 0, 1)
+        metrics = optimizer.layer_metrics()
+        for result in results:
+            found, numbers = result[method, variant]
+            for name, tensor in values(model, optimizer).items():
+                error = (found[name] - tensor).norm() / max(tensor.norm(), 1e-30)
+                assert error <= 1e-12, f"{method}, {variant}, {name}: {error:.1e}"
+            for name, wanted in metrics.items():
+                for key, value in wanted.items():
+                    assert numbers[name][key] == pytest.approx(float(value), rel=1e-11)

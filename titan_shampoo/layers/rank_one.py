@@ -197,11 +197,7 @@ class RankOneStep(LayerStep):
         """Whether this step needs the scalars of whole layers; the same answer on all ranks."""
         if self.curvature != "input" or self.scaling is not None:
             return True
-        return any(
-            dim >= layer.batch_dims + (0 if _is_relative(layer) and layer.batch_dims else 1)
-            for layer in self.layers
-            for dim in layer.tile.cut_dims
-        )
+        return any(_is_cut(layer) for layer in self.layers)
 
     def _reduced(self, table: Tensor) -> Tensor:
         return self.summed_over_tiles(torch.where(self._rows.counts_here, table, 0))
@@ -337,6 +333,14 @@ class RankOneStep(LayerStep):
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Inner product of two vectors, or of each pair of two stacks of them."""
     return left.dot(right) if left.dim() == 1 else (left * right).sum(-1)
+
+
+def _is_cut(layer: Layer) -> bool:
+    """Whether one rank alone cannot say what damping and coefficients of all its matrices are."""
+    uncut = layer.batch_dims
+    if layer.batch_dims and _is_relative(layer):
+        uncut = -1  # state on every rank has the running means of all experts
+    return any(dim > uncut for dim in layer.tile.cut_dims)
 
 
 def _is_relative(layer: Layer) -> bool:
