@@ -127,7 +127,7 @@ def mixture(make_experts: Any = torchtitans) -> Mixture:
             mine: Any = getattr(model.experts, name)
             if isinstance(mine, nn.ModuleList):
                 for layer, weight in zip(mine, weights, strict=True):
-                    layer.weight.copy_(weight)  # type: ignore[operator, union-attr]
+                    layer.weight.copy_(weight)  # type: ignore[operator]
             else:
                 mine.copy_(weights)
         for number, name in enumerate(("first", "last")):

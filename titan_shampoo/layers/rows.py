@@ -42,8 +42,8 @@ class RowsOfLayers:
             places.append(place)
             origin += 4 * len(here)
         self.counts_here = torch.cat(counts).to(device)
-        places = torch.cat(places)
-        self._places = places.where(places >= 0, origin).to(device)
+        every = torch.cat(places)
+        self._places = every.where(every >= 0, origin).to(device)
         self._layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(numbers))
         self._layer_of = self._layer_of.to(device)
 

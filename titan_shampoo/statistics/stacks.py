@@ -67,7 +67,7 @@ def _forward() -> Callable[..., Any]:
         with torch.compiler.set_stance("force_eager"), _Products(module):
             return type(module).forward(module, *args, **kwargs)
 
-    return torch.compiler.disable(forward)  # type: ignore[no-any-return]
+    return torch.compiler.disable(forward)
 
 
 class _Place(NamedTuple):
