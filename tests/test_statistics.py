@@ -189,8 +189,8 @@ def test_reasons_are_given_for_what_is_left_out():
         "embedding.weight": "is shared by 2 modules",
         "head.weight": "is shared by 2 modules",
         "router.weight": "was skipped",
-        "experts.w1": "is a stack of matrices in Experts, which multiplies by them inside its own "
-        "forward, where a tap does not reach",
+        "experts.w1": "is a stack of matrices in Experts; Eva, EvaF and EvaS take those of a "
+        "parameter group with batch_dims = 1 one by one",
         "conv1d.weight": "belongs to Conv1d, which is neither a linear layer nor a 2-d convolution",
     }
 

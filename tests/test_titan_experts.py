@@ -91,11 +91,44 @@ def test_every_expert_has_factors_of_its_own_where_it_is_stored(tmp_path):
         assert lefts == [f"left.{expert}" for expert in (2 * rank, 2 * rank + 1)]
 
 
+def states_of_experts(args):
+    """Shapes of the state of one stack, and metrics of all layers, after a run."""
+    with trainer_of(args) as trainer:
+        trainer.train()
+        name = "layers.0.moe.experts.w1"
+        state = trainer.optimizers.state_dict()
+        shapes = {key.removeprefix(f"{name}."): tuple(value.shape)
+                  for key, value in state.items() if key.startswith(name)}  # fmt: skip
+        return shapes, trainer.optimizers.layer_metrics()
+
+
+def test_the_stack_gives_experts_to_eva_one_by_one(tmp_path):
+    write_text(tmp_path)
+    settings = {"optimizer__name": "Eva", "training__steps": 2}
+    runs = [run_of(tmp_path, "one", 1, settings), run_of(tmp_path, "two", 2, {
+        **settings, "parallelism__expert_parallel_degree": 2})]  # fmt: skip
+    ((shapes, metrics),) = run_on_ranks(1, states_of_experts, runs[0], timeout=120)
+    assert shapes == {
+        "step": (4,),
+        "batches": (4,),
+        "input_mean": (4, 96),
+        "output_sum": (4, 128),
+        "momentum": (4, 128, 96),
+    }
+    assert {"layers.0.moe.experts.w1", "layers.2.moe.experts.w2"} <= metrics.keys()
+    for other, others in run_on_ranks(2, states_of_experts, runs[1], timeout=120):
+        assert other == shapes
+        for name, numbers in metrics.items():
+            assert others[name] == pytest.approx(numbers, rel=1e-3), name
+
+
 @pytest.mark.slow
-def test_a_run_under_expert_parallelism_resumes_on_one_rank(tmp_path):
+@pytest.mark.parametrize("method", ["Shampoo", "Eva"])
+def test_a_run_under_expert_parallelism_resumes_on_one_rank(tmp_path, method):
     write_text(tmp_path)
     saves = {"checkpoint__enable": True, "checkpoint__interval": 2}
-    four = {"lr_scheduler__total_steps": 4, "training__steps": 4}
+    four = {"lr_scheduler__total_steps": 4, "training__steps": 4, "optimizer__name": method}
+    four |= {"optimizer__lr": 0.1} if method == "Eva" else {}
     first = {**four, **saves, "training__steps": 2, "parallelism__expert_parallel_degree": 2}
     run_on_ranks(2, train_all, [run_of(tmp_path, "run", 2, first)], timeout=120)
     runs = [run_of(tmp_path, "run", 1, {**four, **saves}), run_of(tmp_path, "whole", 1, four)]

@@ -100,7 +100,8 @@ class NaiveEva:
         """Averages the statistics, too."""
         xi = self.options["statistics_decay"]
         if self.method != "EvaS":
-            a, b = layer.inputs.mean(0), layer.output_grads.sum(0)
+            rows = max(1, len(layer.inputs))
+            a, b = layer.inputs.sum(0) / rows, layer.output_grads.sum(0)
             if self.options.get("kv_scale") == "batch_mean":
                 b = b / self.options["kv_batch_size"]
             if layer.bias_grad is not None:
@@ -108,7 +109,10 @@ class NaiveEva:
             if name in self.average:
                 old_a, old_b = self.average[name]
                 a, b = xi * old_a + (1 - xi) * a, xi * old_b + (1 - xi) * b
-            self.average[name] = a, b
+                if not len(layer.inputs):
+                    a, b = old_a, old_b
+            if len(layer.inputs):
+                self.average[name] = a, b
             eigenvalue = a @ a * (b @ b if self.method == "Eva" else 1.0)
         else:
             means = [
@@ -123,8 +127,12 @@ class NaiveEva:
         return self.options["damping"] * (eigenvalue if relative else 1.0)
 
     def _direction(self, name: str, joint: Array, damping: float) -> Array:
+        if not joint.any():  # perhaps without rows up to now
+            return joint
         if self.method == "EvaS":
             return eva_s(joint, damping)
+        if name not in self.average:
+            return joint / damping
         a, b = self.average[name]
         return eva(joint, a, b, damping) if self.method == "Eva" else eva_f(joint, a, damping)
 

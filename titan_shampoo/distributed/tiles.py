@@ -36,7 +36,8 @@ class Tile:
     is_first: tuple[bool, bool]
     """Whether no earlier rank holds the same rows, and the same columns (all dims but the first).
 
-    Of what several ranks hold, sums over the ranks take the first one's.
+    Of what several ranks hold, sums over the ranks take the first one's. Of a stack: of the same
+    matrices.
     """
     cut_dims: frozenset[int]
     """Dims along which other ranks hold other ranges."""
@@ -66,7 +67,12 @@ class Tile:
 
 
 def tile_of(
-    param: Tensor, replicas: dist.ProcessGroup | None, name: str, *, row_axes: Axes = ()
+    param: Tensor,
+    replicas: dist.ProcessGroup | None,
+    name: str,
+    *,
+    row_axes: Axes = (),
+    batch_dims: int = 0,
 ) -> Tile:
     """The tile of ``param`` on this rank.
 
@@ -75,6 +81,7 @@ def tile_of(
         replicas: Ranks that hold plain tensors as replicas, each with its own tokens.
         name: Of the parameter, for errors.
         row_axes: Axes of its mesh along which ranks have different tokens.
+        batch_dims: Leading dims that stack matrices.
 
     Raises:
         ValueError: If a placement is neither a shard nor a replica.
@@ -96,8 +103,8 @@ def tile_of(
         ranges=tuple(ranges),
         seen=tuple(seen),
         is_first=(
-            all(coordinate[axis] == 0 for axis, dim in cuts if dim > 0),
-            all(coordinate[axis] == 0 for axis, dim in cuts if dim == 0),
+            all(coordinate[axis] == 0 for axis, dim in cuts if dim > batch_dims),
+            all(coordinate[axis] == 0 for axis, dim in cuts if dim == batch_dims),
         ),
         cut_dims=frozenset(dim for _, dim in cuts),
         team=team,

@@ -11,7 +11,6 @@ the gradients at its output and ``v_j`` the mean of G over all dims but ``j``
 so that three scalars of a layer give ``<P, G>`` and ``|P|^2`` without another pass over a matrix.
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -136,22 +135,25 @@ def marginal_means(grad: Tensor) -> list[Tensor]:
     return [total * (total.numel() / max(1, grad.numel())) for total in marginal_sums(grad)]
 
 
-def marginal_sums(grad: Tensor) -> list[Tensor]:
-    """Sums of ``grad`` over all dims but one, for each dim: ``(d_j,)``."""
-    dims = range(grad.ndim)
-    return [
-        grad.sum([other for other in dims if other != dim]) if grad.ndim > 1 else grad
-        for dim in dims
-    ]
+def marginal_sums(grad: Tensor, *, batch_dims: int = 0) -> list[Tensor]:
+    """Sums of ``grad`` over all dims but one, for each dim: ``(d_j,)``.
+
+    Args:
+        grad: ``(..., d_1, ..., d_k)``.
+        batch_dims: Leading dims, which all sums keep.
+    """
+    dims = range(batch_dims, grad.ndim)
+    if len(dims) == 1:
+        return [grad]
+    return [grad.sum([other for other in dims if other != dim]) for dim in dims]
 
 
 def outer(vectors: list[Tensor]) -> Tensor:
-    """The outer product of vectors, flat, ``(d_1 d_2 ...,)``."""
-    shape = [vector.numel() for vector in vectors]
+    """The outer product of vectors ``(..., d_j)``, flat, ``(..., d_1 d_2 ...)``."""
     product = vectors[0]
     for vector in vectors[1:]:
-        product = torch.outer(product, vector).flatten()
-    return product.reshape(math.prod(shape))
+        product = (product[..., :, None] * vector[..., None, :]).flatten(-2)
+    return product
 
 
 def running_average_(

@@ -42,7 +42,8 @@ def rank_one_(
     """``target <- beta target + factor grad - left right^T``, in place.
 
     Args:
-        target: ``(rows, columns)``; not read if ``beta`` is the number 0.
+        target: ``(rows, columns)``, or a stack ``(n, rows, columns)``, and then everything with
+            ``n`` in front; not read if ``beta`` is the number 0.
         grad: ``(rows, columns)``.
         left: ``(rows,)``, all factors included.
         right: ``(columns,)``.
@@ -52,6 +53,9 @@ def rank_one_(
     if isinstance(beta, Tensor):
         target.mul_(beta)
         beta = 1.0
+    if target.dim() == 3:
+        target.baddbmm_(left[..., None], right[..., None, :], beta=beta, alpha=-1)
+        return target.addcmul_(grad, factor[..., None, None])
     return target.addr_(left, right, beta=beta, alpha=-1).addcmul_(grad, factor)
 
 

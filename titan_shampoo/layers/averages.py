@@ -4,6 +4,8 @@ All layers of one token group are one flat tensor, so that a step costs one all-
 of operations, however many layers there are. A rank keeps the entries that its tiles need.
 """
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -28,46 +30,59 @@ class Averages:
         self.with_outputs = with_outputs
         self.device = layers[0].weight.device
         self.group = layers[0].tile.token_group
-        self.count = torch.zeros(len(layers), dtype=layers[0].dtype, device=self.device)
-        """Batches averaged so far, ``(layers,)``; batches without rows do not count."""
+        numbers = [len(layer.matrices_here) for layer in layers]
+        self.count = torch.zeros(sum(numbers), dtype=layers[0].dtype, device=self.device)
+        """Batches averaged so far, ``(matrices,)``; batches without rows do not count."""
+        self.counts = self.count.split(numbers)
+        """The same of each layer, ``(1,)``, or ``(matrices,)`` of a stack."""
         self.rows = torch.zeros_like(self.count)
-        """Rows that the last batch had on all ranks, ``(layers,)``."""
-        sources, owners, is_input, sizes, ends = [], [], [], [], []
+        """Rows that the last batch had on all ranks, ``(matrices,)``."""
+        self._numbers = numbers
+        layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(numbers))
+        self._layer_of = layer_of.to(self.device)
+        shapes = self._find_entries(torch.arange(sum(numbers)).split(numbers))
+        sizes = [math.prod(shape) for shape in shapes]
+        self._flat = torch.zeros(sum(sizes), dtype=self.count.dtype, device=self.device)
+        parts = zip(self._flat.split(sizes), shapes, strict=True)
+        views = [part.view(shape) for part, shape in parts]
+        step = 2 if with_outputs else 1
+        self.inputs = views[::step]
+        """Mean input of each layer, ``(columns,)``, the bias's constant 1 not included; of a stack
+        ``(matrices, columns)``."""
+        self.outputs = views[1::step] if with_outputs else []
+        """Summed gradient at the output of each layer, ``(rows,)``, or ``(matrices, rows)``."""
+
+    def _find_entries(self, matrices: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """Find the entries of this rank's tiles in the sums; returns the shapes that they have.
+
+        Args:
+            matrices: Numbers of the matrices of each layer, ``(matrices,)``.
+        """
+        sources, owners, is_input, ends, shapes = [], [], [], [], []
         origin = 0
-        for number, layer in enumerate(layers):
-            columns = layer.tile.positions_in_seen(slice(1, None))
-            parts = [columns]
-            end = origin + self._seen(layer, slice(1, None))
-            ends.append(end)  # where the number of rows stands
-            sources.append(columns + origin)
-            origin = end + 1
-            if with_outputs:
-                parts.append(layer.tile.positions_in_seen(slice(1)))
-                sources.append(parts[1] + origin)
-                origin += self._seen(layer, slice(1))
-            for part, kind in zip(parts, (True, False), strict=False):
-                sizes.append(len(part))
-                owners.append(torch.full((len(part),), number))
-                is_input.append(torch.full((len(part),), kind))
+        for layer, mine in zip(self.layers, matrices, strict=True):
+            tile, row = layer.tile, layer.batch_dims
+            kinds = [(slice(row + 1, None), True), (slice(row, row + 1), False)]
+            for dims, with_count in kinds if self.with_outputs else kinds[:1]:
+                width = self._seen(layer, dims) + with_count
+                starts = origin + tile.positions_in_seen(slice(row)) * width
+                entries = tile.positions_in_seen(dims)
+                sources.append((starts[:, None] + entries).flatten())
+                owners.append(mine.repeat_interleave(len(entries)))
+                is_input.append(torch.full((len(mine) * len(entries),), with_count))
+                if with_count:
+                    ends.append(starts + width - 1)  # where the numbers of rows stand
+                shapes.append((*tile.shape[:row], len(entries)))
+                origin += self._seen(layer, slice(row)) * width
         self._sources = torch.cat(sources).to(self.device)
         self._owners = torch.cat(owners).to(self.device)
         self._is_input = torch.cat(is_input).to(self.device)
-        self._row_counts = torch.tensor(ends, device=self.device)
-        flat = torch.zeros(len(self._sources), dtype=self.count.dtype, device=self.device)
-        self._flat = flat
-        views = flat.split(sizes)
-        step = 2 if with_outputs else 1
-        self.inputs = list(views[::step])
-        """Mean input of each layer, ``(columns,)``, the bias's constant 1 not included."""
-        self.outputs = list(views[1::step]) if with_outputs else []
-        """Summed gradient at the output of each layer, ``(rows,)``."""
+        self._row_counts = torch.cat(ends).to(self.device)
+        return shapes
 
     @staticmethod
     def _seen(layer: Layer, dims: slice) -> int:
-        count = 1
-        for start, stop in layer.tile.seen[dims]:
-            count *= stop - start
-        return count
+        return math.prod(stop - start for start, stop in layer.tile.seen[dims])
 
     def local_sums(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
@@ -87,7 +102,9 @@ class Averages:
             output_divisor: By what sums of gradients over all ranks are divided, ``(layers,)``.
             taken: Whether the batch counts, 0-dim bool; None where the host knows that it does.
         """
-        decay, output_divisor = decay.to(self.count.dtype), output_divisor.to(self.count.dtype)
+        decay, output_divisor = (
+            value.to(self.count.dtype)[self._layer_of] for value in (decay, output_divisor)
+        )
         sums = torch.cat(
             [t.reshape(-1) for t in all_reduce_together(self.local_sums(), self.group)]
         )
@@ -98,6 +115,15 @@ class Averages:
         counted = self.rows if taken is None else torch.where(taken, self.rows, 0)
         running_average_(self._flat, new, self.count[owners], counted[owners], decay[owners])
         self.count += counted > 0
+
+    def unseen(self) -> list[str]:
+        """Layers of which no rank saw a row in the last batch; asks the device."""
+        rows = iter(self.rows.tolist())
+        return [
+            layer.name
+            for layer, number in zip(self.layers, self._numbers, strict=True)
+            if not any(list(itertools.islice(rows, number)))
+        ]
 
 
 def averages_of(layers: Sequence[Layer], *, with_outputs: bool) -> list[Averages]:

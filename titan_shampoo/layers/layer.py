@@ -16,19 +16,27 @@ from titan_shampoo.statistics import TappedLayer
 
 
 class Span(NamedTuple):
-    """Where a vector along some dims of a tile lies in that of the whole parameter."""
+    """Where a vector along some dims of a tile lies in that of the whole parameter.
+
+    Of a stack: the vectors of all its matrices together.
+    """
 
     size: int
     """Entries of the whole vector."""
     positions: Tensor
     """Of the tile's entries in it."""
+    shape: tuple[int, ...]
+    """Of the tile's entries: ``(k,)``, of a stack ``(matrices, k)``."""
     is_partial: bool
     """Whether sums over the other dims need other ranks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A weight ``(d_out, ...)`` that is preconditioned, with its bias if that is joined to it."""
+    """A weight ``(d_out, ...)`` that is preconditioned, with its bias if that is joined to it.
+
+    Or a stack of weights, each of which is preconditioned by itself.
+    """
 
     name: str
     """Of the weight."""
@@ -44,6 +52,18 @@ class Layer:
     tapped: TappedLayer | None = None
     gradient_divisor: float = 1.0
     """By what the sum of the gradients of all ranks is divided."""
+    batch_dims: int = 0
+    """Leading dims of the weight that stack matrices, 0 or 1."""
+
+    @property
+    def num_matrices(self) -> int:
+        """How many matrices the whole weight stacks; 1 for a plain one."""
+        return math.prod(self.weight.shape[: self.batch_dims])
+
+    @property
+    def matrices_here(self) -> range:
+        """Which of them this rank stores parts of."""
+        return range(*self.tile.ranges[0]) if self.batch_dims else range(1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,50 +78,62 @@ class Layer:
         return slice(start - origin, stop - origin) if start < stop else slice(0, 0)
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """A local tensor like the stored weight as ``(rows, columns)``; a copy if strided."""
-        shape = self.tile.shape
-        return tensor.reshape(shape[0], math.prod(shape[1:]))
+        """A local tensor like the stored weight as ``(rows, columns)``; a copy if strided.
+
+        Of a stack ``(matrices, rows, columns)``.
+        """
+        shape, rows = self.tile.shape, self.batch_dims
+        return tensor.reshape(*shape[: rows + 1], math.prod(shape[rows + 1 :]))
 
     def spans(self, dims: list[slice]) -> list[Span]:
         """Where vectors along each of ``dims`` lie; ``slice(1, None)`` for all columns."""
         tile, spans = self.tile, []
         for some in dims:
-            sizes = self.weight.shape[some]
-            inside = tuple(slice(*interval) for interval in tile.ranges[some])
+            kept = self._dims(some)
+            sizes = [self.weight.shape[dim] for dim in kept]
+            inside = tuple(slice(*tile.ranges[dim]) for dim in kept)
             positions = torch.arange(math.prod(sizes)).view(sizes)[inside].flatten()
-            kept = range(self.weight.ndim)[some]
-            is_partial = any(axis not in kept for axis in tile.cut_dims)
-            spans.append(Span(math.prod(sizes), positions.to(self.weight.device), is_partial))
+            is_partial = any(dim not in kept for dim in tile.cut_dims)
+            here = [tile.shape[dim] for dim in kept]
+            shape = (*here[: self.batch_dims], math.prod(here[self.batch_dims :]))
+            positions = positions.to(self.weight.device)
+            spans.append(Span(math.prod(sizes), positions, shape, is_partial))
         return spans
 
-    def stored_along(self, columns: bool, local: Tensor) -> Tensor:
-        """Per-column or per-row state as a tensor like the parameter: global if that is a DTensor.
+    def stored_along(self, dims: slice, local: Tensor) -> Tensor:
+        """State along some dims as a tensor like the parameter: global if that is a DTensor.
 
         Args:
-            columns: Whether it has one entry per column, else one per row.
-            local: The entries of this rank's tile, ``(columns,)`` or ``(rows,)``.
+            dims: Those of a matrix that it has entries along: ``slice(1)`` for one per row,
+                ``slice(1, None)`` for one per column, ``slice(0)`` for one per matrix of a stack.
+            local: The entries of this rank's tile, ``(rows,)``, ``(columns,)`` or ``()``; of a
+                stack with its matrices in front.
         """
-        dims = slice(1, None) if columns else slice(1)
-        local = local.view(self.tile.shape[dims])
-        if not isinstance(self.weight, DTensor):
+        kept = self._dims(dims)
+        local = local.view([self.tile.shape[dim] for dim in kept])
+        if not kept or not isinstance(self.weight, DTensor):
             return local
-        shape = self.weight.shape[dims]
+        shape = torch.Size([self.weight.shape[dim] for dim in kept])
         stride = torch.empty(shape, device="meta").stride()
-        placements = [_along(p, columns) for p in self.weight.placements]
+        placements = [_along(placement, kept) for placement in self.weight.placements]
         mesh = self.weight.device_mesh
         return DTensor.from_local(
             local, mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
+    def _dims(self, some: slice) -> list[int]:
+        """Dims of the weight: those that stack, and ``some`` of its matrices."""
+        return [*range(self.batch_dims), *range(self.batch_dims, self.weight.ndim)[some]]
 
-def _along(placement: Placement, columns: bool) -> Placement:
-    """The placement of per-column (or per-row) vectors of a weight with this placement."""
+
+def _along(placement: Placement, kept: list[int]) -> Placement:
+    """The placement of state along the dims ``kept`` of a weight with this placement."""
     if placement.is_replicate():
         return placement
     dim: int = placement.dim  # type: ignore[attr-defined]  # all shards have one
-    if columns:
-        return Shard(dim - 1) if dim > 0 else Replicate()
-    return Replicate() if dim > 0 else placement
+    if dim not in kept:
+        return Replicate()
+    return placement if kept[dim : dim + 1] == [dim] else Shard(kept.index(dim))
 
 
 def motion_of(options: dict[str, Any], taken: Tensor | None, dtype: torch.dtype) -> Motion:

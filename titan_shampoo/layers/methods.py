@@ -26,10 +26,11 @@ DampingMode = Literal["absolute", "relative"]
 class Eva(LayerOptimizer):
     """Eva (Zhang et al. 2023, ICLR): K-FAC with the mean input and output gradient of each layer.
 
-    Linear and Conv2d layers of ``model`` are preconditioned, all other parameters, embeddings and
-    output heads are stepped by the fallback. To be constructed when the model is sharded and
-    compiled, where it computes, and before its first forward pass. Copies and pickles of the
-    optimizer take the model along: copy or pickle the two together.
+    Linear and Conv2d layers of ``model`` are preconditioned, and stacks of experts in groups with
+    ``batch_dims=1``; all other parameters, embeddings and output heads are stepped by the fallback.
+    To be constructed when the model is sharded and compiled, where it computes, and before its
+    first forward pass. Copies and pickles of the optimizer take the model along: copy or pickle the
+    two together.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or groups: parameters of ``model``.
@@ -55,6 +56,8 @@ class Eva(LayerOptimizer):
             ``weight_decay * lr / peak_lr``; all but ``"l2"`` through the heavy ball.
         bias: ``"joint"`` solves for weight and bias together where both are in one group;
             ``"separate"`` leaves biases to the fallback.
+        batch_dims: 1 in a group of stacks of experts ``(E, d_out, d_in)``: each of the ``E``
+            matrices is a layer of its own, that saw the rows that it was multiplied by.
         fallback: ``"adamw"`` or ``"sgd"`` (with this momentum and weight decay).
         fallback_lr: Learning rate of the fallback where ``lr`` has its peak; it follows the
             schedule of ``lr``. None: ``lr``.
@@ -91,6 +94,7 @@ class Eva(LayerOptimizer):
         nesterov: bool = False,
         weight_decay_type: WeightDecay = "decoupled",
         bias: Literal["joint", "separate"] = "joint",
+        batch_dims: int = 0,
         fallback: Literal["adamw", "sgd"] = "adamw",
         fallback_lr: float | None = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -133,6 +137,7 @@ class EvaF(LayerOptimizer):
         nesterov: bool = False,
         weight_decay_type: WeightDecay = "decoupled",
         bias: Literal["joint", "separate"] = "joint",
+        batch_dims: int = 0,
         fallback: Literal["adamw", "sgd"] = "adamw",
         fallback_lr: float | None = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -184,6 +189,7 @@ class EvaS(LayerOptimizer):
         dampening: float = 0.0,
         nesterov: bool = False,
         weight_decay_type: WeightDecay = "decoupled",
+        batch_dims: int = 0,
         fallback: Literal["adamw", "sgd"] = "adamw",
         fallback_lr: float | None = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),

@@ -288,7 +288,12 @@ class LayerOptimizer(LibraryOptimizer):
         if self._is_checked or self._step is None:
             return
         self._is_checked = True
-        trained = {layer.name for layer in self._step.layers if layer.weight in grads}
+        # Experts that are given no rows have gradients of zero.
+        trained = {
+            layer.name
+            for layer in self._step.layers
+            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
+        }
         unseen = [name for name in self._step.unseen() if name in trained]
         count = torch.tensor(float(len(unseen)), device=self._device)
         for group in self._judges:

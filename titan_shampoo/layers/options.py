@@ -37,6 +37,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "scaling": ("kl_clip", "norm", "kl_norm", None),
     "bias": ("joint", "separate"),
     "merge": ("matrix", "none"),
+    "batch_dims": (0, 1),
     "refresh": SHARED_CHOICES["refresh"],
     "fallback": ("adamw", "sgd"),
     "factored_damping": (True, False),
@@ -71,6 +72,9 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
     for key in ("nesterov", "dampening"):
         if options[key] and options["momentum"] == 0:
             raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
+    if options.get("batch_dims") and "factor_frequency" in options:
+        raise ValueError(f"batch_dims: got 1, wanted 0: {options['method']} takes no stacks of "
+                         "matrices one by one; give them to Eva, EvaF or EvaS")  # fmt: skip
     if options.get("kv_scale") == "batch_mean" and options["kv_batch_size"] is None:
         raise ValueError("kv_batch_size: got None with kv_scale='batch_mean', wanted the batch "
                          "size that the damping was tuned for")  # fmt: skip

@@ -1,7 +1,9 @@
 """The step of Eva, Eva-f and Eva-s: mathematics meets distribution.
 
 Every rank works on its own tiles. What is summed over ranks are vectors of statistics, and four
-scalars per layer: ``|G|^2``, ``<G, V>`` and the squares of the two vectors of ``V``.
+scalars per layer: ``|G|^2``, ``<G, V>`` and the squares of the two vectors of ``V``. A stack of
+experts is as many layers as it has matrices, stepped together: its vectors and scalars have one row
+for each. Tables of scalars have the same rows on all ranks.
 """
 
 from collections import defaultdict
@@ -26,6 +28,7 @@ from titan_shampoo.functional.eva import (
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.averages import averages_of
 from titan_shampoo.layers.layer import Layer, Span
+from titan_shampoo.layers.rows import RowsOfLayers
 from titan_shampoo.layers.step import LayerStep, Moves, moves_of
 
 SMALLEST_DAMPING = 1e-30
@@ -61,15 +64,13 @@ class RankOneStep(LayerStep):
             for averages in self.averages
             for position, layer in enumerate(averages.layers)
         }
-        self.step_count = torch.zeros(len(layers), dtype=self.dtype, device=self.device)
-        """Steps that each layer has taken, ``(layers,)``."""
+        self._rows = RowsOfLayers(layers, self.device)
+        self.step_count = torch.zeros(len(self._rows), dtype=self.dtype, device=self.device)
+        """Steps that each layer has taken, ``(rows,)``."""
         self.curvature_mean = torch.zeros_like(self.step_count)
-        """Running mean of the curvature's eigenvalue, ``(layers,)``, for relative damping."""
+        """Running mean of the curvature's eigenvalue, ``(rows,)``, for relative damping."""
         self._spans = [layer.spans(_vector_dims(layer, curvature)) for layer in layers]
-        self._counts_here = torch.tensor(
-            [[True, True, *layer.tile.is_first] for layer in layers], device=self.device
-        )
-        self._bias_square = self.constant([float(layer.bias is not None) for layer in layers])
+        self._bias_square = self.of_rows([float(layer.bias is not None) for layer in layers])
         self._table: Tensor | None = None
         self._damping = torch.ones_like(self.step_count)
         self._is_reduced = True
@@ -95,7 +96,7 @@ class RankOneStep(LayerStep):
         self._is_reduced = False
         if self._needs_other_ranks():
             self._table, self._is_reduced = self._reduced(self._table), True
-        counted = self.constant(moving)
+        counted = self.of_rows(moving)
         self._damping = self._next_damping(counted if taken is None else counted * taken)
         found = self._terms(self._table, self._damping)
         self._apply(matrices, grads, lefts, rights, found, taken)
@@ -118,16 +119,24 @@ class RankOneStep(LayerStep):
     def _scalars(
         self, grads: Grads, norms: Grads, lefts: Vectors, rights: Vectors, products: Vectors
     ) -> Tensor:
-        """This rank's part of ``|G|^2, <G, V>, |left|^2, |right|^2``, ``(layers, 4)``."""
+        """This rank's part of ``|G|^2, <G, V>, |left|^2, |right|^2``, ``(rows, 4)``."""
         scalars = []
         for layer, left, right, product in zip(self.layers, lefts, rights, products, strict=True):
-            square = left.new_zeros(())
+            square = left.new_zeros(left.shape[:-1])
             for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts)):
                 if param is not None and param in grads and counts:
-                    norm = norms[param] if param in norms else _norm(grads[param], self.dtype)
-                    square = square + norm.square()
-            scalars += [square, left.dot(product), left.dot(left), right.dot(right)]
-        return torch.stack([scalar.to(self.dtype) for scalar in scalars]).view(-1, 4)
+                    square = square + self._norm(layer, param, grads, norms).square()
+            scalars += [square, _dot(left, product), _dot(left, left), _dot(right, right)]
+        return self._rows.table([scalar.to(self.dtype) for scalar in scalars])
+
+    def _norm(self, layer: Layer, param: Tensor, grads: Grads, norms: Grads) -> Tensor:
+        """Of the gradient of a weight or a bias here; of a stack, of each of its matrices."""
+        if layer.batch_dims:
+            return torch.linalg.vector_norm(layer.matrix(grads[param]), dim=(1, 2),
+                                            dtype=self.dtype)  # fmt: skip
+        if param in norms:
+            return norms[param]
+        return torch.linalg.vector_norm(grads[param], dtype=self.dtype)
 
     def _vectors(self, matrices: Sequence[Tensor | None]) -> tuple[Vectors, Vectors]:
         """Vectors of V along rows and columns; those of Eva-f's rows come later."""
@@ -143,9 +152,11 @@ class RankOneStep(LayerStep):
         """Means of the gradient over all dims but one, those of the columns multiplied out."""
         sums = []
         for layer, matrix, spans in zip(self.layers, matrices, self._spans, strict=True):
-            shape = [len(span.positions) for span in spans]
+            stacked = layer.batch_dims
+            shape = [*layer.tile.shape[:stacked], *(span.shape[-1] for span in spans)]
             empty = torch.zeros(shape, dtype=layer.dtype, device=self.device)
-            sums.append(marginal_sums(empty if matrix is None else matrix.view(shape)))
+            sums.append(marginal_sums(empty if matrix is None else matrix.view(shape),
+                                      batch_dims=stacked))  # fmt: skip
         means = [
             [total * (span.size / layer.weight.numel()) for span, total in zip(*both, strict=True)]
             for layer, *both in zip(self.layers, self._spans, self._completed(sums), strict=True)
@@ -163,17 +174,20 @@ class RankOneStep(LayerStep):
         for group, places in travelling.items():
             wholes = []
             for number, index, span in places:
-                vector = partial[number][index].to(self.dtype)
+                vector = partial[number][index].to(self.dtype).flatten()
                 wholes.append(vector.new_zeros(span.size).index_copy_(0, span.positions, vector))
             sums = all_reduce_together(wholes, group)
             for (number, index, span), whole in zip(places, sums, strict=True):
-                completed[number][index] = whole[span.positions].to(self.layers[number].dtype)
+                mine = whole[span.positions].view(span.shape)
+                completed[number][index] = mine.to(self.layers[number].dtype)
         return completed
 
     def _product(self, layer: Layer, matrix: Tensor | None, right: Tensor, grads: Grads) -> Tensor:
         """This rank's part of ``G right``, the column of the bias included, ``(rows,)``."""
         if matrix is None:
-            return right.new_zeros(layer.tile.shape[0])
+            return right.new_zeros(layer.tile.shape[: layer.batch_dims + 1])
+        if layer.batch_dims:
+            return matrix.bmm(right[..., None]).squeeze(-1)
         product = matrix.mv(right)
         if layer.bias is not None and layer.bias in grads and layer.bias_counts:
             product[layer.bias_rows] += grads[layer.bias]
@@ -183,15 +197,14 @@ class RankOneStep(LayerStep):
         """Whether this step needs the scalars of whole layers; the same answer on all ranks."""
         if self.curvature != "input" or self.scaling is not None:
             return True
-        return any(dim > 0 for layer in self.layers for dim in layer.tile.cut_dims)
+        return any(_is_cut(layer) for layer in self.layers)
 
     def _reduced(self, table: Tensor) -> Tensor:
-        return self.summed_over_tiles(torch.where(self._counts_here, table, 0))
+        return self.summed_over_tiles(torch.where(self._rows.counts_here, table, 0))
 
     def _next_damping(self, moving: Tensor) -> Tensor:
-        """``y`` of each layer, ``(layers,)``; counts the step of the layers that are moving."""
-        modes = [layer.options["damping_mode"] for layer in self.layers]
-        relative = self.constant([mode == "relative" for mode in modes])
+        """``y`` of each layer, ``(rows,)``; counts the step of the layers that are moving."""
+        relative = self.of_rows([_is_relative(layer) for layer in self.layers])
         decay = self.option("statistics_decay")
         square = curvature_square(self.curvature, *self._squares())
         running_average_(self.curvature_mean, square, self.step_count, moving, decay)
@@ -204,7 +217,9 @@ class RankOneStep(LayerStep):
         if self.curvature != "gradient":
             return curvature
         assert self._table is not None, "no step has been taken"
-        numel = self.constant([layer.weight.numel() for layer in self.layers])
+        numel = self.of_rows(
+            [layer.weight.numel() // max(1, layer.num_matrices) for layer in self.layers]
+        )
         floor = torch.finfo(self.dtype).eps * (self._table[:, 0] / numel.clamp(min=1)).square()
         return torch.maximum(curvature, floor)
 
@@ -219,7 +234,7 @@ class RankOneStep(LayerStep):
     # Directions: never stored, unless they must be
 
     def _scales(self, found: Terms) -> Tensor:
-        """By what each direction is multiplied, ``(layers,)``."""
+        """By what each direction is multiplied, ``(rows,)``."""
         inner, square = found.inner(), found.direction_square()
         own = torch.ones_like(inner)
         if self.curvature == "gradient":
@@ -250,12 +265,13 @@ class RankOneStep(LayerStep):
         taken: Tensor | None,
     ) -> None:
         """Move the parameters by ``f G - left right^T``, layer by layer and group by group."""
-        factors = self._scales(found) / found.damping
-        amounts = (factors * found.coefficient).unbind()
+        scales = self._scales(found) / found.damping
+        factors = self._rows.of_layers_here(scales)
+        amounts = self._rows.of_layers_here(scales * found.coefficient)
         moves: dict[int, Moves] = {}
         for number, (layer, matrix) in enumerate(zip(self.layers, matrices, strict=True)):
             if matrix is not None:
-                left = lefts[number] * amounts[number].to(layer.dtype)
+                left = lefts[number] * amounts[number].to(layer.dtype).unsqueeze(-1)
                 factor = factors[number].to(layer.dtype)
                 right, kept = rights[number], self.momentum
                 group = moves_of(layer, moves, taken)
@@ -271,16 +287,16 @@ class RankOneStep(LayerStep):
 
     def state(self, number: int) -> dict[str, Tensor]:
         """State of the weight of one layer."""
-        layer = self.layers[number]
-        state = {"step": self.step_count[number]}
+        layer, rows = self.layers[number], self._rows.of_layer[number]
+        state = {"step": self.step_count[rows]}
         if self.averages:
             averages, position = self._place[id(layer)]
-            state["batches"] = averages.count[position]
-            state["input_mean"] = layer.stored_along(True, averages.inputs[position])
+            state["batches"] = layer.stored_along(slice(0), averages.counts[position])
+            state["input_mean"] = layer.stored_along(_COLUMNS, averages.inputs[position])
             if averages.outputs:
-                state["output_sum"] = layer.stored_along(False, averages.outputs[position])
-        if layer.options["damping_mode"] == "relative":
-            state["curvature_mean"] = self.curvature_mean[number]
+                state["output_sum"] = layer.stored_along(_ROWS, averages.outputs[position])
+        if _is_relative(layer):
+            state["curvature_mean"] = self.curvature_mean[rows]
         return state
 
     def statistics(self) -> Vectors:
@@ -289,15 +305,10 @@ class RankOneStep(LayerStep):
 
     def unseen(self) -> list[str]:
         """Layers of which no rank saw a row in the last batch; asks the device."""
-        return [
-            layer.name
-            for averages in self.averages
-            for layer, rows in zip(averages.layers, averages.rows.tolist(), strict=True)
-            if rows == 0
-        ]
+        return [name for averages in self.averages for name in averages.unseen()]
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
-        """``rho`` and ``cosine`` of each layer in the last step."""
+        """``rho`` and ``cosine`` of each layer in the last step; of a stack, means."""
         if self._table is None:
             return {}
         if not self._is_reduced:
@@ -306,13 +317,34 @@ class RankOneStep(LayerStep):
         rho = curvature_square(self.curvature, *self._squares()) / found.damping
         cosine = found.cosine()
         return {
-            layer.name: {"rho": rho[number], "cosine": cosine[number]}
-            for number, layer in enumerate(self.layers)
+            layer.name: {"rho": rho[rows].mean(), "cosine": cosine[rows].mean()}
+            for layer, rows in zip(self.layers, self._rows.of_layer, strict=True)
         }
 
+    def option(self, name: str) -> Tensor:
+        """One option of each layer, ``(rows,)``."""
+        return self._rows.spread(super().option(name))
 
-def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=dtype)
+    def of_rows(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers of the host, one for each layer, on the device, ``(rows,)``."""
+        return self._rows.spread(self.constant(numbers))
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of two vectors, or of each pair of two stacks of them."""
+    return left.dot(right) if left.dim() == 1 else (left * right).sum(-1)
+
+
+def _is_cut(layer: Layer) -> bool:
+    """Whether one rank alone cannot say what damping and coefficients of all its matrices are."""
+    uncut = layer.batch_dims
+    if layer.batch_dims and _is_relative(layer):
+        uncut = -1  # state on every rank has the running means of all experts
+    return any(dim > uncut for dim in layer.tile.cut_dims)
+
+
+def _is_relative(layer: Layer) -> bool:
+    return bool(layer.options["damping_mode"] == "relative")
 
 
 def _output_divisor(layer: Layer) -> float:
@@ -330,4 +362,4 @@ def _vector_dims(layer: Layer, curvature: Curvature) -> list[slice]:
         return [_ROWS]
     if layer.options["merge"] == "matrix":
         return [_ROWS, _COLUMNS]
-    return [slice(dim, dim + 1) for dim in range(layer.weight.ndim)]
+    return [slice(dim, dim + 1) for dim in range(layer.weight.ndim - layer.batch_dims)]

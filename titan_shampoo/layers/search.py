@@ -45,9 +45,20 @@ class LayerSearch:
             others = {
                 unwrapped_name(name, model)
                 for name, module in modules.items()
-                if not self._is_multiplied(module._parameters.get("weight"))
+                if not self._is_layer(module._parameters.get("weight"))
             }
-            found = tap(model, moments=moments, skip=others.__contains__)
+            stacks = {
+                unwrapped_name(f"{prefix}.{name}" if prefix else name, model)
+                for prefix, module in modules.items()
+                for name, param in module._parameters.items()
+                if self._is_stack(param)
+            }
+            found = tap(
+                model,
+                moments=moments,
+                skip=others.__contains__,
+                is_stack=stacks.__contains__,
+            )
             self._say_what_is_left_out(model, found)
             layers += [self._layer(tapped.weight, tapped) for tapped in found]
         return layers
@@ -57,13 +68,33 @@ class LayerSearch:
         return [
             self._layer(param, None)
             for param in self.names
-            if self._is_multiplied(param) and sum(size != 1 for size in param.shape) >= 2
+            if self._is_multiplied(param)
+            and sum(size != 1 for size in param.shape[self._batch_dims(param) :]) >= 2
         ]
 
     def _is_multiplied(self, param: Tensor | None) -> bool:
-        """Whether a parameter is ours and not, by its name, looked up in or chosen from."""
+        """Whether a parameter is a matrix of ours, or in a group of stacks one of them.
+
+        And not, by its name, one that is looked up in or chosen from.
+        """
         name = None if param is None else self.names.get(param)
-        return name is not None and NOT_MULTIPLIED.search(name) is None
+        if param is None or name is None or NOT_MULTIPLIED.search(name) is not None:
+            return False
+        return param.ndim >= 2 + self._batch_dims(param)
+
+    def _is_layer(self, param: Tensor | None) -> bool:
+        """Whether a parameter can be the weight of one layer."""
+        return param is not None and self._is_multiplied(param) and not self._batch_dims(param)
+
+    def _is_stack(self, param: Tensor | None) -> bool:
+        """Whether a parameter can stack the weights of layers, ``(layers, d_out, d_in)``."""
+        if param is None or not self._is_multiplied(param):
+            return False
+        return self._batch_dims(param) == 1 and param.ndim == 3
+
+    def _batch_dims(self, param: Tensor) -> int:
+        """How many leading dims of a parameter of ours stack matrices."""
+        return int(self.groups[param].get("batch_dims", 0))
 
     def _say_what_is_left_out(self, model: nn.Module, tapped: Sequence[TappedLayer]) -> None:
         """Log which of our matrices have no statistics, and why."""
@@ -77,14 +108,16 @@ class LayerSearch:
         """What is to be known of the layer of ``weight``."""
         name, options = self.names[weight], self.groups[weight]
         row_axes = () if tapped is None else tapped.sharding.row_axes
-        tile = tile_of(weight, self.replicas, name, row_axes=row_axes)
+        stacked = self._batch_dims(weight)
+        tile = tile_of(weight, self.replicas, name, row_axes=row_axes, batch_dims=stacked)
         # DDP may be wrapped around the model that we know.
         divisor = 1.0 if tile.token_group is None else float(tile.token_group.size())
         if tapped is not None and isinstance(weight, DTensor):
             divisor = tapped.sharding.gradient_divisor
         bias = None if tapped is None or options["bias"] == "separate" else tapped.bias
         if bias is None or self.groups.get(bias) is not options:
-            return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor)
+            return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor,
+                         batch_dims=stacked)  # fmt: skip
         place = vector_tile(bias, weight, name)
         if place is None:
             raise ValueError(f"{name}: its bias is stored on other ranks than the weight; "

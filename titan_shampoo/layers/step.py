@@ -122,16 +122,19 @@ class LayerStep:
         return self._constants[key]
 
     def summed_over_tiles(self, table: Tensor) -> Tensor:
-        """Scalars of whole layers, ``(layers, k)``: one all-reduce for each group of tiles."""
+        """Scalars of whole layers, ``(layers, k)``: one all-reduce for each group of tiles.
+
+        A stack has a row for each of its matrices.
+        """
         numbers: dict[Any, list[int]] = defaultdict(list)
         for number, layer in enumerate(self.layers):
             numbers[layer.tile.group].append(number)
-        rows = list(table)
+        rows = list(table.split([layer.num_matrices for layer in self.layers]))
         for group, some in numbers.items():
             sums = all_reduce_together([rows[number] for number in some], group)
             for number, row in zip(some, sums, strict=True):
                 rows[number] = row
-        return torch.stack(rows)
+        return torch.cat(rows)
 
     def scale_of_all_stages(self, sums: Tensor) -> Tensor:
         """The global scale, 0-dim.
@@ -181,7 +184,7 @@ class Moves:
         factor: Tensor,
         momentum: Grads,
     ) -> None:
-        """Take the direction ``factor grad - left right^T`` of ``param``."""
+        """Take the direction ``factor grad - left right^T`` of ``param``, or of each of a stack."""
         motion = self.motion
         buffer = local_tensor(momentum[param]) if motion.has_ball else None
         if buffer is not None and motion.fuses(buffer, grad):

@@ -9,13 +9,14 @@ from titan_shampoo.statistics.checks import (
     check_schedule,
     untapped,
 )
-from titan_shampoo.statistics.layers import TappedLayer, tap
+from titan_shampoo.statistics.layers import TappedLayer, TappedStack, tap
 from titan_shampoo.statistics.sharding import LayerSharding
 
 __all__ = [
     "SPLIT_BACKWARD_SCHEDULES",
     "LayerSharding",
     "TappedLayer",
+    "TappedStack",
     "check_counts",
     "check_schedule",
     "tap",

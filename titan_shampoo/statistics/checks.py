@@ -48,7 +48,7 @@ def check_counts(
             the expected number of rows.
     """
     if counts is None:
-        counts = torch.stack([layer.input_sum[-1].cpu() for layer in layers]).tolist()
+        counts = torch.stack([layer.input_sum[..., -1].sum().cpu() for layer in layers]).tolist()
     for layer, count in zip(layers, counts, strict=True):
         if count == 0 and layer.weight.grad is not None:
             raise RuntimeError(
@@ -70,14 +70,14 @@ def untapped(model: nn.Module, layers: Sequence[TappedLayer]) -> dict[str, str]:
     Returns:
         A clause for each such parameter, by its name, to complete "... has no statistics: it".
     """
-    tapped = {id(layer.module) for layer in layers}
+    tapped = {(id(layer.module), layer.weight_name) for layer in layers}
     users = Counter(id(param) for module in model.modules() for param in _own(module).values())
     reasons = {}
     for prefix, module in model.named_modules():
         for name, param in _own(module).items():
             if param.dim() < 2 or not param.requires_grad:
                 continue
-            if name == "weight" and id(module) in tapped:
+            if (id(module), name) in tapped:
                 continue
             path = f"{prefix}.{name}" if prefix else name
             reasons[unwrapped_name(path, model)] = _reason(module, param, users[id(param)])
@@ -92,8 +92,8 @@ def _reason(module: nn.Module, param: nn.Parameter, num_users: int) -> str:
         return "was skipped"
     if param.dim() == 3 and not isinstance(module, nn.Conv1d):
         return (
-            f"is a stack of matrices in {kind}, which multiplies by them inside its own forward, "
-            "where a tap does not reach"
+            f"is a stack of matrices in {kind}; Eva, EvaF and EvaS take those of a parameter group "
+            "with batch_dims = 1 one by one"
         )
     return f"belongs to {kind}, which is neither a linear layer nor a 2-d convolution"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from titan_shampoo.statistics import stacks
 from titan_shampoo.statistics.sharding import (
     NO_DATA_PARALLELISM,
     DataParallelism,
@@ -24,7 +25,7 @@ from titan_shampoo.statistics.sharding import (
     local_size,
 )
 from titan_shampoo.statistics.sums import patches_of
-from titan_shampoo.statistics.tap import LEAVES, Leaves, attach, is_tapped
+from titan_shampoo.statistics.tap import LEAVES, Leaves, attach
 
 Moments = Literal["none", "input", "both"]
 
@@ -51,6 +52,10 @@ class TappedLayer:
     name: str
     """Of the module, without the wrappers that compilation and checkpointing put around it."""
     module: nn.Module
+    weight_name: str = "weight"
+    """Of the parameter in the module."""
+    batch_dims: int = 0
+    """Leading dims of the weight that stack matrices."""
     sharding: LayerSharding
     """Which axes of the mesh of ``weight`` cut rows, inputs and outputs."""
 
@@ -58,7 +63,8 @@ class TappedLayer:
         self.name = name
         self.module = module
         self._data = data
-        self.sharding = layer_sharding(self.weight, data["weight"])
+        stored = data[self.weight_name]
+        self.sharding = layer_sharding(self.weight, stored, batch_dims=self.batch_dims)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {tuple(self.weight.shape)})"
@@ -66,7 +72,7 @@ class TappedLayer:
     @property
     def weight(self) -> nn.Parameter:
         """What ranks store of the weight that the module has now; FSDP2 replaces it."""
-        weight = self._stored("weight")
+        weight = self._stored(self.weight_name)
         assert weight is not None
         return weight
 
@@ -139,11 +145,40 @@ class TappedLayer:
         return _sum_of(leaf)
 
 
+class TappedStack(TappedLayer):
+    """The statistics of a stack of matrices ``(experts, d_out, d_in)``, each a layer of its own.
+
+    As those of a linear layer, with one row for each matrix: ``input_sum`` is ``(experts, d_in +
+    1)`` and ``output_sum`` ``(experts, d_out)``. Rows of zeros, which pad what experts are given,
+    are not counted. Under expert parallelism, both are those of the experts on this rank.
+    """
+
+    batch_dims = 1
+
+    def __init__(
+        self, name: str, module: nn.Module, weight_name: str, data: DataParallelism
+    ) -> None:
+        self.weight_name = weight_name
+        super().__init__(name, module, {weight_name: data})
+
+    @property
+    def bias(self) -> None:
+        """None: biases of experts are added elsewhere."""
+
+    @property
+    def leaves(self) -> Leaves:
+        """The tensors whose gradients are the sums."""
+        leaves = getattr(self.module, LEAVES)[self.weight_name]
+        assert isinstance(leaves, Leaves)
+        return leaves
+
+
 def tap(
     model: nn.Module,
     *,
     moments: Moments = "none",
     skip: Callable[[str], bool] | None = None,
+    is_stack: Callable[[str], bool] | None = None,
 ) -> list[TappedLayer]:
     """Tap every linear layer and 2-D convolution that is trained; return them in model order.
 
@@ -155,6 +190,8 @@ def tap(
         model: The whole model, or a part of a pipeline.
         moments: Which second moments can be collected beside the sums (``collects_moments``).
         skip: Says of a module's name whether to leave it out.
+        is_stack: Says of a parameter's name whether it is a stack of matrices ``(experts, d_out,
+            d_in)`` to tap, by which the forward of its module multiplies; they have no moments.
 
     Raises:
         ValueError: If a layer cannot be tapped: a forward replaced on the instance, a convolution
@@ -164,21 +201,27 @@ def tap(
         raise ValueError(f"moments: got {moments!r}, want one of {', '.join(get_args(Moments))}")
     data = data_parallelism(model)
     users = Counter(id(param) for module in model.modules() for param in _own_parameters(module))
-    layers = []
+    layers: list[TappedLayer] = []
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Linear | nn.Conv2d) or weight is None:
-            continue
-        clean = unwrapped_name(name, model)
-        if users[id(weight)] > 1 or not weight.requires_grad or (skip and skip(clean)):
-            continue
-        by_name = {
-            key: data.get((id(module), key), NO_DATA_PARALLELISM) for key in ("weight", "bias")
-        }
-        layer = TappedLayer(clean, module, by_name)
+        prefix = unwrapped_name(name, model)
+        for key, param in module._parameters.items():
+            if param is None or users[id(param)] > 1 or not param.requires_grad:
+                continue
+            found = data.get((id(module), key), NO_DATA_PARALLELISM)
+            path = f"{prefix}.{key}" if prefix else key
+            if is_stack is not None and is_stack(path):
+                layers.append(TappedStack(path, module, key, found))
+            elif _is_layer(module, key) and not (skip and skip(prefix)):
+                bias = data.get((id(module), "bias"), NO_DATA_PARALLELISM)
+                layers.append(TappedLayer(prefix, module, {"weight": found, "bias": bias}))
+    for layer in layers:
         _tap_layer(layer, moments)
-        layers.append(layer)
     return layers
+
+
+def _is_layer(module: nn.Module, name: str) -> bool:
+    """Whether parameter ``name`` of ``module`` is the weight of a layer that can be tapped."""
+    return name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
 
 
 def unwrapped_name(name: str, model: nn.Module) -> str:
@@ -191,18 +234,7 @@ def unwrapped_name(name: str, model: nn.Module) -> str:
 
 def _tap_layer(layer: TappedLayer, moments: Moments) -> None:
     """Attach the leaves of ``layer``, or fit those it has to its weight."""
-    module, sharding = layer.module, layer.sharding
-    if isinstance(module, nn.Conv2d):
-        if sharding.input_axes or sharding.output_axes:
-            raise ValueError(
-                f"{layer.name}: a convolution under tensor parallelism cannot be tapped; shard it "
-                "with FSDP2 only, or skip it"
-            )
-        patches = patches_of(module)
-    else:
-        patches = None
-    leaves = layer.leaves if is_tapped(module) else Leaves(layer.name, patches)
-    attach(module, leaves)
+    leaves = _attached(layer)
     leaves.has_bias = layer.bias is not None
     shapes = _leaf_shapes(layer, moments)
     for name in ("input", "output", "input_moment", "output_moment"):
@@ -210,19 +242,41 @@ def _tap_layer(layer: TappedLayer, moments: Moments) -> None:
         setattr(leaves, name, _fitting(leaf, shapes.get(name), layer.weight))
 
 
+def _attached(layer: TappedLayer) -> Leaves:
+    """The leaves that ``layer`` has, or those that it is given."""
+    module, sharding = layer.module, layer.sharding
+    if isinstance(layer, TappedStack):
+        if not (stacks.is_tapped(module) and layer.weight_name in getattr(module, LEAVES)):
+            stacks.attach(module, layer.weight_name, Leaves(layer.name, None))
+        return layer.leaves
+    patches = None
+    if isinstance(module, nn.Conv2d):
+        if sharding.input_axes or sharding.output_axes:
+            raise ValueError(
+                f"{layer.name}: a convolution under tensor parallelism cannot be tapped; shard it "
+                "with FSDP2 only, or skip it"
+            )
+        patches = patches_of(module)
+    attach(module, Leaves(layer.name, patches))
+    return layer.leaves
+
+
 def _leaf_shapes(layer: TappedLayer, moments: Moments) -> dict[str, tuple[int, ...]]:
     """The shapes of the leaves of ``layer`` on this rank."""
-    weight, sharding = layer.weight, layer.sharding
-    d_out, d_in = weight.shape[0], math.prod(weight.shape[1:])
+    weight, sharding, batch_dims = layer.weight, layer.sharding, layer.batch_dims
+    experts = tuple(
+        local_size(size, weight, sharding.expert_axes) for size in weight.shape[:batch_dims]
+    )
+    d_out, d_in = weight.shape[batch_dims], math.prod(weight.shape[batch_dims + 1 :])
     shapes: dict[str, tuple[int, ...]] = {
-        "input": (local_size(d_in, weight, sharding.input_axes) + 1,),
-        "output": (local_size(d_out, weight, sharding.output_axes),),
+        "input": (*experts, local_size(d_in, weight, sharding.input_axes) + 1),
+        "output": (*experts, local_size(d_out, weight, sharding.output_axes)),
     }
-    if moments != "none":
+    if moments != "none" and not batch_dims:
         d_row = d_in if layer.bias is None else d_in + 1
         shapes["input_moment"] = (d_row, d_row)
-    if moments == "both":
-        shapes["output_moment"] = (d_out, d_out)
+        if moments == "both":
+            shapes["output_moment"] = (d_out, d_out)
     return shapes
 
 

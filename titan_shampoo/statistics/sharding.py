@@ -60,6 +60,8 @@ class LayerSharding:
     """Along these the input is cut: ranks see the same rows, and each its own part of them."""
     output_axes: tuple[int, ...] = ()
     """Along these the output is cut."""
+    expert_axes: tuple[int, ...] = ()
+    """Along these ranks have different matrices of a stack, each with all of its rows."""
     gradient_divisor: float = 1.0
     """By what gradients are divided when they are added up over the ranks that have different rows.
 
@@ -69,12 +71,13 @@ class LayerSharding:
     """
 
 
-def layer_sharding(weight: Tensor, data: DataParallelism) -> LayerSharding:
+def layer_sharding(weight: Tensor, data: DataParallelism, *, batch_dims: int = 0) -> LayerSharding:
     """How the layer of ``weight`` is cut.
 
     Args:
-        weight: ``(d_out, d_in, ...)``.
+        weight: ``(d_out, d_in, ...)``, behind ``batch_dims``.
         data: How FSDP2, HSDP or DDP treat it.
+        batch_dims: Leading dims that stack matrices.
     """
     if not isinstance(weight, DTensor):
         return LayerSharding(gradient_divisor=data.gradient_divisor)
@@ -86,8 +89,9 @@ def layer_sharding(weight: Tensor, data: DataParallelism) -> LayerSharding:
     }
     return LayerSharding(
         row_axes=row_axes,
-        input_axes=tuple(axis for axis, dim in cut_dims.items() if dim == 1),
-        output_axes=tuple(axis for axis, dim in cut_dims.items() if dim == 0),
+        input_axes=tuple(axis for axis, dim in cut_dims.items() if dim == batch_dims + 1),
+        output_axes=tuple(axis for axis, dim in cut_dims.items() if dim == batch_dims),
+        expert_axes=tuple(axis for axis, dim in cut_dims.items() if dim < batch_dims),
         gradient_divisor=data.gradient_divisor,
     )
 

@@ -128,3 +128,47 @@ def _images(tensor: Tensor) -> Tensor:
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
     height, width = sizes
     return height, width
+
+
+class RowsOfExperts:
+    """The rows of a product by one matrix of a stack, or by all: whose they are, and how many.
+
+    Args:
+        input: Rows of one expert, ``(..., d_in)``; or of all of them: expert by expert ``(n,
+            d_in)`` with ``ends``, as many for each ``(..., experts, n, d_in)``, or the same for
+            each ``(n, d_in)``. Rows of zeros are padding.
+        ends: Where the rows of each expert end, ``(experts,)``; rows behind the last one may hold
+            anything.
+        num_experts: None for the rows of one.
+        dtype: Of the sums.
+    """
+
+    def __init__(
+        self, input: Tensor, ends: Tensor | None, num_experts: int | None, dtype: torch.dtype
+    ) -> None:
+        self.ends, self.num_experts, self.dtype = ends, num_experts, dtype
+        self._owners: Tensor | None = None
+        if ends is not None:
+            positions = torch.arange(len(input), dtype=ends.dtype, device=ends.device)
+            self._owners = torch.searchsorted(ends, positions, right=True)
+        self.count = self.sums((input != 0).any(-1, keepdim=True)).squeeze(-1)
+        """Rows that are no padding, of no dims, or ``(experts,)``."""
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sums over the rows of each expert, ``(d,)`` or ``(experts, d)``.
+
+        Args:
+            values: One for each row, ``(..., d)``.
+        """
+        if self.num_experts is None:
+            return values.reshape(-1, values.shape[-1]).sum(0, dtype=self.dtype)
+        if self._owners is None:
+            batched = values[None] if values.dim() == 2 else values
+            dims = [dim for dim in range(batched.dim() - 1) if dim != batched.dim() - 3]
+            total = batched.sum(dims, dtype=self.dtype)
+            return total.expand(self.num_experts, -1)
+        experts = torch.arange(self.num_experts, device=values.device)
+        members = (self._owners == experts[:, None]).to(self.dtype)
+        behind = self._owners == self.num_experts
+        # A product and no index_add_, which adds in another order in every run on accelerators.
+        return members @ values.masked_fill(behind[:, None], 0).to(self.dtype)

@@ -9,6 +9,7 @@ or tensors fail one or the other. The input is what the layer keeps for its own 
 a tap costs no memory.
 """
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -26,11 +27,11 @@ from titan_shampoo.statistics.sums import (
 )
 
 LEAVES = "curvature_leaves"
-"""Attribute of a tapped module."""
+"""Attribute of a tapped module; of one with stacks, by the names of its parameters."""
 
 
 class Leaves:
-    """Zeros whose gradients are the sums of one layer.
+    """Zeros whose gradients are the sums of one layer; of a stack, with one row for each expert.
 
     Leaves of moments are zeros of one element, expanded: they take no memory.
 
@@ -65,17 +66,25 @@ def attach(module: nn.Module, leaves: Leaves) -> None:
     Raises:
         ValueError: If the forward has been replaced already.
     """
-    if is_tapped(module):
-        return
+    if not is_tapped(module):
+        replace_forward(module, forward, leaves.name)
+        setattr(module, LEAVES, leaves)
+
+
+def replace_forward(module: nn.Module, tapped: Callable[..., Any], name: str) -> None:
+    """Make ``tapped``, a function named ``forward``, the forward of ``module``.
+
+    Raises:
+        ValueError: If the forward has been replaced already.
+    """
     replaced = module.__dict__.get("forward")
     # A module that was tapped, pickled and loaded has its class's forward on the instance.
     if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
         raise ValueError(
-            f"{leaves.name}: its forward was replaced on the instance, so that it cannot be tapped;"
-            " skip this layer, or replace its forward after it is tapped"
+            f"{name}: its forward was replaced on the instance, so that it cannot be tapped; "
+            "skip this layer, or replace its forward after it is tapped"
         )
-    setattr(module, LEAVES, leaves)
-    module.forward = MethodType(forward, module)
+    module.forward = MethodType(tapped, module)
 
 
 def is_tapped(module: nn.Module) -> bool:
@@ -156,12 +165,17 @@ class _OutputTap(torch.autograd.Function):
         return grad, count, None, sums, moment
 
 
-def _check_fit(input: Tensor, leaves: Leaves) -> None:
+def check_device(input: Tensor, leaves: Leaves) -> None:
+    """Raise RuntimeError if a layer computes elsewhere than where it was tapped."""
     if input.device != leaves.input.device:
         raise RuntimeError(
             f"{leaves.name}: tapped on {leaves.input.device}, called on {input.device}; tap the "
             "model (again) once it is where it computes: construct the optimizer after to_empty()"
         )
+
+
+def _check_fit(input: Tensor, leaves: Leaves) -> None:
+    check_device(input, leaves)
     if isinstance(input, DTensor) and not _rows_are_whole(input):
         raise ValueError(
             f"{leaves.name}: its input is placed as {input.placements}, want whole rows: Replicate "

@@ -64,6 +64,9 @@ _LAYER_METHODS: Mapping[str, tuple[Callable[..., Preconditioner], str, str]] = {
 _TAKING_TURNS = (*_BLOCK_METHODS, "FOOF", "KFAC")
 """Methods whose refreshes are spread over all blocks of the whole model."""
 
+_TAKING_STACKS = (*_BLOCK_METHODS, "Eva", "EvaF", "EvaS")
+"""Methods that take the matrices of a stack one by one."""
+
 _TAPPING = tuple(method for method in _LAYER_METHODS if method != "EvaS")
 """Methods that see what goes through layers."""
 
@@ -264,7 +267,7 @@ def _grouped(
         name = unwrapped_name(wrapped_name)
         if param.requires_grad:
             index = next(i for i, claim in enumerate(claims) if re.search(claim.pattern, name))
-            works_on_matrices = (claims[index].optimizer or config.name) in _BLOCK_METHODS
+            works_on_matrices = (claims[index].optimizer or config.name) in _TAKING_STACKS
             key = (index, batch_dims if works_on_matrices else 0)
             claimed.setdefault(key, []).append((name, param))
     by_method: dict[str, list[dict[str, Any]]] = {}

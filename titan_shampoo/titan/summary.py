@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.fallback import falls_back
 from titan_shampoo.titan.optimizers import OptimizersContainer
 
@@ -74,7 +75,7 @@ def _optimizer(optimizer: Optimizer) -> str:
     for group in optimizer.param_groups:
         names = group.get("param_names", [""] * len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
-            by_fallback = "batch_dims" in group and falls_back(name, param, group)
+            by_fallback = isinstance(optimizer, BlockOptimizer) and falls_back(name, param, group)
             label = "AdamW (fallback)" if by_fallback else method
             tensors[label] += 1
             numbers[label] += param.numel()
