@@ -45,6 +45,21 @@ def test_linear_statistics_are_those_of_its_rows(shape, bias):
         torch.testing.assert_close(layer.output_sum, module.bias.grad)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv2d(6, 5, 3)])
+def test_output_gradients_that_nobody_wants_are_not_summed(make):
+    torch.manual_seed(0)
+    module = make()
+    inputs = torch.randn(2, 6, 6, 6)
+    with_all = measured(copy.deepcopy(module), inputs)
+    (layer,) = tap(module, output_sums=False)
+    loss_of(module(inputs)).backward()
+    assert layer.leaves.output is None
+    assert torch.equal(layer.input_sum, with_all.input_sum)
+    torch.testing.assert_close(layer.weight.grad, with_all.weight.grad, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"tapped without sums .*output_sums=True"):
+        layer.output_sum  # noqa: B018
+
+
 CONVOLUTIONS = {
     "plain": {},
     "no-bias": {"bias": False},

@@ -74,6 +74,7 @@ class Eva(LayerOptimizer):
 
     method = "Eva"
     moments = "none"
+    output_sums = True
 
     def __init__(
         self,

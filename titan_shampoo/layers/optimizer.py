@@ -46,6 +46,8 @@ class LayerOptimizer(LibraryOptimizer):
     damping_option: ClassVar[str] = "damping"
     moments: ClassVar[Literal["none", "input", "both"] | None]
     """Second moments that taps collect; None for a method that needs no taps."""
+    output_sums: ClassVar[bool] = False
+    """Whether taps sum the gradients at the outputs of layers."""
     shape_options: ClassVar[tuple[str, ...]] = ("bias",)
     """Options that give state its shape: a state with others cannot be loaded."""
 
@@ -194,7 +196,7 @@ class LayerOptimizer(LibraryOptimizer):
         if self.moments is None:
             layers = search.plain()
         else:
-            layers = search.tapped(self._models, self.moments)
+            layers = search.tapped(self._models, self.moments, output_sums=self.output_sums)
         self._allocate_layers(layers)
         self._fallback: dict[int, list[Tensor]] = {}
         self._buffers: dict[Tensor, Tensor] = {}

@@ -32,12 +32,15 @@ class LayerSearch:
     groups: Mapping[Tensor, dict[str, Any]]
     replicas: dist.ProcessGroup | None
 
-    def tapped(self, models: Sequence[nn.Module], moments: Moments) -> list[Layer]:
+    def tapped(
+        self, models: Sequence[nn.Module], moments: Moments, *, output_sums: bool
+    ) -> list[Layer]:
         """The layers of ``models`` whose inputs and outputs can be seen; taps them.
 
         Args:
             models: Parts of the model on this rank.
             moments: Second moments that shall be collected.
+            output_sums: Whether gradients at outputs shall be summed.
         """
         layers = []
         for model in models:
@@ -56,6 +59,7 @@ class LayerSearch:
             found = tap(
                 model,
                 moments=moments,
+                output_sums=output_sums,
                 skip=others.__contains__,
                 is_stack=stacks.__contains__,
             )

@@ -99,8 +99,16 @@ class TappedLayer:
 
     @property
     def output_sum(self) -> Tensor:
-        """Sum of the gradients at the output, ``(d_out,)``."""
-        return _sum_of(self.leaves.output)
+        """Sum of the gradients at the output, ``(d_out,)``.
+
+        Raises:
+            ValueError: If the model was tapped without.
+        """
+        leaf = self.leaves.output
+        if leaf is None:
+            raise ValueError(f"{self.name}: tapped without sums of output gradients; "
+                             "call tap(model, output_sums=True)")  # fmt: skip
+        return _sum_of(leaf)
 
     @property
     def input_moment(self) -> Tensor | None:
@@ -177,6 +185,7 @@ def tap(
     model: nn.Module,
     *,
     moments: Moments = "none",
+    output_sums: bool = True,
     skip: Callable[[str], bool] | None = None,
     is_stack: Callable[[str], bool] | None = None,
 ) -> list[TappedLayer]:
@@ -189,9 +198,11 @@ def tap(
     Args:
         model: The whole model, or a part of a pipeline.
         moments: Which second moments can be collected beside the sums (``collects_moments``).
+        output_sums: Whether gradients at the outputs are summed, which reads them once more.
         skip: Says of a module's name whether to leave it out.
         is_stack: Says of a parameter's name whether it is a stack of matrices ``(experts, d_out,
-            d_in)`` to tap, by which the forward of its module multiplies; they have no moments.
+            d_in)`` to tap, by which the forward of its module multiplies; they have no moments, and
+            always both sums.
 
     Raises:
         ValueError: If a layer cannot be tapped: a forward replaced on the instance, a convolution
@@ -215,7 +226,7 @@ def tap(
                 bias = data.get((id(module), "bias"), NO_DATA_PARALLELISM)
                 layers.append(TappedLayer(prefix, module, {"weight": found, "bias": bias}))
     for layer in layers:
-        _tap_layer(layer, moments)
+        _tap_layer(layer, moments, output_sums)
     return layers
 
 
@@ -232,11 +243,13 @@ def unwrapped_name(name: str, model: nn.Module) -> str:
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
-def _tap_layer(layer: TappedLayer, moments: Moments) -> None:
+def _tap_layer(layer: TappedLayer, moments: Moments, output_sums: bool) -> None:
     """Attach the leaves of ``layer``, or fit those it has to its weight."""
     leaves = _attached(layer)
     leaves.has_bias = layer.bias is not None
     shapes = _leaf_shapes(layer, moments)
+    if not output_sums and not layer.batch_dims:
+        del shapes["output"]
     for name in ("input", "output", "input_moment", "output_moment"):
         leaf = getattr(leaves, name, None)
         setattr(leaves, name, _fitting(leaf, shapes.get(name), layer.weight))

@@ -136,6 +136,7 @@ class _Products(TorchFunctionMode):
     def _leaves_of(self, found: _Found) -> tuple[Tensor, Tensor]:
         """The leaves for the inputs and the outputs of one expert, or of all."""
         leaves = found.leaves
+        assert leaves.output is not None, "stacks have both sums"
         if found.expert is None:
             return leaves.input, leaves.output
         if id(leaves) not in self._slices:  # by one operation, whose backward pass is one as well

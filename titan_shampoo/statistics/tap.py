@@ -42,8 +42,8 @@ class Leaves:
 
     input: Tensor
     """``(d_in + 1,)``, the part of the input that this rank sees."""
-    output: Tensor
-    """``(d_out,)``, the part of the output that this rank sees."""
+    output: Tensor | None
+    """``(d_out,)``, the part of the output that this rank sees; None if it is not asked for."""
     input_moment: Tensor | None
     """``(d_in, d_in)``, or ``(d_in + 1, d_in + 1)`` with a bias; the whole input."""
     output_moment: Tensor | None
@@ -143,24 +143,24 @@ class _OutputTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        output: Tensor, count: Tensor, leaves: Leaves, zeros: Tensor, moment: Tensor | None
+        output: Tensor, count: Tensor, leaves: Leaves, zeros: Tensor | None, moment: Tensor | None
     ) -> Tensor:
         # Returned as it is, it would be a view, which relu(inplace=True) must not change.
         return output.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-        _, _, ctx.leaves, zeros, moment = inputs
-        ctx.dtype = zeros.dtype
+        _, count, ctx.leaves, zeros, moment = inputs
+        ctx.dtype = count.dtype
         ctx.placements = _grad_placements(output)
-        ctx.wants_moment = moment is not None
+        ctx.wants_sum, ctx.wants_moment = zeros is not None, moment is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         patches, dtype = ctx.leaves.patches, ctx.dtype
-        local = _local(grad, ctx.placements)
-        sums = output_sum(local, dtype, patches)
-        count = sums.new_full((), num_rows(local, patches))
+        local = _local(grad, ctx.placements if ctx.wants_sum else None)
+        sums = output_sum(local, dtype, patches) if ctx.wants_sum else None
+        count = local.new_full((), num_rows(local, patches), dtype=dtype)
         moment = output_moment(_whole(grad), dtype, patches) if ctx.wants_moment else None
         return grad, count, None, sums, moment
 
