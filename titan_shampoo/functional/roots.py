@@ -112,6 +112,8 @@ def lifted(values: Tensor) -> Tensor:
 def _estimated_condition(damped: Tensor, root: Tensor, exponent: float) -> Tensor:
     """That of ``damped``, from below: its largest eigenvalue times the inverse of its smallest.
 
+    At 256 rows, from spectra that fall as a power or exponentially to 1e-6, it is 0.6 to 1 of it.
+
     Args:
         damped: ``(n, d, d)``.
         root: ``damped^(-exponent)``, whose largest eigenvalue belongs to the smallest of it.
