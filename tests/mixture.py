@@ -1,5 +1,6 @@
 """Small mixtures of experts in float64: as stacks of matrices, and as separate linear layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from titan_shampoo.titan.experts import install_cpu_experts
 
 # isort: split
 from torchtitan.distributed.expert_parallel import ExpertParallel as ExpertParallel
+from torchtitan.distributed.expert_parallel import TensorParallel as TensorParallel
 from torchtitan.models.moe.moe import GroupedExperts  # after the CPU runtime
 
 DIM, HIDDEN, EXPERTS, TOKENS = 8, 4, 4, 24
@@ -83,6 +85,11 @@ class Separate(nn.Module):
         return torch.cat(outputs)
 
 
+def whole(output: Tensor) -> Tensor:
+    """An output that is complete."""
+    return output
+
+
 class Mixture(nn.Module):
     """A linear layer, experts of which each token meets one, and a linear layer."""
 
@@ -91,6 +98,8 @@ class Mixture(nn.Module):
         self.first = nn.Linear(DIM, DIM)
         self.experts = experts
         self.last = nn.Linear(DIM, 3)
+        self.completed: Callable[[Tensor], Tensor] = whole
+        """Makes the output of experts of what this rank has of it."""
         self.double()
 
     def forward(self, tokens: Tensor, choice: Tensor) -> Tensor:
@@ -98,7 +107,7 @@ class Mixture(nn.Module):
         hidden = torch.tanh(self.first(tokens))
         order = choice.argsort(stable=True)
         counts = torch.bincount(choice, minlength=EXPERTS)
-        found = self.experts(hidden[order], counts)
+        found = self.completed(self.experts(hidden[order], counts))
         # FSDP2 loses its hook on an output that is a view.
         return 2 * self.last(hidden + torch.zeros_like(hidden).index_copy(0, order, found))
 

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from parallel.gradients import sum_gradients
@@ -30,6 +32,7 @@ from tests.mixture import (
     ExpertParallel,
     Mixture,
     Separate,
+    TensorParallel,
     batch,
     groups_of,
     mixture,
@@ -58,7 +61,8 @@ Values = dict[str, Tensor]
 def make(method: str, model: nn.Module, **options: Any) -> LayerOptimizer:
     own = {} if method == "EvaS" else {"model": model}
     options = {"lr": LR, "statistics_decay": 0.5, **own, **options}
-    return METHODS[method](groups_of(model), **options)
+    groups = [group for group in groups_of(model) if group["params"]]
+    return METHODS[method](groups, **options)
 
 
 def loss_at(step: int) -> Any:
@@ -342,6 +346,55 @@ def test_state_has_one_entry_for_each_expert() -> None:
     assert {key: value.shape for key, value in metrics.items()} == {"rho": (), "cosine": ()}
 
 
+def test_a_pickled_model_loads_untapped_and_can_be_tapped() -> None:
+    model = mixture()
+    measured(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.experts.forward.__func__ is type(again.experts).forward
+    for name, wanted in expected_sums().items():
+        torch.testing.assert_close(measured(again)[name], wanted, rtol=1e-12, atol=1e-13)
+
+
+class Batched(nn.Module):
+    """A stack of any number of experts, each given the same number of rows."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(normal(0, num_experts, HIDDEN, DIM))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.bmm(self.weights.mT)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(method: str, num_experts: int) -> int:
+    model = Batched(num_experts)
+    optimizer = make(method, model)
+    for step in range(2):
+        model(normal(step, num_experts, 3, DIM)).square().sum().backward()
+        with Operations() as counted:
+            optimizer.step()
+    return counted.count
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_has_no_more_operations_for_more_experts(method: str) -> None:
+    assert operations_of_a_step(method, 2) == operations_of_a_step(method, 32)
+
+
 # Layouts
 
 
@@ -397,6 +450,19 @@ def hsdp_ep(model: Mixture) -> nn.Module:
     return expert_parallel(model, (2, 1, 2))
 
 
+def tp(model: Mixture) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    parallelize_module(model.experts, mesh, TensorParallel())
+
+    def completed(part: Tensor) -> Tensor:
+        sums = DTensor.from_local(part, mesh, [Partial()], run_check=False)
+        whole = sums.redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Replicate()])
+
+    model.completed = completed
+    return model
+
+
 CASES = (
     ("Eva", "clipped"),
     ("Eva", "relative"),
@@ -413,6 +479,7 @@ LAYOUTS: dict[str, tuple[int, Any]] = {
     "fsdp 2 x ep 2": (4, fsdp_ep),
     "fsdp 2 x ep 2, rows cut": (4, fsdp_ep_by_rows),
     "hsdp 2 x ep 2": (4, hsdp_ep),
+    "tp 2": (2, tp),
 }
 
 
@@ -453,7 +520,8 @@ def train_layout(layout: str) -> dict[tuple[str, str], tuple[Values, Any]]:
         model = LAYOUTS[layout][1](mixture())
         sum_gradients(model)
         optimizer = make(method, model, **VARIANTS[variant])
-        train(model, optimizer, dist.get_rank(), dist.get_world_size())
+        readers = (0, 1) if layout == "tp 2" else (dist.get_rank(), dist.get_world_size())
+        train(model, optimizer, *readers)
         numbers = {
             name.removeprefix("module."): {key: float(value) for key, value in metrics.items()}
             for name, metrics in optimizer.layer_metrics().items()
@@ -478,3 +546,21 @@ def test_iterates_and_state_equal_those_of_one_process(layout: str) -> None:
             for name, wanted in metrics.items():
                 for key, value in wanted.items():
                     assert numbers[name][key] == pytest.approx(float(value), rel=1e-11)
+
+
+def collectives_of_a_step(layout: str) -> int:
+    model = LAYOUTS[layout][1](mixture())
+    sum_gradients(model)
+    optimizer = make("Eva", model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        tokens, choice, targets = (part[dist.get_rank() :: 4] for part in batch(2))
+        ((model(tokens, choice) - targets) ** 2).sum().backward()
+        with CommDebugMode() as mode:
+            optimizer.step()
+    return mode.get_total_counts()
+
+
+def test_experts_add_one_sum_for_each_group_of_ranks_of_their_own() -> None:
+    check, dense, experts = 1, 2, 1  # statistics; scalars travel with those of all other layers
+    assert run_on_ranks(4, collectives_of_a_step, "fsdp 2 x ep 2") == [check + dense + experts] * 4

@@ -122,7 +122,7 @@ class Averages:
         return [
             layer.name
             for layer, number in zip(self.layers, self._numbers, strict=True)
-            if not any(list(itertools.islice(rows, number)))
+            if not any(list(itertools.islice(rows, number)))  # a list, so that all are taken
         ]
 
 
