@@ -145,7 +145,7 @@ def race(runs: Runs, options: argparse.Namespace) -> None:
 
 
 def draw(curves: dict[str, list[list[float]]], output: Path) -> None:
-    """Mean loss of each method after each epoch."""
+    """Loss of each method after each epoch, the median over seeds: one that diverged is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes a second
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -153,8 +153,8 @@ def draw(curves: dict[str, list[list[float]]], output: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, losses in curves.items():
-        means = [statistics.fmean(epoch) for epoch in zip(*losses, strict=True)]
-        axes.plot(range(1, len(means)), means[1:], label=name, linewidth=1.5)
+        medians = [statistics.median(epoch) for epoch in zip(*losses, strict=True)]
+        axes.plot(range(1, len(medians)), medians[1:], label=name, linewidth=1.5)
     axes.set(xlabel="epoch", ylabel="training error per pixel", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
