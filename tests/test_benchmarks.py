@@ -95,7 +95,7 @@ def test_training_step_clocks_every_part_that_it_names(tmp_path: Path, printed: 
     file = tmp_path / "training.json"
     training_step.main(["transformer", "--flavor", "byte_debug", "--tokens", "32", "--sequence",
                         "16", "--methods", "AdamW", "EvaF", "EvaS", "KFAC", "Shampoo", "SOAP",
-                        "--warmup", "1", "--rounds", "2", "--part-rounds", "1", "--threads", "1",
+                        "--rounds", "2", "--part-rounds", "1", "--threads", "1",
                         "--json", str(file)])  # fmt: skip
     assert all(getattr(owner, name) is original for owner, name, original in originals)
     rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
@@ -109,7 +109,7 @@ def test_training_step_clocks_every_part_that_it_names(tmp_path: Path, printed: 
 
 def test_training_step_takes_small_images_too(printed: Printed) -> None:
     training_step.main(["resnet50", "--images", "2", "--pixels", "32", "--methods", "SGD",
-                        "--warmup", "0", "--rounds", "1", "--part-rounds", "0",
+                        "--rounds", "1", "--part-rounds", "0",
                         "--threads", "1"])  # fmt: skip
     assert "2 images of 32" in printed()[-1]
 
