@@ -234,15 +234,17 @@ def test_the_documented_commands_for_checkpoints_work_one_after_the_other(tmp_pa
 
 
 class Small(nn.Module):
-    """What the snippets of the documentation call ``model``, with the layer that one names."""
+    """What the snippets of the documentation call ``model``: the layer that one names, experts."""
 
     def __init__(self) -> None:
         super().__init__()
         attention = nn.ModuleDict({"wq": nn.Linear(4, 2)})
         self.layers = nn.ModuleList([nn.ModuleDict({"attention": attention})])
+        self.experts = nn.Parameter(torch.randn(2, 3, 2))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.get_submodule("layers.0.attention.wq")(inputs)
+        hidden = self.get_submodule("layers.0.attention.wq")(inputs)
+        return torch.cat([hidden @ expert.mT for expert in self.experts])
 
 
 def snippets() -> list[tuple[str, str]]:
