@@ -110,8 +110,9 @@ def _even_points(count: int, dims: int) -> Iterator[list[float]]:
         yield [(0.5 + number * ratio ** -(dim + 1)) % 1 for dim in range(dims)]
 
 
-_NEVER_GIVE_UP: Mapping[str, Any] = {"max_skipped": 10**9}
-_BLOCKS = {**_NEVER_GIVE_UP, "betas": (0.9, 0.99), "block_size": 1024}
+_NEVER_SKIPS_TOO_OFTEN: Mapping[str, Any] = {"max_skipped": 10**9}
+_NEVER_GIVES_UP: Mapping[str, Any] = {**_NEVER_SKIPS_TOO_OFTEN, "max_failures": 10**9}
+_BLOCKS = {**_NEVER_GIVES_UP, "betas": (0.9, 0.99), "block_size": 1024}
 
 
 def _layers(
@@ -120,7 +121,8 @@ def _layers(
     damping: tuple[float, float],
 ) -> Method:
     """A method for layers, with its defaults."""
-    return Method(build, lr, damping, needs_model=build is not EvaS, fixed=_NEVER_GIVE_UP)
+    fixed = _NEVER_GIVES_UP if build in (FOOF, KFAC) else _NEVER_SKIPS_TOO_OFTEN
+    return Method(build, lr, damping, needs_model=build is not EvaS, fixed=fixed)
 
 
 METHODS: dict[str, Method] = {
