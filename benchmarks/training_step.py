@@ -3,9 +3,9 @@
     python -m benchmarks.training_step transformer --tokens 4096 --methods Eva EvaF --bases SGD
     python -m benchmarks.training_step resnet50 --images 16 --methods EvaF Shampoo --ranks 2
 
-Contestants take turns; ratios are medians over the pairs of one round. "backward" is all before the
-optimizer's step: its excess over a base's is what the tap costs. Parts of a step are timed in
-rounds of their own, as clocks cost time.
+Contestants take turns on one model, tapped for those that need it; ratios are medians over the
+pairs of one round. "backward" is all before the optimizer's step: its excess over a base's is what
+the tap costs. Parts of a step are timed in rounds of their own, as clocks cost time.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
-from benchmarks.training_models import Job, Layout, parallel, resnet50, transformer
+from benchmarks.training_models import Job, parallel, resnet50, transformer
 from benchmarks.workloads import machine
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, Shampoo, library_optimizer
 from titan_shampoo.blocks.engine import Engine
@@ -89,31 +90,46 @@ Row = dict[str, Any]
 
 
 class Contestant:
-    """A model of its own with an optimizer, and the seconds of its steps."""
+    """An optimizer with its own taps of a model that all share, and the seconds of its steps.
 
-    def __init__(self, job: Job, method: str, layout: Layout) -> None:
+    Models of their own would lie elsewhere in memory, which alone is worth ten percent of a step.
+    """
+
+    def __init__(self, job: Job, model: nn.Module, method: str) -> None:
         self.job = job
-        self.model = parallel(job.model, layout)
-        self.optimizer = METHODS[method](self.model)
+        self.model = model
+        self.optimizer = METHODS[method](model)
+        self._taps = _taken_out(model)
         self.backward: list[float] = []
         self.update: list[float] = []
 
     def settle(self) -> None:
         """Take a step that does not count, and updates until every block has been refreshed."""
-        self.optimizer.zero_grad()
-        self.job.loss(self.model).backward()
-        for _ in range(PERIOD + 1):
-            self.optimizer.step()
+        with self._tapped():
+            self.optimizer.zero_grad()
+            self.job.loss(self.model).backward()
+            for _ in range(PERIOD + 1):
+                self.optimizer.step()
 
     def step(self) -> None:
         """One training step."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        self.job.loss(self.model).backward()
-        middle = time.perf_counter()
-        self.optimizer.step()
-        self.backward.append(middle - start)
-        self.update.append(time.perf_counter() - middle)
+        with self._tapped():
+            start = time.perf_counter()
+            self.optimizer.zero_grad()
+            self.job.loss(self.model).backward()
+            middle = time.perf_counter()
+            self.optimizer.step()
+            self.backward.append(middle - start)
+            self.update.append(time.perf_counter() - middle)
+
+    @contextmanager
+    def _tapped(self) -> Iterator[None]:
+        for module, attributes in self._taps:
+            module.__dict__.update(attributes)
+        try:
+            yield
+        finally:
+            _taken_out(self.model)
 
     def parts(self, count: int) -> dict[str, float]:
         """Seconds in each of ``PARTS``, of one of ``count`` further steps."""
@@ -126,6 +142,16 @@ class Contestant:
     def seconds(self) -> list[float]:
         """Of whole steps."""
         return [one + other for one, other in zip(self.backward, self.update, strict=True)]
+
+
+def _taken_out(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Untap ``model``; returns what was attached to each module."""
+    names = ("forward", tap.LEAVES)
+    return [
+        (module, {name: module.__dict__.pop(name) for name in names})
+        for module in model.modules()
+        if tap.LEAVES in module.__dict__
+    ]
 
 
 @contextmanager
@@ -163,7 +189,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each method, the bases first."""
     torch.set_num_threads(options.threads)
     names = list(dict.fromkeys([*options.bases, *options.methods]))
-    contestants = {name: Contestant(_job(options), name, options.layout) for name in names}
+    job = _job(options)
+    model = parallel(job.model, options.layout)
+    contestants = {name: Contestant(job, model, name) for name in names}
     for contestant in contestants.values():
         contestant.settle()
     for _ in range(options.rounds):

@@ -114,6 +114,7 @@ def test_training_step_takes_small_images_too(printed: Printed) -> None:
     assert "2 images of 32" in printed()[-1]
 
 
+@pytest.mark.slow
 def test_scaling_measures_few_ranks_and_plans_for_many(printed: Printed) -> None:
     scaling.main(["--workload", "transformer-0.7M", "--block", "64", "--period", "2",
                   "--periods", "1", "--measured", "2", "--planned", "1", "64"])  # fmt: skip

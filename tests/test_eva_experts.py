@@ -530,7 +530,13 @@ def train_layout(layout: str) -> dict[tuple[str, str], tuple[Values, Any]]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = ("fsdp 3", "fsdp 2 x ep 2, rows cut", "tp 2")  # the others are parts of these
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS],
+)
 def test_iterates_and_state_equal_those_of_one_process(layout: str) -> None:
     results = run_on_ranks(LAYOUTS[layout][0], train_layout, layout)
     for method, variant in CASES:

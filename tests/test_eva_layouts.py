@@ -197,7 +197,13 @@ def train_layout(layout: str) -> dict[tuple[str, str], Values]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = ("fsdp 3", "hsdp 2x2", "fsdp x tp")  # of each kind the one with more to it
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS],
+)
 def test_iterates_equal_those_of_one_process(layout: str) -> None:
     size, _, kind = LAYOUTS[layout]
     results = run_on_ranks(size, train_layout, layout)
