@@ -125,7 +125,8 @@ def contestants(
 ) -> dict[str, Any]:
     """Optimizers with parameters of their own, equal for all."""
     make = WORKLOADS[workload]
-    common = {"lr": 1e-9, "block_size": block, "precondition_frequency": period, "start_step": 1}
+    common: dict[str, Any] = {"lr": 1e-9, "block_size": block, "precondition_frequency": period}
+    common["start_step"] = 1
     shampoo = Shampoo(make(), **common)
     params = make()
     found: dict[str, Any] = {"Shampoo": shampoo}

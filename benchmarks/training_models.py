@@ -30,7 +30,10 @@ class Job:
 def transformer(flavor: str, tokens: int, sequence: int) -> Job:
     """Torchtitan's Llama of some flavour of the recipe, such as "27M"; random tokens."""
     # Answers for a CPU what torchtitan asks of a device, so it comes first.
-    from titan_shampoo.titan.recipes import TRANSFORMERS, Transformer  # noqa: PLC0415
+    from titan_shampoo.titan.recipes import TRANSFORMERS  # noqa: PLC0415
+
+    # isort: split
+    from torchtitan.models.llama3 import Transformer  # noqa: PLC0415
 
     if tokens % sequence:
         raise SystemExit(f"--tokens {tokens}: wanted a multiple of --sequence {sequence}")
@@ -69,7 +72,8 @@ def parallel(model: nn.Module, layout: Layout) -> nn.Module:
     for container in (module for module in model.modules() if _is_container(module)):
         for block in container.children():
             fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def _is_container(module: nn.Module) -> bool:
