@@ -139,14 +139,18 @@ class Manifest:
     def sums(self, content: bytes) -> bytes:
         """The content of ``XXH128SUMS``, for a manifest whose bytes are ``content``."""
         lines = [f"{file.xxh128}  {name}" for name, file in sorted(self.files.items())]
-        lines.append(f"{xxhash.xxh3_128_hexdigest(content)}  {MANIFEST}")
-        return ("\n".join(lines) + "\n").encode()
+        return "".join(f"{line}\n" for line in lines).encode() + own_sum(content)
 
     def entries(self) -> Iterator[tuple[str, TensorEntry, Box]]:
         """Every box with its tensor."""
         for key, entry in self.tensors.items():
             for box in entry.boxes:
                 yield key, entry, box
+
+
+def own_sum(content: bytes) -> bytes:
+    """The last line of ``XXH128SUMS``: the hash of a manifest whose bytes are ``content``."""
+    return f"{xxhash.xxh3_128_hexdigest(content)}  {MANIFEST}\n".encode()
 
 
 def _in_lines(value: object) -> str:

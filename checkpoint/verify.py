@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from checkpoint.errors import CheckpointError
-from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, parse
+from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, own_sum, parse
 
 _STEP = re.compile(r"step-(\d+)")
 _PIECE = 1 << 20
@@ -32,8 +32,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
     content, sums = (_content(folder / name) for name in (MANIFEST, SUMS))
-    written = f"{xxhash.xxh3_128_hexdigest(content)}  {MANIFEST}\n".encode()
-    if not sums.endswith(written):
+    if not sums.endswith(own_sum(content)):
         raise CheckpointError(f"{folder / MANIFEST}: corrupted, not what {SUMS} says")
     try:
         manifest = parse(content)

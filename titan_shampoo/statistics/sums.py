@@ -50,7 +50,7 @@ def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tenso
         patches: Of a convolution; None for a linear layer.
     """
     if patches is None:
-        total = input.reshape(-1, input.shape[-1]).sum(0, dtype=num_rows.dtype)
+        total = _sum_of_rows(input, num_rows.dtype)
     else:
         image = _images(input).sum(0, keepdim=True, dtype=num_rows.dtype)
         total = _unfolded(image, patches).sum((0, 3)).mean(0)
@@ -66,7 +66,7 @@ def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Ten
         patches: Of a convolution; None for a linear layer.
     """
     if patches is None:
-        return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
+        return _sum_of_rows(grad, dtype)
     # In two steps: torch reduces trailing dims up to twice as fast as leading ones with them.
     return _images(grad).sum((2, 3), dtype=dtype).sum(0)
 
@@ -109,6 +109,11 @@ def num_rows(grad: Tensor, patches: Patches | None) -> int:
     """The number of rows behind the output gradient ``grad``."""
     shape = grad.shape
     return math.prod(shape[:-1] if patches is None else (*shape[:-3], *shape[-2:]))
+
+
+def _sum_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over all dims but the last, ``(d,)``."""
+    return rows.reshape(-1, rows.shape[-1]).sum(0, dtype=dtype)
 
 
 def _unfolded(images: Tensor, patches: Patches) -> Tensor:
@@ -161,7 +166,7 @@ class RowsOfExperts:
             values: One for each row, ``(..., d)``.
         """
         if self.num_experts is None:
-            return values.reshape(-1, values.shape[-1]).sum(0, dtype=self.dtype)
+            return _sum_of_rows(values, self.dtype)
         if self._owners is None:
             batched = values[None] if values.dim() == 2 else values
             dims = [dim for dim in range(batched.dim() - 1) if dim != batched.dim() - 3]
