@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.reconstruction import METHODS, TASKS, Training
 from benchmarks.workloads import machine
+from titan_shampoo.host_memory import keep_freed_memory
 
 FIRST_TUNING_SEED = 1000
 """Seeds that settings are chosen by; those that are compared count from 0."""
@@ -169,6 +170,7 @@ def main(args: Sequence[str]) -> None:
     """Run a command, print a table, keep the runs."""
     options = _parser().parse_args(args)
     logging.getLogger("titan_shampoo").setLevel(logging.ERROR)  # trials may diverge
+    keep_freed_memory()
     torch.set_num_threads(1)  # for layers of this size more only wait for each other
     options.methods = _with_sgd(
         options.methods or (RACERS if options.command == "race" else METHODS)

@@ -35,6 +35,7 @@ from titan_shampoo.distributed.exchange import Exchange
 from titan_shampoo.failure import Watch
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
+from titan_shampoo.host_memory import keep_freed_memory
 from titan_shampoo.layers.factors import Factors
 from titan_shampoo.layers.moments import Moments
 from titan_shampoo.layers.optimizer import LayerOptimizer
@@ -188,6 +189,7 @@ def _clocked(
 def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each method, the bases first."""
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     names = list(dict.fromkeys([*options.bases, *options.methods]))
     job = _job(options)
     model = parallel(job.model, options.layout)

@@ -1,6 +1,8 @@
 """torchtitan runs without an accelerator, and torch stays as it was."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +45,28 @@ print(json.dumps({
 }))
 """
 
+RESIDENT_BYTES = """
+import json, re
+from pathlib import Path
+import torch
+from titan_shampoo.host_memory import keep_freed_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+kept, before = keep_freed_memory(), resident()
+for _ in range(2):
+    ballast = torch.ones(75_000_000)
+    del ballast
+print(json.dumps({"kept": kept, "more": resident() - before}))
+"""
+
 TORCHTITAN_FIRST = "import torchtitan.tools.utils, titan_shampoo.titan"
 
 
-def python(program):
+def python(program, **environment):
     """What a fresh interpreter does with ``program``."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -55,6 +74,7 @@ def python(program):
         timeout=60,
         check=False,
         cwd=Path(__file__).parents[1],
+        env=own | environment,
     )
 
 
@@ -88,3 +108,14 @@ def test_importing_torchtitan_first_is_refused_with_the_way_out():
     refused = python(TORCHTITAN_FIRST)
     assert refused.returncode != 0
     assert "import titan_shampoo.titan before torchtitan" in refused.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_freed_memory_is_kept_unless_the_environment_says_how(environment):
+    found = json.loads(python(RESIDENT_BYTES, **environment).stdout)
+    assert found["kept"] is not bool(environment)
+    if found["kept"]:
+        assert 250e6 < found["more"] < 400e6  # one ballast of 300 MB, taken twice
+    else:
+        assert found["more"] < 50e6

@@ -41,8 +41,7 @@ def patches_of(conv: nn.Conv2d) -> Patches:
 def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tensor:
     """``[sum of x; number of rows]`` over the rows ``x`` of a layer's input, ``(d_in + 1,)``.
 
-    Patches are linear in the image, so those of the summed image are summed: one image is
-    unfolded, not the batch. With groups, the mean over the groups is the input of the row.
+    With groups, the mean over the groups is the input of the row.
 
     Args:
         input: ``(..., d_in)``, or images ``(n, channels, h, w)`` of a convolution.
@@ -52,8 +51,8 @@ def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tenso
     if patches is None:
         total = _sum_of_rows(input, num_rows.dtype)
     else:
-        image = _images(input).sum(0, keepdim=True, dtype=num_rows.dtype)
-        total = _unfolded(image, patches).sum((0, 3)).mean(0)
+        sums = _sum_of_patches(_images(input), num_rows.dtype, patches)
+        total = sums.reshape(patches.groups, -1).mean(0)
     return torch.cat([total, num_rows[None]])
 
 
@@ -67,8 +66,7 @@ def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Ten
     """
     if patches is None:
         return _sum_of_rows(grad, dtype)
-    # In two steps: torch reduces trailing dims up to twice as fast as leading ones with them.
-    return _images(grad).sum((2, 3), dtype=dtype).sum(0)
+    return _sum_of_pixels(_images(grad), dtype)
 
 
 def input_moment(
@@ -114,6 +112,29 @@ def num_rows(grad: Tensor, patches: Patches | None) -> int:
 def _sum_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over all dims but the last, ``(d,)``."""
     return rows.reshape(-1, rows.shape[-1]).sum(0, dtype=dtype)
+
+
+def _sum_of_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over all pixels of all ``images``, ``(channels,)``."""
+    # In two steps: torch reduces trailing dims up to twice as fast as leading ones with them.
+    return images.sum((2, 3), dtype=dtype).sum(0)
+
+
+def _sum_of_patches(images: Tensor, dtype: torch.dtype, patches: Patches) -> Tensor:
+    """The sum over the patches of all ``images``, ``(channels, kernel height, kernel width)``.
+
+    Patches are linear in the image, so those of the summed image are summed: first the rows of
+    pixels that each row of the kernel meets, then the columns.
+    """
+    (height, width), stride, dilation, padding, mode, _ = patches
+    if (height, width) == stride == (1, 1) and not any(padding):
+        return _sum_of_pixels(images, dtype)[:, None, None]
+    image = functional.pad(images.sum(0, dtype=dtype), padding, mode=mode)
+    for dim, size in enumerate((height, width)):
+        span = dilation[dim] * (size - 1) + 1
+        # The dim that is cut goes, and one of the kernel's comes last: width is the next one.
+        image = image.unfold(1, span, stride[dim])[..., :: dilation[dim]].sum(1)
+    return image
 
 
 def _unfolded(images: Tensor, patches: Patches) -> Tensor:
