@@ -67,7 +67,8 @@ class Runs:
     def best(self, task: str, method: str, trials: int, seeds: int) -> dict[str, float]:
         """The settings of the trial with the lowest mean loss; runs what is missing."""
         tried = []
-        for number, settings in enumerate(METHODS[method].trials(trials)):
+        ranges = TASKS[task].ranges.get(method, {})
+        for number, settings in enumerate(METHODS[method].trials(trials, ranges)):
             chosen = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
             ends = [self.final(task, method, settings, seed)["losses"][-1] for seed in chosen]
             tried.append((statistics.fmean(ends), number, settings))

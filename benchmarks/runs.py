@@ -13,6 +13,7 @@ import torch
 from benchmarks.workloads import machine
 from tests.ranks import run_on_ranks
 from tests.titan_runs import trainer_of
+from titan_shampoo.host_memory import keep_freed_memory
 from titan_shampoo.plot import read_records
 
 Settings = Mapping[str, Any]
@@ -73,6 +74,7 @@ class Results:
 
 def _train(args: list[str], threads: int) -> None:
     """Train in this process, which is a rank of its own."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     with trainer_of(args) as trainer:
         trainer.train()
