@@ -50,7 +50,10 @@ format: $(VENV)/installed
 # Other libraries' optimizers are timed beside ours; they are installed for this only.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[bench]"
-	$(BIN)/python -m benchmarks.optimizer_step --threads $(CORES) --peers --steps 10 $(ARGS)
+	$(BIN)/python -m benchmarks.optimizer_step --threads $(CORES) --peers --steps 10
+	$(BIN)/python -m benchmarks.training_step transformer --tokens 1024 --threads $(CORES) \
+		--bases SGD AdamW --methods Eva EvaF EvaS FOOF KFAC Shampoo SOAP
+	$(BIN)/python -m benchmarks.checkpoint_cost
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
