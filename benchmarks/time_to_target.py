@@ -62,7 +62,7 @@ def _own(table: str, **options: object) -> Settings:
 def _blocks(name: str, table: str, **options: object) -> Method:
     """A method for blocks: AdamW's weight decay, and AdamW for all that is not a matrix."""
     own = _own(table, block_size=256, **options)
-    return Method(name, 6e-3, 3e-3, {"optimizer.weight_decay": 0.1, **own})
+    return Method(name, 1.8e-2, 3e-3, {"optimizer.weight_decay": 0.1, **own})
 
 
 def _layers(name: str, table: str, text_lr: float = 0.1, **on_texts: object) -> Method:
