@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from titan_shampoo.config.schema import REQUIRED, Key, Table, job_schema
+from titan_shampoo.config.unread import is_read
 from titan_shampoo.config.values import describe, show
 
 _USAGE = """\
@@ -21,14 +22,15 @@ Every key below may stand in the TOML file, or on the command line as --table.ke
 
 
 def help_text() -> str:
-    """All tables and their keys."""
+    """All tables, and their keys but for those that are refused."""
     return "\n".join([_USAGE, *_table_lines(job_schema(), "", "")])
 
 
 def _table_lines(table: Table, name: str, brackets: str) -> Iterator[str]:
-    if table.keys:
+    read = {key: setting for key, setting in table.keys.items() if is_read(f"{name}.{key}")}
+    if read:
         yield f"{brackets.replace('name', name)}"
-        for key, setting in table.keys.items():
+        for key, setting in read.items():
             yield from _key_lines(key, setting)
         yield ""
     prefix = f"{name}." if name else ""

@@ -153,7 +153,7 @@ def build_tokenizer(job_config: JobConfig) -> Tokenizer:
     if tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
             f"{model}, the tokenizer in model.hf_assets_path = {folder} one of "
-            f"{tokenizer.get_vocab_size()}; set another of the two"
+            f"{tokenizer.get_vocab_size()}; set another model.flavor or another tokenizer"
         )
     return tokenizer
 
