@@ -493,7 +493,10 @@ class Validation:
     """Keys of ``[validation]`` that differ from torchtitan's."""
 
     dataset: str = ""
-    """As training.dataset; empty: the held-out part of the training dataset"""
+    """
+    As training.dataset, all of which is then trained on; empty: a part of the training dataset, 5%
+    of its text or of a folder of classes alone, which is held out from training
+    """
 
     seq_len: int | None = None
     """Sequence length for validation, at most training.seq_len; not set: training.seq_len"""
