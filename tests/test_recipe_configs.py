@@ -66,7 +66,7 @@ def test_every_configuration_passes_the_checks(name, world_size):
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-@pytest.mark.parametrize("method", ["SOAP", "KLShampoo", "Eva", "AdamW"])
+@pytest.mark.parametrize("method", ["SOAP", "KLShampoo", "EvaF", "AdamW"])
 def test_a_transformer_changes_its_method_by_name_alone(name, method):
     check_world(read_config([*arguments(name), "--optimizer.name", method]), 8)
 

@@ -533,6 +533,32 @@ class Checkpoint:
     for the new blocks
     """
 
+    initial_load_path: str | None = None
+    """
+    Checkpoint to begin from where the run has none of its own yet: a step-N folder of
+    another run, or a folder in the format of torch.distributed.checkpoint, of which only the model
+    is read
+    """
+
+    initial_load_in_hf: bool = False
+    """
+    The checkpoint to begin from is Hugging Face's: safetensors under its names; without
+    initial_load_path those in model.hf_assets_path; needs initial_load_model_only = true
+    """
+
+    last_save_in_hf: bool = False
+    """
+    Also write the model at the end as safetensors under Hugging Face's names, in hf-step-N
+    beside the checkpoint; needs last_save_model_only = true
+    """
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """
+    Write checkpoints while training waits; or copy the state to host memory and write it in a
+    thread while training goes on; or copy it into page-locked memory that is kept, which is faster
+    from a GPU and training need not wait for
+    """
+
     keep_latest_k: int = 10
     """How many checkpoints are kept, all of them verified; 0 keeps all"""
 

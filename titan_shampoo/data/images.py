@@ -5,7 +5,8 @@
 
 Left: a local copy of a hub data set. Middle: folders of classes below ``train`` and ``val`` (or
 ``validation``, ``valid``, ``test``). Right: classes alone, of which 5% can be held out for
-validation, by a hash of the relative path. Classes are numbered in alphabetical order, as torchvision does.
+validation, by a hash of the relative path. Classes are numbered in alphabetical order, as
+torchvision does.
 """
 
 import io
