@@ -13,8 +13,9 @@ usage: torchrun --nproc_per_node=N train.py --job.config_file FILE [--table.key 
 
 --plan starts nothing: it prints memory, arithmetic and messages of every rank.
 
---dry-run builds everything, takes one step, and writes nothing. docs/reference.md has the same
-keys as a page; `python -m titan_shampoo.plot RUN ...` draws finished runs side by side.
+--dry-run builds everything, takes one step, and writes nothing but the cache of tokens.
+docs/reference.md has the same keys as a page; `python -m titan_shampoo.plot RUN ...` draws finished
+runs side by side.
 
 Every key below may stand in the TOML file, or on the command line as --table.key VALUE
 (--table.flag and --table.no-flag for what is true or false). The command line wins.

@@ -568,7 +568,10 @@ class Job:
     """Keys of ``[job]`` beside torchtitan's."""
 
     dry_run: bool = False
-    """Build everything, take one step and validate one batch, and write nothing"""
+    """
+    Build everything, take one step and validate one batch, and write nothing but the cache of
+    tokens
+    """
 
 
 @dataclass
