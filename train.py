@@ -20,6 +20,7 @@ from titan_shampoo.config import (
     check_world,
     read_config,
     read_plan_request,
+    started_ranks,
 )
 from titan_shampoo.data import DataError
 
@@ -44,11 +45,15 @@ def main(args: list[str], started_with: dict[str, str]) -> None:
         ConfigError: If settings are wrong; before torch is imported, wherever that is possible.
         DataError: If data, tokenizer or checkpoints cannot be used.
     """
-    started = int(os.environ["WORLD_SIZE"])
+    check_launch(started_with)
+    started = started_ranks(started_with)
     request, args = read_plan_request(args, started)
     settings = read_config(args)
-    check_launch(started_with)
     check_world(settings, request.world_size if request else started)
+
+    if os.environ["RANK"] == "0":
+        for note in settings.notes:
+            sys.stderr.write(f"{note}\n")
 
     from checkpoint import CheckpointManager  # noqa: PLC0415 (imports torch)
     from parallel.recipes import recipe_of  # noqa: PLC0415

@@ -1,8 +1,9 @@
-"""The Llama-style transformer under FSDP2, HSDP, DDP, tensor, context and pipeline parallelism.
+"""The Llama-style transformer under FSDP2, HSDP, DDP, tensor and pipeline parallelism.
 
 The plan is torchtitan's: attention and feed-forward column- then row-wise over ``tp``, one FSDP
-unit per block over ``dp_replicate x fsdp``. Ours: gradients are summed in a way that gloo can, and
-the initial weights do not depend on any of it.
+unit per block over ``dp_replicate x fsdp``; its context parallelism, which needs GPUs, is untested
+here. Ours: gradients are summed in a way that gloo can, and the initial weights do not depend on
+any of it.
 """
 
 from torch import nn

@@ -10,9 +10,18 @@ from typing import Any
 
 import pytest
 
-from titan_shampoo.config import ConfigError, check_world, nearest, read_config, tables
+from titan_shampoo.config import (
+    ConfigError,
+    check_world,
+    nearest,
+    read_config,
+    started_ranks,
+    tables,
+)
+from titan_shampoo.config.help import help_text
 from titan_shampoo.config.limits import LIMITS
 from titan_shampoo.config.schema import job_schema
+from titan_shampoo.config.unread import is_read
 from titan_shampoo.config.values import choices
 
 REPOSITORY = Path(__file__).parents[1]
@@ -250,6 +259,7 @@ WRONG_ARGUMENTS = [
     (["--training.steps=0"], "training.steps", ["got 0", "at least 1"]),
     (["--training.steps"], "training.steps", ["value is missing"]),
     (["--training.steps", "--checkpoint.enable"], "training.steps", ["value is missing"]),
+    (["--checkpoint.enable", "none"], "checkpoint.enable", ['got "none"', "true or false"]),
     (["--checkpoint.enable=maybe"], "checkpoint.enable", ['got "maybe"', "true or false"]),
     (["--checkpoint.no-enable=true"], "--checkpoint.no-enable", ["takes no value"]),
     (["--optimizer.name=adamw"], "optimizer.name", ['"AdamW"?']),
@@ -350,8 +360,8 @@ def test_offloading_to_the_host_is_refused_for_our_methods(method):
     offload = "--training.enable_cpu_offload=true"
     message = refusal([f"--optimizer.name={method}", offload])
     assert message == (
-        f"command line: training.enable_cpu_offload: got true, but {method} steps parameters where "
-        'they are computed with; set it to false, or optimizer.name = "AdamW"'
+        f"command line: training.enable_cpu_offload: got true, but {method} cannot step "
+        'parameters that are kept in host memory; set it to false, or optimizer.name = "AdamW"'
     )
     read_config(["--optimizer.name=AdamW", offload])
 
@@ -418,7 +428,7 @@ def test_degrees_and_sizes_that_fit_pass(args, world_size):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_in_the_repository_is_valid_with_every_method(file):
-    for method in ("Shampoo", "SOAP", "KLShampoo", "AdamW"):
+    for method in choices(tables.Method):
         settings = read_config(["--job.config_file", str(file), "--optimizer.name", method])
         check_world(settings, 2)
         assert settings["optimizer.name"] == method
@@ -442,6 +452,11 @@ def test_every_config_in_the_repository_is_valid_with_every_method(file):
         (["--checkpoint.enable"], "checkpoint.enable", True),
         (["--checkpoint.enable", "false"], "checkpoint.enable", False),
         (["--checkpoint.no_initial_load_model_only"], "checkpoint.initial_load_model_only", False),
+        (["--optimizer.shampoo.compile"], "optimizer.shampoo.compile", True),
+        (["--optimizer.shampoo.no-compile"], "optimizer.shampoo.compile", False),
+        (["--optimizer.kfac.no_factored-damping"], "optimizer.kfac.factored_damping", False),
+        (["--optimizer.shampoo.compile", "none"], "optimizer.shampoo.compile", None),
+        (["--optimizer.shampoo.compile=none"], "optimizer.shampoo.compile", None),
         (["--checkpoint.load-step", "-1"], "checkpoint.load_step", -1),
         (["--compile.components", "model"], "compile.components", ["model"]),
         (["--training.steps", "7", "--training.steps", "8"], "training.steps", 8),
@@ -462,6 +477,73 @@ def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path
     assert (settings["training.seq_len"], settings.place("training.seq_len")) == (64, f"{file}:3")
     assert settings["training.local_batch_size"] == 8
     assert not settings.is_set("training.local_batch_size")
+
+
+IN_EPOCHS = """\
+[training]
+epochs = 90
+[lr_scheduler]
+warmup_epochs = 5
+milestone_epochs = [30, 60]
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "left_out"),
+    [
+        (["--training.steps=10"], "training.epochs"),
+        (["--training.steps=10", "--training.epochs=none"], "training.epochs"),
+        (["--lr_scheduler.warmup_steps=0"], "lr_scheduler.warmup_epochs"),
+        (["--lr_scheduler.milestones=3,6"], "lr_scheduler.milestone_epochs"),
+    ],
+)
+def test_steps_on_the_command_line_beat_epochs_of_the_file(tmp_path, args, left_out):
+    file = tmp_path / "run.toml"
+    file.write_text(IN_EPOCHS)
+    settings = read_config(["--job.config_file", str(file), *args])
+    assert not settings[left_out]
+    others = {"training.epochs", "lr_scheduler.warmup_epochs", "lr_scheduler.milestone_epochs"}
+    assert all(settings[key] for key in others - {left_out})
+
+
+def test_epochs_on_the_command_line_beat_steps_of_the_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nsteps = 100\n[lr_scheduler]\nwarmup_steps = 7\n")
+    settings = read_config(["--job.config_file", str(file), "--training.epochs=2"])
+    assert settings["training.epochs"] == 2
+    assert not settings.is_set("training.steps")
+    assert settings["lr_scheduler.warmup_steps"] == 7
+
+
+def test_steps_and_epochs_in_one_place_are_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nsteps = 100\nepochs = 2\n")
+    problem = "training.epochs: is instead of training.steps; remove one of the two"
+    assert refusal(["--job.config_file", str(file)]) == f"{file}:3: {problem}"
+    both = ["--training.steps=9", "--training.epochs=2"]
+    assert refusal(both) == f"command line: {problem}"
+
+
+def test_what_the_method_of_the_command_line_does_not_read_is_left_out_of_the_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[optimizer]\nname = "Eva"\nlr = 0.5\nbeta1 = 0.8\nbeta2 = 0.95\n'
+        f"[optimizer.eva]\ndamping = 0.1\n[metrics]\nlayers = true\n{GROUP}pattern = 'norm'\n"
+    )
+    args = ["--job.config_file", str(file), "--optimizer.name=SGD"]
+    settings = read_config(args)
+    names = ("optimizer.beta1", "optimizer.beta2", "metrics.layers")
+    assert not any(settings.is_set(name) for name in names)
+    assert settings.notes == (f"{file}: {', '.join(names)} are not read by SGD: left out",)
+    assert (settings["optimizer.lr"], len(settings["optimizer.groups"])) == (0.5, 1)
+    assert read_config(args[:2]).notes == ()
+
+
+def test_what_the_command_line_says_itself_must_be_read(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[optimizer]\nname = "Eva"\nbeta1 = 0.8\n')
+    args = ["--job.config_file", str(file), "--optimizer.name=SGD", "--optimizer.beta1=0.9"]
+    assert refusal(args).startswith("command line: optimizer.beta1: is not read by SGD; remove it")
 
 
 @pytest.mark.parametrize(("method", "exponent"), [("newton", 1 / 3), ("newton_schulz", 0.125)])
@@ -508,8 +590,14 @@ def test_help_names_every_key_and_exits_cleanly(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for name, _ in job_schema().walk():
-        assert f"  {name.rpartition('.')[2]}: " in text
+        assert (f"  {name.rpartition('.')[2]}: " in text) or not is_read(name)
     assert "[[optimizer.groups]]" in text
+
+
+def test_help_leaves_out_what_is_refused():
+    lines = help_text().splitlines()
+    for refused in ("[fault_tolerance]", "[memory_estimation]", "  print_config: "):
+        assert not any(line.startswith(refused) for line in lines), refused
 
 
 def test_a_configuration_is_checked_without_importing_torch(tmp_path):
@@ -550,6 +638,12 @@ def test_a_configuration_can_be_checked_for_a_number_of_ranks_without_a_run():
     assert done.returncode == 2
     assert done.stderr.startswith("command line: parallelism.tensor_parallel_degree: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_number_of_ranks_that_is_none_is_one_line():
+    assert started_ranks({}) == 1
+    with pytest.raises(ConfigError, match='WORLD_SIZE: got "two", expected a whole number'):
+        started_ranks({"WORLD_SIZE": "two"})
 
 
 def test_the_schema_read_from_source_is_the_dataclass_that_is_filled():

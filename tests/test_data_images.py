@@ -69,6 +69,8 @@ def test_a_folder_without_parts_is_split_by_name_and_nothing_lies_in_both(tmp_pa
     assert not names[0] & names[1]
     assert len(names[0] | names[1]) == 60
     assert 0 < len(names[1]) < 15
+    for part in ("train", "validation"):
+        assert len(open_images(str(tmp_path), part=part, key=KEY, hold_out=False)) == 60
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA", "I;16"])
@@ -80,7 +82,7 @@ def test_images_of_every_mode_become_rgb(tmp_path, mode):
     else:
         write(path, picture(mode=mode))
     write(tmp_path / "a/y.png", picture())
-    image, _ = open_images(str(tmp_path), part="train", key="validation.dataset")[0]
+    image, _ = open_images(str(tmp_path), part="train", key=KEY, hold_out=False)[0]
     assert image.mode == "RGB"
     if mode == "I;16":
         assert image.getpixel((0, 0)) == (100, 100, 100)
@@ -108,6 +110,29 @@ def test_a_hub_data_set_is_read_by_the_kinds_of_its_columns(tmp_path, monkeypatc
     assert images.classes == ["tench", "goldfish"]
     image, label = images[0]
     assert (image.size, label) == ((40, 30), 1)
+
+
+@pytest.mark.parametrize("config", ["", "plain"])
+def test_the_split_that_is_trained_on_is_not_validated_on(monkeypatch, config):
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
+    )
+    rows = datasets.Dataset.from_dict({"image": [None], "label": [0]}, features=features)
+    asked = []
+
+    def load(name, config, split, streaming):
+        asked.append((name, config, split))
+        if split in ("validation", "val"):
+            raise ValueError("has train and test")
+        return rows
+
+    monkeypatch.setattr(sources, "_load_from_hub", load)
+    source = f"uoft-cs/cifar10:{config}:train"
+    open_images(source, part="train", key=KEY)
+    open_images(source, part="validation", key=KEY)
+    open_images(source, part="validation", key="validation.dataset")
+    splits = ["train", "validation", "val", "test", "train"]
+    assert asked == [("uoft-cs/cifar10", config, split) for split in splits]
 
 
 def test_a_local_copy_of_a_hub_data_set_is_read_like_it(tmp_path, monkeypatch):

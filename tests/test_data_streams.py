@@ -97,6 +97,14 @@ def test_a_pass_reads_every_document_once_and_none_that_is_held_out(folder, lane
     assert seen == sorted(text for text in documents() if not is_held_out(text))
 
 
+def test_with_other_text_to_validate_on_nothing_is_held_out(folder):
+    whole = TextStream(
+        str(folder), tokenizer=ByteTokenizer(), seq_len=SEQ_LEN, lanes=4, hold_out=False
+    )
+    read = [text for lane in range(4) for text in whole._texts(lane)]
+    assert sorted(read) == sorted(documents())
+
+
 def test_what_is_held_out_is_validated_on(folder):
     windows = StreamedWindows(stream(folder).held_out(20), where="training.dataset")
     held_out = "\0".join(text for text in documents() if is_held_out(text))

@@ -61,7 +61,7 @@ def filled(command: str, folder: Path) -> list[str]:
         (folder / Path(name).name).mkdir(exist_ok=True)
         command = command.replace(name, str(folder / Path(name).name))
     command = re.sub(r"\s\[[^\]]*\]", "", command)  # what a usage line marks as optional
-    command = command.replace("FILE", "configs/llama3_8b.toml")
+    command = command.replace("FILE", "configs/transformer_debug.toml")
     command = command.replace("$SLURM_NNODES", "4").replace("$SLURM_JOB_ID", "1")
     return shlex.split(command.replace("$head", "node0"))
 
@@ -210,7 +210,7 @@ def test_a_documented_run_trains(command, tmp_path):
 def test_the_documented_plan_is_printed():
     (command,) = [c for _, c in COMMANDS if c.startswith(".venv/bin/python train.py --plan")]
     shown = python(*shlex.split(command)[1:])
-    assert shown.startswith("llama3 8B, 8,030,261,248 parameters, on 512 ranks")
+    assert shown.startswith("llama3 8B, 8,030,261,248 parameters, on 64 ranks")
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Ranks that do not fit together are refused in a sentence, on all of them, before they hang."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from tests.ranks import run_on_ranks
 from titan_shampoo.config import ConfigError, check_launch
 from titan_shampoo.titan import environment
 from titan_shampoo.titan.config import JobConfig
+
+ROOT = Path(__file__).parents[1]
 
 TORCHRUN = {
     "RANK": "1",
@@ -39,6 +43,16 @@ def test_an_impossible_environment_is_refused_by_its_variable(changes, message):
     given = {name: value for name, value in (TORCHRUN | changes).items() if value is not None}
     with pytest.raises(ConfigError, match=message):
         check_launch(given)
+
+
+def test_a_rank_with_an_impossible_environment_ends_in_one_line():
+    ended = subprocess.run(
+        [sys.executable, "train.py"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | TORCHRUN | {"WORLD_SIZE": "two", "LOCAL_RANK": "0"}, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.startswith('environment: WORLD_SIZE: got "two", expected a whole number')
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_tasks_of_srun_that_would_train_alone_are_refused():

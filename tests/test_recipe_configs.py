@@ -66,7 +66,7 @@ def test_every_configuration_passes_the_checks(name, world_size):
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-@pytest.mark.parametrize("method", ["SOAP", "KLShampoo", "Eva", "AdamW"])
+@pytest.mark.parametrize("method", ["SOAP", "KLShampoo", "EvaF", "AdamW"])
 def test_a_transformer_changes_its_method_by_name_alone(name, method):
     check_world(read_config([*arguments(name), "--optimizer.name", method]), 8)
 
@@ -112,8 +112,6 @@ def test_small_configurations_train_three_steps(name, tmp_path):
     dump = ["--job.dump_folder", str(tmp_path / "run"), "--validation.steps", "1"]
     steps = ["--training.steps", "3", "--training.local_batch_size", "2"]
     args = [*arguments(name), *dump, "--metrics.log_freq", "1"]
-    if "digits" in name:
-        steps = ["--training.epochs", "0.0084", "--training.local_batch_size", "2"]
     run_on_ranks(2, train_all, [[*args, *steps]], timeout=300)
     assert set(records(tmp_path, "run", "loss")) == {1, 2, 3}
 

@@ -51,6 +51,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "SGD, fsdp": {"optimizer__name": "SGD", "optimizer__sgd__momentum": 0.9},
 }
 
+INTERLEAVED = {
+    **LAYOUTS["Shampoo, pp x fsdp"],
+    "parallelism__pipeline_parallel_layers_per_stage": 1,
+    "parallelism__pipeline_parallel_schedule": "Interleaved1F1B",
+    "parallelism__pipeline_parallel_first_stage_less_layers": 0,
+    "parallelism__pipeline_parallel_last_stage_less_layers": 0,
+}
+
 
 def bytes_of(tensors: Any) -> int:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
@@ -133,6 +141,21 @@ def test_memory_is_what_four_ranks_hold(
         assert mine.keys() >= seen.keys()
 
 
+def test_figures_for_programs_have_every_part_of_an_interleaved_pipeline(
+    tmp_path: Path,
+) -> None:
+    write_text(tmp_path)
+    found = plan_of(text_run(tmp_path, "interleaved", **INTERLEAVED), 4).as_json()
+    for stage in found["stages"]:
+        assert set(stage["methods"]) == {"Shampoo", "Shampoo 2"}
+        memory = [
+            figures
+            for what, figures in stage["per_rank"].items()
+            if stage["units"][what] == "B" and "sent in" not in what
+        ]
+        assert [sum(of_rank) for of_rank in zip(*memory, strict=True)] == stage["memory"]
+
+
 def saved_keys(args: list[str]) -> set[str]:
     """Tensors that a checkpoint of this run would have of this rank."""
     with trainer_of(args) as trainer:
@@ -196,3 +219,16 @@ def test_a_plan_is_checked_against_its_own_world_size(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 2
     assert "there are 6 ranks" in found.stderr
+
+
+def test_keys_of_the_file_that_are_left_out_are_said_and_no_part_of_the_plan(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\nflavor = "byte_debug"\n[optimizer]\nbeta1 = 0.8\n')
+    found = run_train(
+        "--plan", "--json", "--job.config_file", str(file), "--optimizer.name", "SGD"
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == f"{file}: optimizer.beta1 is not read by SGD: left out\n"
+    assert "stages" in json.loads(found.stdout)

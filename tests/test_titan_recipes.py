@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from parallel.recipes import recipe_of
+from tests.titan_runs import image_run, text_run, write_text
 from titan_shampoo.config import ConfigError
-from titan_shampoo.titan.config import JobConfig
+from titan_shampoo.titan.config import JobConfig, load_job_config
 from titan_shampoo.titan.learning_rates import build_learning_rates
 from titan_shampoo.titan.recipes import RESNETS, TRANSFORMERS, build_tokenizer
 
@@ -42,6 +46,38 @@ def test_a_broken_tokenizer_is_named_in_one_line(tmp_path):
 
 def test_small_and_large_stems_exist_at_every_depth():
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet50_small"} <= RESNETS.keys()
+
+
+def num_samples(args):
+    """How many samples a run has to train on."""
+    job_config = load_job_config(args)
+    recipe = recipe_of(job_config.model.name)
+    tokenizer = recipe.build_tokenizer_fn and recipe.build_tokenizer_fn(job_config)
+    loader = recipe.build_dataloader_fn(
+        dp_world_size=1, dp_rank=0, tokenizer=tokenizer, job_config=job_config
+    )
+    return loader.num_samples
+
+
+def test_text_is_held_out_only_without_other_text_to_validate_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_text(tmp_path)
+    size = (tmp_path / "words.txt").stat().st_size
+    part = num_samples(text_run(tmp_path, "run", training__seq_len=1))
+    assert part == pytest.approx(0.95 * size, rel=0.01)
+    other = {"validation__dataset": "python_stdlib", "training__seq_len": 1}
+    assert num_samples(text_run(tmp_path, "run", **other)) >= size
+
+
+def test_images_are_held_out_only_without_other_images_to_validate_on(tmp_path):
+    for index in range(60):
+        path = tmp_path / "photos" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    photos = {"training__dataset": tmp_path / "photos"}
+    assert 45 < num_samples(image_run(tmp_path, "run", **photos)) < 60
+    other = {"validation__dataset": tmp_path / "photos", **photos}
+    assert num_samples(image_run(tmp_path, "run", **other)) == 60
 
 
 def learning_rates(rates, *, num_steps=100):

@@ -60,6 +60,11 @@ MISTAKES = [
         "tensor_parallel_degree: .*set",
     ),
     (
+        "context parallelism",
+        {**TEXT, "parallelism.context_parallel_degree": "2"},
+        "parallelism.context_parallel_degree: got 2, expected 1 on CPUs.*; set it to 1",
+    ),
+    (
         "shard degree",
         {**TEXT, "parallelism.data_parallel_shard_degree": "4"},
         "data_parallel_shard_degree = 2",

@@ -90,8 +90,9 @@ class Shampoo(BlockOptimizer):
             spread over the period as in a process that holds all of them.
         pipeline_group: Ranks that hold the other stages of a pipeline, each with an optimizer like
             this one: all stages skip a step if one does. None without one, or to decide alone.
-        fallback: ``"adamw"`` for vectors, embeddings, output heads and routers, or None to
-            precondition all.
+        fallback: ``"adamw"`` for vectors and for embeddings, output heads and routers, which are
+            recognised by name (``titan_shampoo.fallback.NOT_MULTIPLIED``), or None to precondition
+            all.
 
     Raises:
         ValueError: For an impossible option, a complex parameter, or a partial placement.

@@ -12,8 +12,9 @@ from titan_shampoo.config.combinations import check_combinations
 from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.config.help import help_text
-from titan_shampoo.config.launch import check_launch
+from titan_shampoo.config.launch import check_launch, started_ranks
 from titan_shampoo.config.planning import PlanRequest, read_plan_request
+from titan_shampoo.config.precedence import merged
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.toml_file import read_toml
 from titan_shampoo.config.world import check_world
@@ -27,6 +28,7 @@ __all__ = [
     "nearest",
     "read_config",
     "read_plan_request",
+    "started_ranks",
 ]
 
 
@@ -46,6 +48,6 @@ def read_config(args: Sequence[str]) -> Settings:
         raise SystemExit(0)
     overrides = read_command_line(args)
     file = overrides["job.config_file"].value if "job.config_file" in overrides else None
-    settings = Settings({**(read_toml(file) if file else {}), **overrides}, file)
+    settings = merged(read_toml(file) if file else {}, overrides, file)
     check_combinations(settings)
     return settings

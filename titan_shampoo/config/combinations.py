@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from titan_shampoo.config.methods import check_methods
+from titan_shampoo.config.precedence import EITHER
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.unread import check_read
 from titan_shampoo.data.paths import (
@@ -74,18 +75,12 @@ def _check_images(settings: Settings) -> None:
         raise settings.error("training.local_batch_size", f"got {got}, images.mixup needs pairs")
 
 
-# Two ways of saying one thing, of which at most one may be used.
-_EITHER = (
-    ("training.epochs", "training.steps"),
-    ("lr_scheduler.warmup_epochs", "lr_scheduler.warmup_steps"),
-    ("lr_scheduler.milestone_epochs", "lr_scheduler.milestones"),
-)
 _DECAY = ("decay_ratio", "decay_type", "min_lr_factor", "total_steps")
 
 
 def _check_schedule(settings: Settings) -> None:
-    for epochs, steps in _EITHER:
-        if settings.is_set(epochs) and settings.is_set(steps):
+    for epochs, steps in EITHER:
+        if settings.says(epochs) and settings.says(steps):
             raise settings.error(epochs, f"is instead of {steps}; remove one of the two")
     steps = settings["lr_scheduler.milestones"] or settings["lr_scheduler.milestone_epochs"]
     for key in _DECAY:
@@ -116,7 +111,7 @@ def _check_stream(settings: Settings) -> None:
             raise settings.error(key, "is not read with training.streaming = true; remove it")
     source = settings["training.dataset"]
     if settings["model.name"] == "resnet":
-        raise settings.error("training.streaming", 'needs model.name = "llama3"')
+        raise settings.error("training.streaming", 'needs model.name = "llama3" or "llama4"')
     if source == PYTHON_STDLIB or Path(source).is_file():
         problem = f'training.dataset = "{source}" is no name or folder of a data set'
         raise settings.error("training.streaming", f"{problem}; remove one of the two")

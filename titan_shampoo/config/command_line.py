@@ -14,6 +14,8 @@ from titan_shampoo.config.values import from_text
 
 PLACE = "command line"
 
+_FLAGS = (bool, bool | None)
+
 _SHORT = {"dry_run": "job.dry_run"}
 """Settings that may be written without their table."""
 
@@ -32,7 +34,7 @@ def read_command_line(args: Sequence[str]) -> dict[str, Setting]:
         if not option.startswith("--"):
             raise ConfigError(f"{PLACE}: {argument}: settings are written --table.key value")
         name, key, negated = _find(option.removeprefix("--").replace("-", "_"))
-        if key.type is bool and not equals:
+        if key.type in _FLAGS and not equals:
             text = _flag(remaining, negated)
         elif negated:
             raise ConfigError(f"{PLACE}: {option}: takes no value")
@@ -55,7 +57,7 @@ def _find(name: str) -> tuple[str, Key, bool]:
     if last in table.keys:
         return name, table.keys[last], False
     positive = last.removeprefix("no_")
-    if positive != last and positive in table.keys and table.keys[positive].type is bool:
+    if positive != last and positive in table.keys and table.keys[positive].type in _FLAGS:
         return prefix + positive, table.keys[positive], True
     if last in table.names():
         raise ConfigError(f"{PLACE}: {name}: is {_kind(last, table)}; set it in the TOML file")
@@ -67,7 +69,7 @@ def _kind(name: str, table: Table) -> str:
 
 
 def _flag(remaining: list[str], negated: bool) -> str:
-    if not negated and remaining and remaining[0].lower() in ("true", "false"):
+    if not negated and remaining and remaining[0].lower() in ("true", "false", "none"):
         return remaining.pop(0)
     return "false" if negated else "true"
 

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from titan_shampoo.config.schema import REQUIRED, Key, Table, job_schema
+from titan_shampoo.config.unread import is_read
 from titan_shampoo.config.values import describe, show
 
 _USAGE = """\
@@ -12,8 +13,9 @@ usage: torchrun --nproc_per_node=N train.py --job.config_file FILE [--table.key 
 
 --plan starts nothing: it prints memory, arithmetic and messages of every rank.
 
---dry-run builds everything, takes one step, and writes nothing. docs/reference.md has the same
-keys as a page; `python -m titan_shampoo.plot RUN ...` draws finished runs side by side.
+--dry-run builds everything, takes one step, and writes nothing but the cache of tokens.
+docs/reference.md has the same keys as a page; `python -m titan_shampoo.plot RUN ...` draws finished
+runs side by side.
 
 Every key below may stand in the TOML file, or on the command line as --table.key VALUE
 (--table.flag and --table.no-flag for what is true or false). The command line wins.
@@ -21,14 +23,15 @@ Every key below may stand in the TOML file, or on the command line as --table.ke
 
 
 def help_text() -> str:
-    """All tables and their keys."""
+    """All tables, and their keys but for those that are refused."""
     return "\n".join([_USAGE, *_table_lines(job_schema(), "", "")])
 
 
 def _table_lines(table: Table, name: str, brackets: str) -> Iterator[str]:
-    if table.keys:
+    read = {key: setting for key, setting in table.keys.items() if is_read(f"{name}.{key}")}
+    if read:
         yield f"{brackets.replace('name', name)}"
-        for key, setting in table.keys.items():
+        for key, setting in read.items():
             yield from _key_lines(key, setting)
         yield ""
     prefix = f"{name}." if name else ""

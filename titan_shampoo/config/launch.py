@@ -33,6 +33,15 @@ def check_launch(environment: Mapping[str, str]) -> None:
         raise _mistake("LOCAL_RANK", f"got {local_rank}, expected {wanted}")
 
 
+def started_ranks(environment: Mapping[str, str]) -> int:
+    """How many ranks were started: ``WORLD_SIZE``, or 1.
+
+    Raises:
+        ConfigError: If that is no number.
+    """
+    return _number({"WORLD_SIZE": "1", **environment}, "WORLD_SIZE")
+
+
 def _check_scheduler(environment: Mapping[str, str]) -> None:
     """A task of srun that is no rank would train alone, beside its equals."""
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")

@@ -68,21 +68,32 @@ def _check_offload(settings: Settings) -> None:
     key = "training.enable_cpu_offload"
     ours = [m for m in (settings["optimizer.name"], *_group_methods(settings)) if m not in _TORCH]
     if settings[key] and ours:
-        problem = f"got true, but {ours[0]} steps parameters where they are computed with"
+        problem = f"got true, but {ours[0]} cannot step parameters that are kept in host memory"
         raise settings.error(key, f'{problem}; set it to false, or optimizer.name = "AdamW"')
 
 
 def _check_read_by_a_method(settings: Settings) -> None:
     """A shared key is refused if neither the method nor that of a group reads it."""
-    methods = {settings["optimizer.name"], *_group_methods(settings)}
+    for name, problem in unread_by_methods(settings):
+        raise settings.error(name, problem)
+
+
+def unread_by_methods(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Keys that are set though no method in use reads them, each with what is wrong about it."""
+    methods = methods_in_use(settings)
     for key, readers in _READ_BY.items():
         name = f"optimizer.{key}"
-        if settings.is_set(name) and not methods & readers:
+        if settings.is_set(name) and not readers & {*methods}:
             method = settings["optimizer.name"]
-            raise settings.error(name, f"is not read by {method}; remove it{_own_key(method, key)}")
-    if settings["metrics.layers"] and not methods & _LAYERS.keys():
-        used = ", ".join(sorted(methods))
-        raise settings.error("metrics.layers", f"{used} do not look into layers; remove it")
+            yield name, f"is not read by {method}; remove it{_own_key(method, key)}"
+    if settings["metrics.layers"] and not _LAYERS.keys() & {*methods}:
+        used = ", ".join(methods)
+        yield "metrics.layers", f"no method here looks into layers ({used}); remove it"
+
+
+def methods_in_use(settings: Settings) -> list[str]:
+    """The methods of the optimizer and of its groups, by name."""
+    return sorted({settings["optimizer.name"], *_group_methods(settings)})
 
 
 def _group_methods(settings: Settings) -> Iterator[str]:
@@ -134,9 +145,8 @@ def _check_schedule(settings: Settings) -> None:
     if settings["parallelism.pipeline_parallel_degree"] == 1:
         return
     split = [name for name in _SPLIT_BACKWARD if name.lower() == settings[key].lower()]
-    methods = {settings["optimizer.name"], *_group_methods(settings)}
-    for method in sorted(methods & set(_TAPPED)):
-        if split:
+    for method in methods_in_use(settings):
+        if split and method in _TAPPED:
             problem = (
                 f'"{split[0]}" leaves out what {method} measures in layers; set it to "1F1B" or '
                 '"Interleaved1F1B"'

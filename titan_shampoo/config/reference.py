@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from titan_shampoo.config.limits import LIMITS
 from titan_shampoo.config.schema import REQUIRED, Key, Table, job_schema
-from titan_shampoo.config.unread import NOT_READ
+from titan_shampoo.config.unread import is_read
 from titan_shampoo.config.values import describe, show
 
 _HEAD = """\
@@ -29,8 +29,9 @@ def reference_page() -> str:
 
 
 def _sections(table: Table, name: str, brackets: str) -> Iterator[str]:
-    rows = [_row(name, key, setting) for key, setting in table.keys.items() if _is_read(name, key)]
-    if rows and _is_read("", name):
+    read = {key: setting for key, setting in table.keys.items() if is_read(f"{name}.{key}")}
+    rows = [_row(name, key, setting) for key, setting in read.items()]
+    if rows:
         yield f"## `{brackets.format(name)}`\n"
         yield "| key | values | default | meaning |\n|---|---|---|---|"
         yield from rows
@@ -40,10 +41,6 @@ def _sections(table: Table, name: str, brackets: str) -> Iterator[str]:
         yield from _sections(content, prefix + inner, "[{}]")
     for inner, content in table.lists.items():
         yield from _sections(content, prefix + inner, "[[{}]]")
-
-
-def _is_read(table: str, key: str) -> bool:
-    return f"{table}.{key}".removeprefix(".") not in NOT_READ
 
 
 def _row(table: str, name: str, key: Key) -> str:

@@ -28,6 +28,8 @@ class Settings:
 
     explicit: Mapping[str, Setting]
     config_file: str | None
+    notes: tuple[str, ...] = ()
+    """What a person should know of how they came about, a line each."""
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401  (each setting has its own type)
         """The value that was set, or the default."""
@@ -36,6 +38,10 @@ class Settings:
     def is_set(self, name: str) -> bool:
         """Whether the file or the command line sets this key."""
         return name in self.explicit
+
+    def says(self, name: str) -> bool:
+        """Whether this key is set, and not to nothing."""
+        return name in self.explicit and self.explicit[name].value not in (None, [])
 
     def is_changed(self, name: str) -> bool:
         """Whether this key has another value than its default."""

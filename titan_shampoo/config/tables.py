@@ -493,7 +493,10 @@ class Validation:
     """Keys of ``[validation]`` that differ from torchtitan's."""
 
     dataset: str = ""
-    """As training.dataset; empty: the held-out part of the training dataset"""
+    """
+    As training.dataset, all of which is then trained on; empty: a part of the training dataset, 5%
+    of its text or of a folder of classes alone, which is held out from training
+    """
 
     seq_len: int | None = None
     """Sequence length for validation, at most training.seq_len; not set: training.seq_len"""
@@ -530,6 +533,32 @@ class Checkpoint:
     for the new blocks
     """
 
+    initial_load_path: str | None = None
+    """
+    Checkpoint to begin from where the run has none of its own yet: a step-N folder of
+    another run, or a folder in the format of torch.distributed.checkpoint, of which only the model
+    is read
+    """
+
+    initial_load_in_hf: bool = False
+    """
+    The checkpoint to begin from is Hugging Face's: safetensors under its names; without
+    initial_load_path those in model.hf_assets_path; needs initial_load_model_only = true
+    """
+
+    last_save_in_hf: bool = False
+    """
+    Also write the model at the end as safetensors under Hugging Face's names, in hf-step-N
+    beside the checkpoint; needs last_save_model_only = true
+    """
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """
+    Write checkpoints while training waits; or copy the state to host memory and write it in a
+    thread while training goes on; or copy it into page-locked memory that is kept, which is faster
+    from a GPU and training need not wait for
+    """
+
     keep_latest_k: int = 10
     """How many checkpoints are kept, all of them verified; 0 keeps all"""
 
@@ -539,7 +568,10 @@ class Job:
     """Keys of ``[job]`` beside torchtitan's."""
 
     dry_run: bool = False
-    """Build everything, take one step and validate one batch, and write nothing"""
+    """
+    Build everything, take one step and validate one batch, and write nothing but the cache of
+    tokens
+    """
 
 
 @dataclass

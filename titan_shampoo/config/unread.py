@@ -56,6 +56,11 @@ _NEEDS = (
 )
 
 
+def is_read(name: str) -> bool:
+    """Whether anything looks at the setting of that dotted name."""
+    return name not in NOT_READ and name.rpartition(".")[0] not in NOT_READ
+
+
 def check_read(settings: Settings) -> None:
     """Refuse settings without effect.
 

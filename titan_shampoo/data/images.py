@@ -4,8 +4,9 @@
       data/train-00000.parquet         photos/val/cat/2.jpg          photos/dog/7.png
 
 Left: a local copy of a hub data set. Middle: folders of classes below ``train`` and ``val`` (or
-``validation``, ``valid``, ``test``). Right: classes alone, of which 5% is held out for validation
-by a hash of the relative path. Classes are numbered in alphabetical order, as torchvision does.
+``validation``, ``valid``, ``test``). Right: classes alone, of which 5% can be held out for
+validation, by a hash of the relative path. Classes are numbered in alphabetical order, as
+torchvision does.
 """
 
 import io
@@ -95,7 +96,12 @@ class TransformedImages:
 
 
 def open_images(
-    source: str, *, part: Part, key: str, classes: Sequence[str] | None = None
+    source: str,
+    *,
+    part: Part,
+    key: str,
+    hold_out: bool = True,
+    classes: Sequence[str] | None = None,
 ) -> ImageFiles:
     """The images of ``source``; none is decoded yet.
 
@@ -103,6 +109,8 @@ def open_images(
         source: A folder, or a hub data set as "name", "name:config" or "name:config:split".
         part: Which images, where the source has both kinds.
         key: The TOML key that holds ``source``, for messages.
+        hold_out: Whether a folder that has no such parts is divided into 95% and 5%; if not, either
+            part is all of it.
         classes: The classes to number by, where other images have decided on them.
 
     Raises:
@@ -112,13 +120,19 @@ def open_images(
     problem = None if folder.is_dir() else missing_path(source)
     if problem is not None or folder.is_file():
         raise DataError(f'{key} = "{source}": {problem or "is a file, a folder is needed"}')
-    if folder.is_dir() and not any(folder.rglob("*.parquet")):
-        images = _folder_images(folder, source, part, key)
+    if folder.is_dir() and not _has_parquet(folder):
+        images = _folder_images(folder, source, part, key, hold_out)
     else:
         images = _hub_images(source, part, key)
     if not len(images):
         raise DataError(f'{key} = "{source}": has no images of the {part} part')
     return images if classes is None else _renumbered(images, list(classes), key)
+
+
+@cache
+def _has_parquet(folder: Path) -> bool:
+    """Whether ``folder`` is a local copy of a hub data set; looks at every file if it is none."""
+    return any(folder.rglob("*.parquet"))
 
 
 def _decoded(data: Any) -> Image.Image:  # noqa: ANN401 (a path or a file)
@@ -132,7 +146,7 @@ def _decoded(data: Any) -> Image.Image:  # noqa: ANN401 (a path or a file)
         return image.convert("RGB")
 
 
-def _folder_images(folder: Path, source: str, part: Part, key: str) -> ImageFiles:
+def _folder_images(folder: Path, source: str, part: Part, key: str, hold_out: bool) -> ImageFiles:
     training = folder / "train"
     held_out = next((folder / n for n in _VALIDATION_FOLDERS if (folder / n).is_dir()), None)
     if not training.is_dir():
@@ -147,7 +161,7 @@ def _folder_images(folder: Path, source: str, part: Part, key: str) -> ImageFile
             f'{key} = "{source}": no folder of images per class there, such as '
             f"{folder / 'train' / 'cat' / '1.jpg'}"
         )
-    if is_split and key != "validation.dataset":
+    if is_split and hold_out:
         wanted = part == "validation"
         kept = [(file, name) for file, name in found if _is_held_out(file, folder) is wanted]
     else:
@@ -244,9 +258,10 @@ def _hub_images(source: str, part: Part, key: str) -> ImageFiles:
 
 
 def _hub_split(source: str, part: Part, key: str) -> Any:  # noqa: ANN401 (datasets is untyped)
-    if part == "train" or source.count(":") == 2:
+    # The split of a training set is what is trained on: validation needs another one.
+    if part == "train" or (source.count(":") == 2 and key == "validation.dataset"):
         return load_hub_split(source, key=key)
-    name, _, config = source.partition(":")
+    name, config = (*source.split(":"), "")[:2]
     refusal: DataError | None = None
     for split in _HUB_VALIDATION_SPLITS:
         try:

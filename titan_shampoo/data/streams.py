@@ -37,6 +37,7 @@ class TextStream:
         seq_len: Predictions per window.
         lanes: Into how many streams it is cut, at least one.
         key: The TOML key that holds ``source``, for messages.
+        hold_out: Whether 5% of the documents are in no lane.
         max_bad_fraction: Share of the rows that may be unreadable.
     """
 
@@ -48,6 +49,7 @@ class TextStream:
         seq_len: int,
         lanes: int,
         key: str = "training.dataset",
+        hold_out: bool = True,
         max_bad_fraction: float = 0.0,
     ) -> None:
         """Open the data set; no document is read yet.
@@ -59,6 +61,7 @@ class TextStream:
         self._source = source
         self._tokenizer = tokenizer
         self._seq_len = seq_len
+        self._hold_out = hold_out
         self._where = f'{key} = "{source}"'
         self.lanes = lanes
         self.skipped = SkippedSamples(max_bad_fraction)
@@ -102,7 +105,7 @@ class TextStream:
     def _texts(self, lane: int) -> Iterator[str]:
         """One pass over the documents of a lane that are not held out."""
         for document in self._documents(self._lane_rows(lane)):
-            if not document["held_out"]:
+            if not (self._hold_out and document["held_out"]):
                 yield document["text"]
 
     def _documents(self, rows: Any) -> Iterator[Any]:  # noqa: ANN401 (datasets is untyped)

@@ -42,6 +42,7 @@ class TextDataset:
         tokenizer: Tokenizer,
         seq_len: int,
         part: Part = "train",
+        key: str = "training.dataset",
         max_bad_fraction: float = 0.0,
     ) -> None:
         """Open ``source``, tokenising it if no process on this machine has done so before.
@@ -51,6 +52,7 @@ class TextDataset:
             tokenizer: Called once per document.
             seq_len: Tokens per sample.
             part: Which documents; "train" and "validation" never overlap.
+            key: The TOML key that holds ``source``, for messages.
             max_bad_fraction: Share of the lines or rows that may be unreadable.
 
         Raises:
@@ -58,10 +60,11 @@ class TextDataset:
         """
         self._source = source
         self._part = part
+        self._key = key
         self._seq_len = seq_len
         self._dtype = np.min_scalar_type(tokenizer.get_vocab_size() - 1)  # uint8, uint16 or uint32
         folder = _cache_folder()  # first: datasets itself writes beside it
-        corpus = open_corpus(source, key=self._key, max_bad_fraction=max_bad_fraction)
+        corpus = open_corpus(source, key=key, max_bad_fraction=max_bad_fraction)
         self._path = _token_file(folder, corpus, tokenizer, part, self._dtype, max_bad_fraction)
         self.num_tokens = self._path.stat().st_size // self._dtype.itemsize
         self._tokens: NDArray[Any] | None = None
@@ -86,7 +89,7 @@ class TextDataset:
 
     def shortage(self, num_needed: int) -> str:
         """The sentence that refuses a run which needs at least ``num_needed`` windows."""
-        table = "training" if self._part == "train" else "validation"
+        table = "validation" if self._part == "validation" else self._key.partition(".")[0]
         held_out = " (the part held out for validation)" if self._part == "validation" else ""
         return (
             f'{self._key} = "{self._source}"{held_out} has {self.num_tokens} tokens, '
@@ -94,11 +97,6 @@ class TextDataset:
             f"predictions; set {table}.dataset to more text, or lower {table}.seq_len or "
             f"{table}.local_batch_size"
         )
-
-    @property
-    def _key(self) -> str:
-        """The TOML key that named the source."""
-        return "validation.dataset" if self._part == "all" else "training.dataset"
 
 
 def _cache_folder() -> Path:

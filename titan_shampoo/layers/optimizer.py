@@ -138,6 +138,10 @@ class LayerOptimizer(LibraryOptimizer):
         """Inverses on this rank that kept their last good values, since the start."""
         return 0 if self._step is None else self._step.failed_refreshes
 
+    def preconditions(self, param: Tensor) -> bool:
+        """Whether a parameter is of one of the layers; all others are stepped by the fallback."""
+        return param in self._joined
+
     def layer_metrics(self) -> dict[str, dict[str, Tensor]]:
         """``rho`` and ``cosine`` of each preconditioned layer in the last step, on the device.
 

@@ -41,6 +41,22 @@ def check_device() -> None:
         )
 
 
+def check_context_parallel(degree: int) -> None:
+    """Refuse context parallelism on CPUs, for whose attention torch has no way to divide it.
+
+    Args:
+        degree: ``parallelism.context_parallel_degree``.
+
+    Raises:
+        ConfigError: If this machine has no accelerator.
+    """
+    if device_type == "cpu" and degree > 1:
+        raise ConfigError(
+            f"parallelism.context_parallel_degree: got {degree}, expected 1 on CPUs, whose "
+            "attention torch cannot divide; set it to 1"
+        )
+
+
 @contextmanager
 def rendezvous_explained(timeout_seconds: float) -> Iterator[None]:
     """Say where the ranks should have met, if they do not meet inside this block.

@@ -12,7 +12,7 @@ from torchtitan.config import JobConfig
 
 from titan_shampoo.data import DataError
 from titan_shampoo.data.digits import DIGITS_SIZE, Digits
-from titan_shampoo.data.images import TransformedImages, open_images
+from titan_shampoo.data.images import ImageFiles, TransformedImages, open_images
 from titan_shampoo.data.loader import PositionedLoader
 from titan_shampoo.data.mixup import MixedLabels, swapped
 from titan_shampoo.data.paths import ALL_DIGITS, DEFAULT_IMAGE_SIZE
@@ -72,7 +72,7 @@ def image_loader(
     view = RandomView(
         _size(job_config), images.min_area, images.flip, finish, images.mean, images.std
     )
-    return load(open_images(source, part="train", key=_TRAINING), augment=view)
+    return load(_training_images(job_config), augment=view)
 
 
 def image_validator(
@@ -134,6 +134,7 @@ def _validation_images(job_config: JobConfig) -> Digits | TransformedImages:
         source,
         part="validation",
         key="validation.dataset" if own else _TRAINING,
+        hold_out=not own,
         classes=_classes(job_config),
     )
     view = CentreView(_size(job_config), images.resize, images.mean, images.std)
@@ -150,4 +151,14 @@ def _classes(job_config: JobConfig) -> list[str]:
     source = job_config.training.dataset
     if source in ALL_DIGITS:
         return Digits(part="validation").classes
-    return open_images(source, part="train", key=_TRAINING).classes
+    return _training_images(job_config).classes
+
+
+def _training_images(job_config: JobConfig) -> ImageFiles:
+    """Return the images to train on: all that there are, if others are named to validate on."""
+    return open_images(
+        job_config.training.dataset,
+        part="train",
+        key=_TRAINING,
+        hold_out=not job_config.validation.dataset,
+    )

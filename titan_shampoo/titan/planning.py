@@ -7,7 +7,7 @@ meshes it knows all ranks of its stage. So nothing here can drift from what a ru
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -233,23 +233,26 @@ def _stage_plan(shapes: Shapes) -> StagePlan:
         size = sum(buffer.numel() * buffer.dtype.itemsize for buffer in buffers)
         rows.append(("buffers", np.full(len(ranks), float(size)), "B"))
     summaries: dict[str, Summary] = {}
-    for optimizer in optimizers.optimizers:
-        method = type(optimizer).__name__
+    for label, optimizer in _labelled(optimizers.optimizers).items():
         if isinstance(optimizer, BlockOptimizer):
-            summary = summaries[_unused(method, summaries)] = optimizer.plan_summary()
-            rows += [(f"{method}: {what}", _at(ranks, summary, figures), unit)
+            summary = summaries[label] = optimizer.plan_summary()
+            rows += [(f"{label}: {what}", _at(ranks, summary, figures), unit)
                      for what, figures, unit in summary.rows()]  # fmt: skip
         else:
-            rows += [row(f"{method}: {key}", tensors) for key, tensors in _by_key(optimizer)]
+            rows += [row(f"{label}: {key}", tensors) for key, tensors in _by_key(optimizer)]
     memory = [figures for what, figures, unit in rows if unit == "B" and "sent in" not in what]
     total = sum(memory, np.zeros(len(ranks)))
     return StagePlan(ranks, rows, total, summaries, len(shapes.tensors()))
 
 
-def _unused(method: str, taken: Mapping[str, object]) -> str:
-    """A name for an optimizer of which a rank has several, one per part of the model."""
-    names = (method, *(f"{method} {number}" for number in range(2, len(taken) + 2)))
-    return next(name for name in names if name not in taken)
+def _labelled(optimizers: Iterable[Optimizer]) -> dict[str, Optimizer]:
+    """Optimizers by method, numbered where a rank has several: one per part of the model."""
+    found: dict[str, Optimizer] = {}
+    for optimizer in optimizers:
+        method = type(optimizer).__name__
+        names = (method, *(f"{method} {number}" for number in range(2, len(found) + 2)))
+        found[next(name for name in names if name not in found)] = optimizer
+    return found
 
 
 def _at(ranks: Sequence[int], summary: Summary, figures: Figures) -> Figures:

@@ -153,7 +153,7 @@ def build_tokenizer(job_config: JobConfig) -> Tokenizer:
     if tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
             f"{model}, the tokenizer in model.hf_assets_path = {folder} one of "
-            f"{tokenizer.get_vocab_size()}; set another of the two"
+            f"{tokenizer.get_vocab_size()}; set another model.flavor or another tokenizer"
         )
     return tokenizer
 
@@ -185,6 +185,7 @@ def _text_loader(
         training.dataset,
         tokenizer=tokenizer,
         seq_len=training.seq_len,
+        part="all" if job_config.validation.dataset else "train",
         max_bad_fraction=training.max_bad_fraction,
     )
     return training_loader(data, job_config, dp_world_size, dp_rank)
@@ -197,6 +198,7 @@ def _stream(source: str, job_config: JobConfig, tokenizer: Tokenizer, seq_len: i
         tokenizer=tokenizer,
         seq_len=seq_len,
         lanes=training.stream_lanes,
+        hold_out=not job_config.validation.dataset,
         max_bad_fraction=training.max_bad_fraction,
     )
 
@@ -211,11 +213,13 @@ def _held_out_text(
         num_windows = validation.steps * validation.local_batch_size * dp_world_size
         where = f'training.dataset = "{training.dataset}"'
         return StreamedWindows(stream.held_out(num_windows), where=where)
+    own = validation.dataset
     return TextDataset(
-        validation.dataset or training.dataset,
+        own or training.dataset,
         tokenizer=tokenizer,
         seq_len=seq_len,
-        part="all" if validation.dataset else "validation",
+        part="all" if own else "validation",
+        key="validation.dataset" if own else "training.dataset",
         max_bad_fraction=training.max_bad_fraction,
     )
 

@@ -1,8 +1,9 @@
 """What a run is, in a few aligned lines before it starts."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from torchtitan.distributed import ParallelDims
 
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.fallback import falls_back
+from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.titan.optimizers import OptimizersContainer
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+_DIAGONAL = {"adamw": "AdamW", "sgd": "SGD"}
 _GIB = 2**30
 
 
@@ -41,7 +44,7 @@ def summary_lines(
     rows = [
         ("model", _model(job_config, model_parts)),
         ("mesh", _mesh(parallel_dims)),
-        *_labelled("optimizer", map(_optimizer, optimizers.optimizers)),
+        *_labelled("optimizer", map(optimizer_line, optimizers.optimizers)),
         ("memory", _memory(model_parts, optimizers)),
         ("data", _data(job_config, parallel_dims, num_samples, unit)),
         ("writes", _places(job_config)),
@@ -67,21 +70,38 @@ def _mesh(dims: ParallelDims) -> str:
     return f"{ranks}{': ' if used else ''}{used}, torch {torch.__version__}"
 
 
-def _optimizer(optimizer: Optimizer) -> str:
-    """Method, learning rates, and what they step."""
+def optimizer_line(optimizer: Optimizer) -> str:
+    """Method, learning rates, and what they step; after schedules were made."""
     tensors: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    method = type(optimizer).__name__
+    rates: dict[bool, set[float]] = {False: set(), True: set()}
     for group in optimizer.param_groups:
         names = group.get("param_names", [""] * len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
-            by_fallback = isinstance(optimizer, BlockOptimizer) and falls_back(name, param, group)
-            label = "AdamW (fallback)" if by_fallback else method
+            fallback = _fallback(optimizer, name, param, group)
+            label = f"{fallback} (fallback)" if fallback else type(optimizer).__name__
             tensors[label] += 1
             numbers[label] += param.numel()
-    rates = sorted({f"{float(group['initial_lr']):.3g}" for group in optimizer.param_groups})
+            own = group.get("fallback_lr") if fallback else None
+            rates[bool(fallback)].add(float(group["initial_lr"] if own is None else own))
     parts = [f"{label} on {tensors[label]} tensors ({numbers[label]:,})" for label in tensors]
-    return f"{', '.join(parts)}; learning rate {', '.join(rates)}"
+    return f"{', '.join(parts)}; learning rate {_rates(rates[False], rates[True])}"
+
+
+def _fallback(
+    optimizer: Optimizer, name: str, param: Tensor, group: Mapping[str, Any]
+) -> str | None:
+    """The diagonal method that steps a parameter in place of the optimizer's own, if one does."""
+    if isinstance(optimizer, LayerOptimizer) and not optimizer.preconditions(param):
+        return _DIAGONAL[group["fallback"]]
+    if isinstance(optimizer, BlockOptimizer) and falls_back(name, param, group):
+        return "AdamW"
+    return None
+
+
+def _rates(own: set[float], of_fallback: set[float]) -> str:
+    first, second = (", ".join(f"{rate:.3g}" for rate in sorted(r)) for r in (own, of_fallback))
+    return f"{first}, fallback {second}" if own and second not in ("", first) else first or second
 
 
 def _memory(parts: list[nn.Module], optimizers: OptimizersContainer) -> str:

@@ -28,6 +28,7 @@ from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.data.mixup import MixedLabels
 from titan_shampoo.host_memory import keep_freed_memory
 from titan_shampoo.titan.environment import (
+    check_context_parallel,
     check_device,
     check_environment,
     rendezvous_explained,
@@ -73,6 +74,7 @@ class Trainer(torchtitan.train.Trainer):
         if job_config.job.dry_run:
             write_nothing(job_config)
         check_device()
+        check_context_parallel(job_config.parallelism.context_parallel_degree)
         check_names(job_config)
         if device_type != "cuda":
             job_config.comm.trace_buf_size = 0  # of nccl alone; its folder would be made first
