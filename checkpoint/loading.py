@@ -29,7 +29,7 @@ from checkpoint.ranks import from_rank_0, gathered
 from checkpoint.reader import Reader, whole_tensors
 from checkpoint.reblock import can_reblock, fill, grid_of, is_factor, is_per_block
 from checkpoint.settings import settings_differences
-from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, RunState
+from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, PROGRESS, RunState
 
 _logger = logging.getLogger(__name__)
 
@@ -62,12 +62,13 @@ class Loading:
             CheckpointError: On every rank and before anything changes, if it is not.
         """
         manifest, record = found.manifest, found.manifest.record
-        is_everything = components == set(self._state.components)
         tensors = self._state.tensors(components)
         recut = self._to_recut(record) if OPTIMIZER in components else []
         exact = {key: t for key, t in tensors.items() if not _is_recut(key, recut)}
         self._check(found, components, exact, recut)
-        rows = self._generators(found) if is_everything else {}
+        # Who begins at step 1 keeps the generators of a beginning.
+        goes_on = PROGRESS in components
+        rows = self._generators(found) if goes_on else {}
         self._read(found, exact | rows)
         self._recut(found, recut, tensors)
         if MODEL in components:
@@ -76,7 +77,7 @@ class Loading:
         self._state.take_values({name: values[name] for name in values if name in components})
         if rows:
             rng.restore(rows)
-        elif is_everything:
+        elif goes_on:
             self._reseed(manifest.step, record)
         if self._settings and record.get("settings"):
             for line in settings_differences(record["settings"], self._settings):
@@ -90,21 +91,34 @@ class Loading:
             adapter: torchtitan's state-dict adapter, or None if the model has none.
 
         Raises:
-            CheckpointError: On every rank, if it is not good or does not fit.
+            CheckpointError: On every rank, if it is not good or does not fit, or all that is to be
+                loaded from it is left out.
         """
         path = config.initial_load_path
+        only_model = config.initial_load_model_only or config.initial_load_in_hf
+        if (path or config.initial_load_in_hf) and only_model:
+            self._check_not_left_out(config)
         if config.initial_load_in_hf:
             self._load_hugging_face(path, adapter)
             return True
         if not path:
             return False
-        folder, only_model = Path(path), config.initial_load_model_only
+        folder = Path(path)
         if from_rank_0((folder / ".metadata").is_file, self._group, folder):
             self._load_native(folder, only_model=only_model)
         else:
             found = verify_together(folder, self._group)
-            self.load(found, {MODEL} if only_model else set(self._state.components))
+            wanted = {MODEL} if only_model else set(self._state.components)
+            self.load(found, wanted - set(config.exclude_from_loading))
         return True
+
+    @staticmethod
+    def _check_not_left_out(config: Any) -> None:  # noqa: ANN401
+        if MODEL in config.exclude_from_loading:
+            raise CheckpointError(
+                f"checkpoint.exclude_from_loading: {MODEL}, and the model is all that "
+                "checkpoint.initial_load_path gives here; remove one of the two"
+            )
 
     def _load_hugging_face(self, path: str | None, adapter: Any) -> None:  # noqa: ANN401
         path = path or getattr(adapter, "hf_assets_path", None)
