@@ -3,13 +3,14 @@
 Answered from the manifest, before a tensor changes.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from checkpoint.manifest import Manifest
-from checkpoint.reblock import can_reblock
+from checkpoint.reblock import can_reblock, is_cut_at_shards
 from checkpoint.state import PREFIXES, Geometry
 from checkpoint.writer import DTYPE_NAMES
 
@@ -36,8 +37,7 @@ def _grid_problems(name: str, own: dict[str, Any], other: dict[str, Any]) -> Ite
     if mine != theirs:
         yield (
             f"{name}: blocks cut at {_edges(theirs)} in the checkpoint, {_edges(mine)} in this "
-            f"run; set {_options(own, other)}"
-            + (", or checkpoint.reblock" if can_reblock(own, other) else "")
+            f"run; {_advice(own, other)}"
         )
     for key, value in own.get("meaning", {}).items():
         saved = other.get("meaning", {}).get(key)
@@ -55,10 +55,28 @@ def _edges(grid: dict[str, Any] | None) -> str:
     return " x ".join(f"({cut})" for cut in cuts)
 
 
+def _advice(own: dict[str, Any], other: dict[str, Any]) -> str:
+    """What to do about blocks that are cut elsewhere."""
+    options = _options(own, other)
+    anew = 'set checkpoint.exclude_from_loading = ["optimizer"]'
+    if is_cut_at_shards(other):
+        cut = 'block_alignment = "shard" cuts them where shards end:'
+        first = f"set {options}, and" if options else cut
+        return (
+            f"{first} resume on ranks that shard as those that saved it, or {anew}; "
+            'checkpoint.reblock is for block_alignment = "global"'
+        )
+    if can_reblock(own, other):
+        return f'set {f"{options}, or " if options else ""}checkpoint.reblock = "approximate"'
+    return f"set {options}" if options else anew
+
+
 def _options(own: dict[str, Any], other: dict[str, Any]) -> str:
     """The options of the checkpoint that differ here."""
     mine, theirs = own.get("options", {}), other.get("options", {})
-    return ", ".join(f"{key} = {theirs[key]}" for key in theirs if theirs[key] != mine.get(key))
+    return ", ".join(
+        f"{key} = {json.dumps(theirs[key])}" for key in theirs if theirs[key] != mine.get(key)
+    )
 
 
 def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
