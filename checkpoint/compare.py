@@ -4,15 +4,32 @@ Answered from the manifest, before a tensor changes.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from checkpoint.manifest import Manifest
+from checkpoint.manifest import OPTIMIZER_PREFIX, Manifest
 from checkpoint.reblock import can_reblock, is_cut_at_shards
 from checkpoint.state import PREFIXES, Geometry
 from checkpoint.writer import DTYPE_NAMES
+
+# State that an option adds or drops, by its name.
+_OPTIONS = {
+    "num_measured": "factor_frequency",
+    "momentum": "momentum",
+    "momentum_buffer": "momentum",
+    "exp_avg": "betas (beta1 > 0), or fallback",
+    "exp_avg_sq": "grafting, or fallback",
+    "average": "optimizer.average_decay",
+    "curvature_mean": "damping_mode",
+    **dict.fromkeys(("left_basis", "right_basis"), "root_method, or factored_damping"),
+    **dict.fromkeys(("left_inverse", "right_inverse"), "factored_damping"),
+    **dict.fromkeys(("left_values", "right_values"), "factored_damping"),
+    **dict.fromkeys(("left", "right"), "bias and max_factor_dim"),
+}
+_STATE_NAME = re.compile(r"\.(\w+)(\.\d+(x\d+)?)?(\.[0-9a-f]{8})?$")
 
 
 def geometry_problems(mine: Geometry, theirs: Geometry) -> Iterator[str]:
@@ -84,11 +101,18 @@ def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterato
     for key, tensor in wanted.items():
         entry = manifest.tensors.get(key)
         if entry is None:
-            yield f"{key}: not in the checkpoint"
+            yield f"{key}: not in the checkpoint{option_of(key)}"
         elif entry.shape != tuple(tensor.shape):
             yield f"{key}: {list(entry.shape)} in the checkpoint, {list(tensor.shape)} in this run"
         elif entry.dtype != DTYPE_NAMES.get(tensor.dtype):
             yield f"{key}: {entry.dtype} in the checkpoint, {tensor.dtype} in this run"
+
+
+def option_of(key: str) -> str:
+    """The half sentence that names the option on which it depends whether a tensor is there."""
+    found = _STATE_NAME.search(key) if key.startswith(OPTIMIZER_PREFIX) else None
+    option = _OPTIONS.get(found[1]) if found else None
+    return f"; set {option} as in the run that saved it" if option else ""
 
 
 def unwanted(wanted: Mapping[str, Tensor], manifest: Manifest) -> set[str]:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from checkpoint import rng
 from checkpoint.compare import (
     geometry_problems,
+    option_of,
     tensor_problems,
     unwanted,
 )
@@ -187,7 +188,9 @@ class Loading:
         told = gathered((problems[:1], len(problems), extra), self._group)
         nobodys = sorted(set.intersection(*(extra for *_, extra in told)))
         lines = [line for first, *_ in told for line in first]
-        lines += [f"{key}: in the checkpoint, not in this run" for key in nobodys[:1]]
+        lines += [
+            f"{key}: in the checkpoint, not in this run{option_of(key)}" for key in nobodys[:1]
+        ]
         if lines:
             count = max(number for _, number, _ in told) + len(nobodys)
             more = f" (and {count - 1} more)" if count > 1 else ""
