@@ -14,7 +14,7 @@ import torch.distributed as dist
 from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
 from checkpoint.folders import set_aside, step_folder, steps_in
 from checkpoint.manifest import Manifest
-from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.ranks import from_rank_0, gathered, say
 from checkpoint.verify import hash_problems, read_manifest, shares
 
 _logger = logging.getLogger(__name__)
@@ -92,7 +92,14 @@ def find_step(folder: Path, step: int, group: dist.ProcessGroup, *, changes_name
         for later in (other for other in steps if other > step):
             place = step_folder(folder, later)
             aside = from_rank_0(partial(set_aside, place, "superseded"), group, place)
-            _say("%s: later than checkpoint.load_step = %d, now %s", place, step, aside.name)
+            say(
+                _logger,
+                logging.INFO,
+                "%s: later than checkpoint.load_step = %d, now %s",
+                place,
+                step,
+                aside.name,
+            )
     return found
 
 
@@ -144,10 +151,4 @@ def _reject(place: Path, problem: str, group: dist.ProcessGroup, *, renames: boo
     kept = place
     if renames:
         kept = from_rank_0(partial(set_aside, place, "bad"), group, place)
-    if dist.get_rank() == 0:
-        _logger.warning("not resumed from: %s; kept as %s", problem, kept)
-
-
-def _say(message: str, *args: object) -> None:
-    if dist.get_rank() == 0:
-        _logger.info(message, *args)
+    say(_logger, logging.WARNING, "not resumed from: %s; kept as %s", problem, kept)

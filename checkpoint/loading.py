@@ -26,7 +26,7 @@ from checkpoint.finding import Found, verify_together
 from checkpoint.hugging_face import load_hugging_face
 from checkpoint.manifest import OPTIMIZER_PREFIX
 from checkpoint.native import load_native
-from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.ranks import from_rank_0, gathered, say
 from checkpoint.reader import Reader, whole_tensors
 from checkpoint.reblock import can_reblock, fill, grid_of, is_factor, is_per_block
 from checkpoint.settings import settings_differences
@@ -82,7 +82,7 @@ class Loading:
             self._reseed(manifest.step, record)
         if self._settings and record.get("settings"):
             for line in settings_differences(record["settings"], self._settings):
-                _say("%s", line)
+                say(_logger, logging.INFO, "%s", line)
 
     def load_initial(self, config: Any, adapter: Any) -> bool:  # noqa: ANN401 (torchtitan's)
         """Begin from somebody else's checkpoint, if the settings name one; returns whether.
@@ -170,7 +170,9 @@ class Loading:
             grids = grid_of(saved[name]), grid_of(own[name])
             fill(state, factors, *grids, int(state["step"]), self._state.options_of(name))
         if recut:
-            _say(
+            say(
+                _logger,
+                logging.INFO,
                 "%d parameters have blocks of another size: their factors are approximate",
                 len(recut),
             )
@@ -226,7 +228,9 @@ class Loading:
     def _reseed(self, step: int, record: Mapping[str, Any]) -> None:
         rng.reseed(self._settings.get("debug.seed") or 0, step, dist.get_rank())
         saved = record.get("world", {})
-        _say(
+        say(
+            _logger,
+            logging.INFO,
             "random generators are seeded anew: saved by %s %s ranks, here are %d",
             saved.get("ranks"),
             saved.get("device"),
@@ -245,8 +249,3 @@ def _is_recut(key: str, recut: list[str]) -> bool:
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = PREFIXES[MODEL]
     return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-
-
-def _say(message: str, *args: object) -> None:
-    if dist.get_rank() == 0:
-        _logger.info(message, *args)

@@ -1,5 +1,6 @@
 """Deciding together: what one rank finds out, all ranks know, and errors are everybody's."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,6 +31,12 @@ def from_rank_0(find: Callable[[], T], group: dist.ProcessGroup, path: object) -
     if wrong is not None:
         raise wrong
     return found
+
+
+def say(logger: logging.Logger, level: int, message: str, *args: object) -> None:
+    """Log a line once, not on every rank."""
+    if dist.get_rank() == 0:
+        logger.log(level, message, *args, stacklevel=2)
 
 
 def gathered(value: T, group: dist.ProcessGroup) -> list[T]:

@@ -6,7 +6,6 @@ truncated, renamed or foreign; ``hash_problems`` reads everything.
 
 import os
 import platform
-import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +17,9 @@ from typing import TypeVar
 import xxhash
 
 from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
+from checkpoint.folders import step_of
 from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, own_sum, parse
 
-_STEP = re.compile(r"step-(\d+)")
 _PIECE = 1 << 20
 
 PAUSES = (0.1, 0.4, 1.5)
@@ -93,8 +92,7 @@ def shares(manifest: Manifest, num_readers: int) -> list[list[tuple[str, File]]]
 def _check_name(folder: Path, manifest: Manifest) -> None:
     """Refuse ``step-30`` that holds step 20."""
     for name in {folder.name, folder.resolve().name}:
-        found = _STEP.fullmatch(name)
-        if found and int(found[1]) != manifest.step:
+        if step_of(name) not in (None, manifest.step):
             raise CheckpointError(f"{folder}: renamed, it holds step {manifest.step}")
 
 
