@@ -114,7 +114,7 @@ def _problems(folder: Path) -> list[str]:
         return [str(error)]
     total = sum(file.bytes for file in manifest.files.values())
     with _bar(folder.name, total) as bar:
-        return list(hash_problems(folder, manifest.files.items(), bar.update))
+        return list(map(str, hash_problems(folder, manifest.files.items(), bar.update)))
 
 
 def _diff(options: argparse.Namespace) -> int:

@@ -3,15 +3,33 @@
 Answered from the manifest, before a tensor changes.
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from checkpoint.manifest import Manifest
-from checkpoint.reblock import can_reblock
+from checkpoint.manifest import OPTIMIZER_PREFIX, Manifest
+from checkpoint.reblock import can_reblock, is_cut_at_shards
 from checkpoint.state import PREFIXES, Geometry
 from checkpoint.writer import DTYPE_NAMES
+
+# State that an option adds or drops, by its name.
+_OPTIONS = {
+    "num_measured": "factor_frequency",
+    "momentum": "momentum",
+    "momentum_buffer": "momentum",
+    "exp_avg": "betas (beta1 > 0), or fallback",
+    "exp_avg_sq": "grafting, or fallback",
+    "average": "optimizer.average_decay",
+    "curvature_mean": "damping_mode",
+    **dict.fromkeys(("left_basis", "right_basis"), "root_method, or factored_damping"),
+    **dict.fromkeys(("left_inverse", "right_inverse"), "factored_damping"),
+    **dict.fromkeys(("left_values", "right_values"), "factored_damping"),
+    **dict.fromkeys(("left", "right"), "bias and max_factor_dim"),
+}
+_STATE_NAME = re.compile(r"\.(\w+)(\.\d+(x\d+)?)?(\.[0-9a-f]{8})?$")
 
 
 def geometry_problems(mine: Geometry, theirs: Geometry) -> Iterator[str]:
@@ -36,8 +54,7 @@ def _grid_problems(name: str, own: dict[str, Any], other: dict[str, Any]) -> Ite
     if mine != theirs:
         yield (
             f"{name}: blocks cut at {_edges(theirs)} in the checkpoint, {_edges(mine)} in this "
-            f"run; set {_options(own, other)}"
-            + (", or checkpoint.reblock" if can_reblock(own, other) else "")
+            f"run; {_advice(own, other)}"
         )
     for key, value in own.get("meaning", {}).items():
         saved = other.get("meaning", {}).get(key)
@@ -55,10 +72,28 @@ def _edges(grid: dict[str, Any] | None) -> str:
     return " x ".join(f"({cut})" for cut in cuts)
 
 
+def _advice(own: dict[str, Any], other: dict[str, Any]) -> str:
+    """What to do about blocks that are cut elsewhere."""
+    options = _options(own, other)
+    anew = 'set checkpoint.exclude_from_loading = ["optimizer"]'
+    if is_cut_at_shards(other):
+        cut = 'block_alignment = "shard" cuts them where shards end:'
+        first = f"set {options}, and" if options else cut
+        return (
+            f"{first} resume on ranks that shard as those that saved it, or {anew}; "
+            'checkpoint.reblock is for block_alignment = "global"'
+        )
+    if can_reblock(own, other):
+        return f'set {f"{options}, or " if options else ""}checkpoint.reblock = "approximate"'
+    return f"set {options}" if options else anew
+
+
 def _options(own: dict[str, Any], other: dict[str, Any]) -> str:
     """The options of the checkpoint that differ here."""
     mine, theirs = own.get("options", {}), other.get("options", {})
-    return ", ".join(f"{key} = {theirs[key]}" for key in theirs if theirs[key] != mine.get(key))
+    return ", ".join(
+        f"{key} = {json.dumps(theirs[key])}" for key in theirs if theirs[key] != mine.get(key)
+    )
 
 
 def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
@@ -66,11 +101,18 @@ def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterato
     for key, tensor in wanted.items():
         entry = manifest.tensors.get(key)
         if entry is None:
-            yield f"{key}: not in the checkpoint"
+            yield f"{key}: not in the checkpoint{option_of(key)}"
         elif entry.shape != tuple(tensor.shape):
             yield f"{key}: {list(entry.shape)} in the checkpoint, {list(tensor.shape)} in this run"
         elif entry.dtype != DTYPE_NAMES.get(tensor.dtype):
             yield f"{key}: {entry.dtype} in the checkpoint, {tensor.dtype} in this run"
+
+
+def option_of(key: str) -> str:
+    """The half sentence that names the option on which it depends whether a tensor is there."""
+    found = _STATE_NAME.search(key) if key.startswith(OPTIMIZER_PREFIX) else None
+    option = _OPTIONS.get(found[1]) if found else None
+    return f"; set {option} as in the run that saved it" if option else ""
 
 
 def unwanted(wanted: Mapping[str, Tensor], manifest: Manifest) -> set[str]:

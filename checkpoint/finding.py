@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from checkpoint.errors import CheckpointError
+from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
 from checkpoint.folders import set_aside, step_folder, steps_in
 from checkpoint.manifest import Manifest
-from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.ranks import from_rank_0, gathered, say
 from checkpoint.verify import hash_problems, read_manifest, shares
 
 _logger = logging.getLogger(__name__)
@@ -33,14 +33,39 @@ def verify_together(folder: Path, group: dist.ProcessGroup) -> Found:
 
     Raises:
         CheckpointError: On every rank, naming the first file that is wrong.
+        UnreadableError: On every rank, if nothing is known to be wrong, but a rank cannot read a
+            file, or does not see one that another sees.
     """
-    manifest = from_rank_0(partial(read_manifest, folder), group, folder)
+    try:
+        manifest = from_rank_0(partial(read_manifest, folder), group, folder)
+    except MissingFileError as error:
+        raise _agreed(error, 0, group) from error
     mine = shares(manifest, dist.get_world_size(group))[dist.get_rank(group)]
-    problem = next(hash_problems(folder, mine), None)
-    for said in gathered(problem, group):
-        if said is not None:
-            raise CheckpointError(said)
+    told = gathered(next(hash_problems(folder, mine), None), group)
+    problems = [
+        _agreed(problem, rank, group) for rank, problem in enumerate(told) if problem is not None
+    ]
+    for problem in sorted(problems, key=lambda problem: isinstance(problem, UnreadableError)):
+        raise problem
     return Found(folder, manifest)
+
+
+def _agreed(problem: CheckpointError, rank: int, group: dist.ProcessGroup) -> CheckpointError:
+    """What all ranks say to a problem of one: a file is missing if none of them sees it."""
+    if not isinstance(problem, MissingFileError):
+        return problem
+    seeing = [other for other, seen in enumerate(gathered(_is_seen(problem.path), group)) if seen]
+    if not seeing:
+        return problem
+    return UnreadableError(f"{problem} for rank {rank}, there for rank {seeing[0]}")
+
+
+def _is_seen(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    return True
 
 
 def find_step(folder: Path, step: int, group: dist.ProcessGroup, *, changes_names: bool) -> Found:
@@ -67,7 +92,14 @@ def find_step(folder: Path, step: int, group: dist.ProcessGroup, *, changes_name
         for later in (other for other in steps if other > step):
             place = step_folder(folder, later)
             aside = from_rank_0(partial(set_aside, place, "superseded"), group, place)
-            _say("%s: later than checkpoint.load_step = %d, now %s", place, step, aside.name)
+            say(
+                _logger,
+                logging.INFO,
+                "%s: later than checkpoint.load_step = %d, now %s",
+                place,
+                step,
+                aside.name,
+            )
     return found
 
 
@@ -83,13 +115,19 @@ def find_newest(
         changes_names: Whether this run may rename what it rejects.
 
     Raises:
-        CheckpointError: On every rank, if there are some and none may be used.
+        CheckpointError: On every rank, if there are some and none may be used, or it is not known
+            whether the newest one may.
     """
     steps = from_rank_0(partial(steps_in, folder), group, folder)
     rejected: list[tuple[Path, str]] = []
     for step in reversed(steps):
         try:
             found = verify_together(step_folder(folder, step), group)
+        except UnreadableError as error:
+            place = step_folder(folder, step)
+            raise CheckpointError(
+                f"{error}; it may be good: make it readable, or rename {place} to go on without it"
+            ) from error
         except CheckpointError as error:
             if not fallback:
                 raise CheckpointError(
@@ -113,10 +151,4 @@ def _reject(place: Path, problem: str, group: dist.ProcessGroup, *, renames: boo
     kept = place
     if renames:
         kept = from_rank_0(partial(set_aside, place, "bad"), group, place)
-    if dist.get_rank() == 0:
-        _logger.warning("not resumed from: %s; kept as %s", problem, kept)
-
-
-def _say(message: str, *args: object) -> None:
-    if dist.get_rank() == 0:
-        _logger.info(message, *args)
+    say(_logger, logging.WARNING, "not resumed from: %s; kept as %s", problem, kept)

@@ -30,8 +30,14 @@ def steps_in(folder: Path) -> list[int]:
     """
     if not folder.exists():
         return []
-    names = [_STEP.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
-    return sorted(int(name[1]) for name in names if name and name[1] == str(int(name[1])))
+    found = ((step_of(entry.name), entry) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(s for s, entry in found if s is not None and step_folder(folder, s) == entry)
+
+
+def step_of(name: str) -> int | None:
+    """The step that the name of a folder says it holds, if it says one."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def step_folder(folder: Path, step: int) -> Path:

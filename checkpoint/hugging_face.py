@@ -7,15 +7,14 @@ ranks can load any file.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from checkpoint.errors import CheckpointError, in_one_line
 from checkpoint.folders import commit, discard, writing_name
+from checkpoint.open_files import OpenFiles
 from checkpoint.ranks import from_rank_0, gathered
 
 INDEX = "model.safetensors.index.json"
@@ -57,15 +57,15 @@ def load_hugging_face(
     problem = None
     try:
         wanted = _wanted(folder, model, adapter, files)
-    except (CheckpointError, SafetensorError, OSError) as error:
-        problem = str(in_one_line(folder, "cannot be read", error))
+    except CheckpointError as error:
+        problem = str(error)
     for said in gathered(problem, group):
         if said is not None:
             raise CheckpointError(said)
-    with ExitStack() as stack:
-        opened = _opener(folder, stack)
+    with OpenFiles(folder) as opened:
         for name, stored in wanted.items():
-            found = opened(files[stored]).get_tensor(stored)
+            with opened.file(files[stored]) as file:
+                found = file.get_tensor(stored)
             native = {name: found} if adapter is None else adapter.from_hf({name: found})
             for key, whole in native.items():
                 _copy_part(model[key], whole)
@@ -81,13 +81,13 @@ def _wanted(
     shapes = {key: torch.empty(value.shape, device="meta") for key, value in model.items()}
     theirs = shapes if adapter is None else adapter.to_hf(shapes)
     wanted = {}
-    with ExitStack() as stack:
-        opened = _opener(folder, stack)
+    with OpenFiles(folder) as opened:
         for name, shape in theirs.items():
             stored = name if name in files else _TIED.get(name, name)
             if stored not in files:
                 raise CheckpointError(f"{folder}: {name}: not in the files")
-            found = opened(files[stored]).get_slice(stored).get_shape()
+            with opened.file(files[stored]) as file:
+                found = file.get_slice(stored).get_shape()
             if list(found) != list(shape.shape):
                 raise CheckpointError(
                     f"{folder}: {name}: {found} in the files, {list(shape.shape)} in this run"
@@ -111,26 +111,11 @@ def weight_files(folder: Path) -> dict[str, str]:
             raise in_one_line(index, "not an index", error) from error
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path.name)
-        except SafetensorError as error:
-            raise in_one_line(path, "cannot be read", error) from error
+        with OpenFiles(folder) as opened, opened.file(path.name) as file:
+            found |= dict.fromkeys(file.keys(), path.name)
     if not found:
         raise CheckpointError(f"{folder}: has no .safetensors files")
     return found
-
-
-def _opener(folder: Path, stack: ExitStack) -> Callable[[str], Any]:
-    """Opens each file once."""
-    opened: dict[str, Any] = {}
-
-    def file(name: str) -> Any:  # noqa: ANN401 (safetensors is untyped)
-        if name not in opened:
-            opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
-        return opened[name]
-
-    return file
 
 
 def _copy_part(target: Tensor, whole: Tensor) -> None:

@@ -2,13 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -17,6 +15,7 @@ from checkpoint.folders import commit, discard, writing_name
 from checkpoint.hugging_face import export_weights, weight_files
 from checkpoint.manifest import MODEL_PREFIX, Manifest
 from checkpoint.native import alone, read_native, write_native
+from checkpoint.open_files import OpenFiles
 from checkpoint.reader import model_weights, whole_tensors
 from checkpoint.record import describe_run
 from checkpoint.writer import Writer
@@ -113,15 +112,11 @@ def _converted(tensor: Tensor, key: str, dtype: torch.dtype | None) -> Tensor:
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     files = weight_files(folder)
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+    with OpenFiles(folder) as opened:
         for key, name in files.items():
-            try:
-                if name not in opened:
-                    opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
-                yield key, opened[name].get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise in_one_line(folder / name, "cannot be read", error) from error
+            with opened.file(name) as file:
+                found = file.get_tensor(key)
+            yield key, found
 
 
 def _model_of_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

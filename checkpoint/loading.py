@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from checkpoint import rng
 from checkpoint.compare import (
     geometry_problems,
+    option_of,
     tensor_problems,
     unwanted,
 )
@@ -25,11 +26,11 @@ from checkpoint.finding import Found, verify_together
 from checkpoint.hugging_face import load_hugging_face
 from checkpoint.manifest import OPTIMIZER_PREFIX
 from checkpoint.native import load_native
-from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.ranks import from_rank_0, gathered, say
 from checkpoint.reader import Reader, whole_tensors
 from checkpoint.reblock import can_reblock, fill, grid_of, is_factor, is_per_block
 from checkpoint.settings import settings_differences
-from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, RunState
+from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, PROGRESS, RunState
 
 _logger = logging.getLogger(__name__)
 
@@ -62,12 +63,13 @@ class Loading:
             CheckpointError: On every rank and before anything changes, if it is not.
         """
         manifest, record = found.manifest, found.manifest.record
-        is_everything = components == set(self._state.components)
         tensors = self._state.tensors(components)
         recut = self._to_recut(record) if OPTIMIZER in components else []
         exact = {key: t for key, t in tensors.items() if not _is_recut(key, recut)}
         self._check(found, components, exact, recut)
-        rows = self._generators(found) if is_everything else {}
+        # Who begins at step 1 keeps the generators of a beginning.
+        goes_on = PROGRESS in components
+        rows = self._generators(found) if goes_on else {}
         self._read(found, exact | rows)
         self._recut(found, recut, tensors)
         if MODEL in components:
@@ -76,11 +78,11 @@ class Loading:
         self._state.take_values({name: values[name] for name in values if name in components})
         if rows:
             rng.restore(rows)
-        elif is_everything:
+        elif goes_on:
             self._reseed(manifest.step, record)
         if self._settings and record.get("settings"):
             for line in settings_differences(record["settings"], self._settings):
-                _say("%s", line)
+                say(_logger, logging.INFO, "%s", line)
 
     def load_initial(self, config: Any, adapter: Any) -> bool:  # noqa: ANN401 (torchtitan's)
         """Begin from somebody else's checkpoint, if the settings name one; returns whether.
@@ -90,21 +92,34 @@ class Loading:
             adapter: torchtitan's state-dict adapter, or None if the model has none.
 
         Raises:
-            CheckpointError: On every rank, if it is not good or does not fit.
+            CheckpointError: On every rank, if it is not good or does not fit, or all that is to be
+                loaded from it is left out.
         """
         path = config.initial_load_path
+        only_model = config.initial_load_model_only or config.initial_load_in_hf
+        if (path or config.initial_load_in_hf) and only_model:
+            self._check_not_left_out(config)
         if config.initial_load_in_hf:
             self._load_hugging_face(path, adapter)
             return True
         if not path:
             return False
-        folder, only_model = Path(path), config.initial_load_model_only
+        folder = Path(path)
         if from_rank_0((folder / ".metadata").is_file, self._group, folder):
             self._load_native(folder, only_model=only_model)
         else:
             found = verify_together(folder, self._group)
-            self.load(found, {MODEL} if only_model else set(self._state.components))
+            wanted = {MODEL} if only_model else set(self._state.components)
+            self.load(found, wanted - set(config.exclude_from_loading))
         return True
+
+    @staticmethod
+    def _check_not_left_out(config: Any) -> None:  # noqa: ANN401
+        if MODEL in config.exclude_from_loading:
+            raise CheckpointError(
+                f"checkpoint.exclude_from_loading: {MODEL}, and the model is all that "
+                "checkpoint.initial_load_path gives here; remove one of the two"
+            )
 
     def _load_hugging_face(self, path: str | None, adapter: Any) -> None:  # noqa: ANN401
         path = path or getattr(adapter, "hf_assets_path", None)
@@ -155,7 +170,9 @@ class Loading:
             grids = grid_of(saved[name]), grid_of(own[name])
             fill(state, factors, *grids, int(state["step"]), self._state.options_of(name))
         if recut:
-            _say(
+            say(
+                _logger,
+                logging.INFO,
                 "%d parameters have blocks of another size: their factors are approximate",
                 len(recut),
             )
@@ -173,7 +190,9 @@ class Loading:
         told = gathered((problems[:1], len(problems), extra), self._group)
         nobodys = sorted(set.intersection(*(extra for *_, extra in told)))
         lines = [line for first, *_ in told for line in first]
-        lines += [f"{key}: in the checkpoint, not in this run" for key in nobodys[:1]]
+        lines += [
+            f"{key}: in the checkpoint, not in this run{option_of(key)}" for key in nobodys[:1]
+        ]
         if lines:
             count = max(number for _, number, _ in told) + len(nobodys)
             more = f" (and {count - 1} more)" if count > 1 else ""
@@ -209,7 +228,9 @@ class Loading:
     def _reseed(self, step: int, record: Mapping[str, Any]) -> None:
         rng.reseed(self._settings.get("debug.seed") or 0, step, dist.get_rank())
         saved = record.get("world", {})
-        _say(
+        say(
+            _logger,
+            logging.INFO,
             "random generators are seeded anew: saved by %s %s ranks, here are %d",
             saved.get("ranks"),
             saved.get("device"),
@@ -228,8 +249,3 @@ def _is_recut(key: str, recut: list[str]) -> bool:
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = PREFIXES[MODEL]
     return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-
-
-def _say(message: str, *args: object) -> None:
-    if dist.get_rank() == 0:
-        _logger.info(message, *args)

@@ -26,7 +26,7 @@ from checkpoint.folders import step_folder, sweep
 from checkpoint.hugging_face import export_weights
 from checkpoint.loading import Loading
 from checkpoint.lock import FolderLock
-from checkpoint.ranks import from_rank_0, gathered
+from checkpoint.ranks import from_rank_0, gathered, say
 from checkpoint.reader import model_weights
 from checkpoint.record import describe_run, flattened
 from checkpoint.retention import Retention
@@ -208,7 +208,9 @@ class CheckpointManager:
             self._background.finish()
         except CheckpointError as error:
             again = "" if self._is_retry else ", and is repeated now"
-            _say(logging.WARNING, "%s; training goes on after step %d%s", error, step, again)
+            say(
+                _logger, logging.WARNING, "%s; training goes on after step %d%s", error, step, again
+            )
             return self._is_retry
         self._complete(self._pending_step)
         return True
@@ -223,14 +225,15 @@ class CheckpointManager:
         try:
             self._write_with_retry(step)
         except CheckpointError as error:
-            _say(logging.WARNING, "%s; training goes on after step %d", error, step)
+            say(_logger, logging.WARNING, "%s; training goes on after step %d", error, step)
 
     def _save_and_stop(self, step: int) -> None:
         self._finish_background(step)
         if self._saved_step != step:
             self._write_with_retry(step)
         self.stopped = True
-        _say(
+        say(
+            _logger,
             logging.INFO,
             "asked to stop: saved after step %d; the same command line goes on from there",
             step,
@@ -269,7 +272,7 @@ class CheckpointManager:
         try:
             write(place, tensors, record, self._group)
         except CheckpointError as error:
-            _say(logging.WARNING, "%s; once more", error)
+            say(_logger, logging.WARNING, "%s; once more", error)
             write(place, tensors, record, self._group)
         self._complete(step)
 
@@ -325,8 +328,3 @@ def _logged(do: Callable[[], None]) -> None:
         do()
     except Exception as error:
         _logger.warning("old checkpoints are not deleted: %s: %s", type(error).__name__, error)
-
-
-def _say(level: int, message: str, *args: object) -> None:
-    if dist.get_rank() == 0:
-        _logger.log(level, message, *args)

@@ -1,11 +1,12 @@
 """Deciding together: what one rank finds out, all ranks know, and errors are everybody's."""
 
+import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from checkpoint.errors import CheckpointError, in_one_line
+from checkpoint.errors import CheckpointError, UnreadableError, in_one_line
 
 T = TypeVar("T")
 
@@ -14,23 +15,28 @@ def from_rank_0(find: Callable[[], T], group: dist.ProcessGroup, path: object) -
     """What ``find`` returns on rank 0, on every rank.
 
     Raises:
-        CheckpointError: On every rank, if ``find`` raises it, or OSError, on rank 0.
+        CheckpointError: On every rank, if ``find`` raises it on rank 0.
+        UnreadableError: On every rank, if ``find`` raises OSError on rank 0.
     """
-    answer: list[T | None] = [None]
-    problem: list[str | None] = [None]
+    said: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer = [find()]
+            said[0] = find()
         except CheckpointError as error:
-            problem = [str(error)]
+            said[1] = error
         except OSError as error:
-            problem = [str(in_one_line(path, "cannot be read", error))]
-    said = [answer[0], problem[0]]
+            said[1] = UnreadableError(str(in_one_line(path, "cannot be read", error)))
     dist.broadcast_object_list(said, src=0, group=group)
     found, wrong = said
     if wrong is not None:
-        raise CheckpointError(str(wrong))
-    return found  # type: ignore[return-value]  # None only where find() returns it
+        raise wrong
+    return found
+
+
+def say(logger: logging.Logger, level: int, message: str, *args: object) -> None:
+    """Log a line once, not on every rank."""
+    if dist.get_rank() == 0:
+        logger.log(level, message, *args, stacklevel=2)
 
 
 def gathered(value: T, group: dist.ProcessGroup) -> list[T]:

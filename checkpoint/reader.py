@@ -7,12 +7,11 @@ them, but for what would be copied silently into the wrong place or type.
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -27,6 +26,7 @@ from torch.futures import Future
 
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import MODEL_PREFIX, Box, Index, Manifest, TensorEntry
+from checkpoint.open_files import OpenFiles
 from checkpoint.writer import TORCH_DTYPES
 
 
@@ -85,7 +85,7 @@ class Reader(StorageReader):
             box, entry = self._boxes[_place(item.storage_index)]
             by_file[box.file].append((item, box, entry))
         for name, wanted in by_file.items():
-            with _opened(self._folder / name) as file:
+            with OpenFiles(self._folder) as files, files.file(name) as file:
                 for item, box, entry in wanted:
                     source = _read(file, item.storage_index.fqn, box, entry, item)
                     target = planner.resolve_tensor(item).detach()
@@ -109,17 +109,15 @@ def whole_tensors(
     Raises:
         CheckpointError: If a file cannot be read.
     """
-    opened: dict[str, Any] = {}
-    with ExitStack() as stack:
+    with OpenFiles(folder) as files:
         for key in keys:
             entry = manifest.tensors[key]
             whole = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
             for box in entry.boxes:
-                if box.file not in opened:
-                    opened[box.file] = stack.enter_context(_opened(folder / box.file))
                 ranges = zip(box.start, box.extent, strict=True)
                 place = tuple(slice(start, start + extent) for start, extent in ranges)
-                whole[place] = _checked(opened[box.file], key, box, entry)
+                with files.file(box.file) as file:
+                    whole[place] = _checked(file, key, box, entry)
             yield key, whole
 
 
@@ -162,12 +160,3 @@ def _checked(file: Any, key: str, box: Box, entry: TensorEntry) -> Tensor:  # no
     if tuple(found.shape) != box.extent or found.dtype != TORCH_DTYPES[entry.dtype]:
         raise SafetensorError(f"{key} has another shape or dtype than the manifest says")
     return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error

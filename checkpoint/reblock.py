@@ -46,17 +46,27 @@ class Range:
 
 
 def can_reblock(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two descriptions of a parameter differ in the size of blocks alone, for Shampoo."""
+    """Whether two descriptions of a parameter differ in the size of blocks alone, for Shampoo.
+
+    Edges of blocks that are edges of shards too are another matter: keys then name the whole grid.
+    """
     mine, theirs = own.get("grid"), other.get("grid")
     return bool(
         own["method"] == other["method"] == ShampooRule.name
         and mine
         and theirs
+        and not is_cut_at_shards(own)
+        and not is_cut_at_shards(other)
         and own.get("meaning") == other.get("meaning")
         and mine["merged_shape"] == theirs["merged_shape"]
         and len(mine["merged_shape"]) == 2
         and mine["batch_dims"] == theirs["batch_dims"] == 0
     )
+
+
+def is_cut_at_shards(description: Mapping[str, Any]) -> bool:
+    """Whether a parameter's blocks depend on the mesh."""
+    return description.get("options", {}).get("block_alignment", "global") != "global"
 
 
 def is_per_block(key: str) -> bool:

@@ -7,7 +7,7 @@ it, or here, once. Runs in a thread of rank 0, after the next one is complete.
 import logging
 from pathlib import Path
 
-from checkpoint.errors import CheckpointError
+from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
 from checkpoint.folders import discard, set_aside, step_folder, steps_in
 from checkpoint.verify import read_manifest, verify
 
@@ -25,13 +25,14 @@ class Retention:
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
         self._verified: set[int] = set()
+        self._unknown: set[int] = set()
 
     def trust(self, step: int) -> None:
         """Take the checkpoint of this step for verified: this process wrote it or read it all."""
         self._verified.add(step)
 
     def apply(self) -> None:
-        """Delete what is older than the newest good ones; set aside what is not good."""
+        """Delete what is older than the newest good ones; set aside what is damaged."""
         if self._keep == 0:
             return
         good = 0
@@ -42,6 +43,11 @@ class Retention:
                 continue
             try:
                 self._verify(step, place)
+            except (UnreadableError, MissingFileError) as error:
+                # Only all ranks together may call that damage (``checkpoint.finding``).
+                if step not in self._unknown:
+                    _logger.warning("not counted as kept: %s", error)
+                self._unknown.add(step)
             except CheckpointError as error:
                 kept = set_aside(place, "bad")
                 _logger.warning("not counted as kept: %s; now %s", error, kept.name)

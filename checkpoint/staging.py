@@ -18,10 +18,10 @@ Chunks = dict[tuple[int, ...], Tensor]
 
 
 class Staging:
-    """Copies states, into the same memory every time.
+    """Copies states, into the same memory every time: the last copies must no longer be in use.
 
     Args:
-        pinned: Copy what lies on a GPU into page-locked memory, which is kept.
+        pinned: Copy what lies on a GPU into page-locked memory, behind which the host goes on.
     """
 
     def __init__(self, *, pinned: bool) -> None:
@@ -42,13 +42,12 @@ class Staging:
 
     def _copied(self, key: str, at: tuple[int, ...], chunk: Tensor) -> Tensor:
         chunk = chunk.detach()
-        if not self._pinned or chunk.device.type == "cpu":
-            return chunk.to("cpu", copy=True)
+        locked = self._pinned and chunk.device.type != "cpu"
         kept = self._kept.get((key, at))
         if kept is None or kept.shape != chunk.shape or kept.dtype != chunk.dtype:
-            kept = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True)
+            kept = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=locked)
             self._kept[key, at] = kept
-        return kept.copy_(chunk, non_blocking=True)
+        return kept.copy_(chunk, non_blocking=locked)
 
 
 def local_chunks(tensor: Tensor) -> Chunks:

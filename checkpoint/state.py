@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint.manifest import MODEL_PREFIX, OPTIMIZER_PREFIX
 
-MODEL, OPTIMIZER = "model", "optimizer"
+MODEL, OPTIMIZER, PROGRESS = "model", "optimizer", "train_state"
 PREFIXES = {MODEL: MODEL_PREFIX, OPTIMIZER: OPTIMIZER_PREFIX}
 """Components that are tensors, by the prefix of their keys."""
 

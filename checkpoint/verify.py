@@ -5,19 +5,27 @@ truncated, renamed or foreign; ``hash_problems`` reads everything.
 """
 
 import os
-import re
+import platform
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
-from checkpoint.errors import CheckpointError
+from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
+from checkpoint.folders import step_of
 from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, own_sum, parse
 
-_STEP = re.compile(r"step-(\d+)")
 _PIECE = 1 << 20
+
+PAUSES = (0.1, 0.4, 1.5)
+"""Seconds between attempts to read: network file systems and full tables of files recover."""
+
+T = TypeVar("T")
 
 Progress = Callable[[int], object]
 """Told how many bytes have been read since the last call."""
@@ -28,8 +36,9 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: If anything is missing, too short or long, foreign, or not its own.
+        UnreadableError: If that cannot be found out; the other cases are damage.
     """
-    if not folder.is_dir():
+    if not _patiently(folder, folder.is_dir):
         raise CheckpointError(f"{folder}: no such checkpoint")
     content, sums = (_content(folder / name) for name in (MANIFEST, SUMS))
     if not sums.endswith(own_sum(content)):
@@ -47,15 +56,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 def hash_problems(
     folder: Path, files: Iterable[tuple[str, File]], progress: Progress = lambda _: None
-) -> Iterator[str]:
-    """Read files in several threads; yields one line for each whose bytes are others."""
+) -> Iterator[CheckpointError]:
+    """Read files in several threads; yields what is wrong with each that is not as written."""
     wanted = list(files)
     num_threads = max(1, min(8, len(os.sched_getaffinity(0)), len(wanted)))
     with ThreadPoolExecutor(num_threads) as pool:
-        found = pool.map(lambda item: _xxh128(folder / item[0], progress), wanted)
-        for (name, file), digest in zip(wanted, found, strict=True):
-            if digest != file.xxh128:
-                yield f"{folder / name}: corrupted, its hash is not what {MANIFEST} says"
+        found = pool.map(lambda item: _hash_problem(folder / item[0], item[1], progress), wanted)
+        yield from (problem for problem in found if problem is not None)
 
 
 def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
@@ -63,10 +70,11 @@ def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
 
     Raises:
         CheckpointError: Naming the first file that is wrong.
+        UnreadableError: Naming the first file that cannot be read, which may be good.
     """
     manifest = read_manifest(folder)
     for problem in hash_problems(folder, manifest.files.items(), progress):
-        raise CheckpointError(problem)
+        raise problem
     return manifest
 
 
@@ -84,8 +92,7 @@ def shares(manifest: Manifest, num_readers: int) -> list[list[tuple[str, File]]]
 def _check_name(folder: Path, manifest: Manifest) -> None:
     """Refuse ``step-30`` that holds step 20."""
     for name in {folder.name, folder.resolve().name}:
-        found = _STEP.fullmatch(name)
-        if found and int(found[1]) != manifest.step:
+        if step_of(name) not in (None, manifest.step):
             raise CheckpointError(f"{folder}: renamed, it holds step {manifest.step}")
 
 
@@ -96,40 +103,67 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{folder / name}: {found} bytes, written were {file.bytes}")
     # Dot files are the file system's own (".nfs0000..."), and no reader looks at them.
     own = {MANIFEST, SUMS, *manifest.files}
-    foreign = sorted(n.name for n in folder.iterdir() if n.name not in own and n.name[0] != ".")
+    names = _patiently(folder, partial(os.listdir, folder))
+    foreign = sorted(name for name in names if name not in own and name[0] != ".")
     if foreign:
         raise CheckpointError(f"{folder / foreign[0]}: not part of this checkpoint")
 
 
 def _content(path: Path) -> bytes:
     _regular_size(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return _patiently(path, path.read_bytes)
 
 
 def _regular_size(path: Path) -> int:
     """Size of a file that is one: a pipe would wait for ever, a link lead elsewhere."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    found = _patiently(path, path.lstat)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path}: not a regular file")
     return found.st_size
 
 
+def _hash_problem(path: Path, file: File, progress: Progress) -> CheckpointError | None:
+    try:
+        digest = _patiently(path, partial(_xxh128, path, progress))
+    except CheckpointError as error:
+        return error
+    if digest == file.xxh128:
+        return None
+    return CheckpointError(f"{path}: corrupted, its hash is not what {MANIFEST} says")
+
+
 def _xxh128(path: Path, progress: Progress) -> str:
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_PIECE))
+    total = 0
     try:
         with path.open("rb", buffering=0) as file:
             while size := file.readinto(buffer):
                 digest.update(buffer[:size])
                 progress(size)
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
+                total += size
+    except OSError:
+        progress(-total)  # it is read again from the start
+        raise
     return digest.hexdigest()
+
+
+def _patiently(path: Path, read: Callable[[], T]) -> T:
+    """What ``read`` returns, once the file system lets it.
+
+    Raises:
+        MissingFileError: If there is no such file, and none appears.
+        UnreadableError: If it cannot be read for another reason.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError:
+            time.sleep(pause)
+    try:
+        return read()
+    except FileNotFoundError:
+        raise MissingFileError(str(path)) from None
+    except OSError as error:
+        reason = f"{path}: cannot be read on {platform.node()}: {error.strerror}"
+        raise UnreadableError(reason) from error

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from checkpoint.errors import CheckpointError
 from checkpoint.lock import FolderLock
 from checkpoint.retention import Retention
+from checkpoint.staging import Staging, local_chunks
 from checkpoint.verify import verify
 from tests.checkpoint_runs import content, run_in
 from tests.ranks import run_on_ranks
@@ -199,3 +200,23 @@ def test_saving_while_training_goes_on_saves_the_same_bytes(tmp_path):
         )
         assert sync.keys() == background.keys()
         assert all(torch.equal(sync[key], background[key]) for key in sync)
+
+
+def test_every_background_save_copies_into_the_memory_of_the_first():
+    staging = Staging(pinned=False)
+    state = {"weight": torch.zeros(3, 4), "turned": torch.zeros(5, 2).t()}
+    places = []
+    for value in (1.0, 2.0):
+        for tensor in state.values():
+            tensor.fill_(value)
+        copies, wait = staging.copy(state)
+        wait()
+        chunks = [chunk for copy in copies.values() for chunk in local_chunks(copy).values()]
+        assert all((chunk == value).all() for chunk in chunks)
+        places.append([chunk.data_ptr() for chunk in chunks])
+    assert places[0] == places[1]
+    assert not set(places[0]) & {tensor.data_ptr() for tensor in state.values()}
+    state["weight"] = torch.zeros(4, 4, dtype=torch.float64)
+    copies, _ = staging.copy(state)
+    assert copies["weight"].shape == (4, 4)
+    assert copies["weight"].dtype == torch.float64

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from checkpoint.compare import geometry_problems
+from checkpoint.errors import CheckpointError
 from checkpoint.reblock import block_places, new_factors
 from tests.checkpoint_runs import content, run_in
 from tests.ranks import run_on_ranks
@@ -136,3 +138,53 @@ def test_nothing_is_approximated_where_blocks_are_the_same(tmp_path):
     run_on_ranks(2, load_same_size, tmp_path)
     before, after = content(tmp_path / "checkpoint" / "step-6"), content(tmp_path / "same/step-6")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def load_shards(folder, reblock):
+    options = {"block_size": 4, "block_alignment": "shard"}
+    with run_in(folder, "fsdp3", options=options, reblock=reblock, load_only=True) as run:
+        try:
+            run.manager.load()
+        except CheckpointError as error:
+            return str(error)
+    return "nothing"
+
+
+def save_shards(folder):
+    with run_in(folder, "fsdp2", options={"block_size": 4, "block_alignment": "shard"}) as run:
+        run.manager.load()
+        run.train(1)
+
+
+def test_blocks_cut_where_shards_end_are_refused_with_advice_that_works(tmp_path):
+    run_on_ranks(2, save_shards, tmp_path)
+    for reblock in ("refuse", "approximate"):
+        said = run_on_ranks(3, load_shards, tmp_path, reblock)
+        assert len(set(said)) == 1
+        assert "weight: blocks cut at (0, 4, 5, 8, 10) x (0, 4, 8, 12) in the check" in said[0]
+        assert (
+            'in this run; block_alignment = "shard" cuts them where shards end: resume on ranks '
+            "that shard as those that saved it, or set checkpoint.exclude_from_loading = "
+            '["optimizer"]; checkpoint.reblock is for block_alignment = "global"'
+        ) in said[0]
+
+
+def test_advice_names_the_option_that_differs():
+    def described(alignment, size, edges):
+        return {
+            "method": "shampoo",
+            "shape": [10, 12],
+            "grid": {"merged_shape": [10, 12], "edges": [edges, [0, 12]], "batch_dims": 0},
+            "options": {"block_size": size, "block_alignment": alignment},
+        }
+
+    own = described("global", 5, [0, 5, 10])
+    for saved, words in [
+        (described("global", 10, [0, 10]), ['set block_size = 10, or checkpoint.reblock = "app']),
+        (
+            described("shard", 5, [0, 3, 5, 10]),
+            ['set block_alignment = "shard", and resume on ranks that shard as those that saved'],
+        ),
+    ]:
+        (line,) = geometry_problems({"wq": own}, {"wq": saved})
+        assert all(word in line for word in words), line

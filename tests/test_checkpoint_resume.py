@@ -165,9 +165,22 @@ REFUSED = {
         {"options": {"block_size": 3}},
         ["weight: blocks cut at (0, 4, ", "(0, 3, ", "set block_size = 4, or checkpoint.reblock"],
     ),
-    "another merge": ({"options": {"merge": "none"}}, ["conv.weight: blocks", "merge = matrix"]),
+    "another merge": ({"options": {"merge": "none"}}, ["conv.weight: blocks", 'merge = "matrix"']),
     "another exponent": ({"options": {"exponent": 0.5}}, ["exponent", "0.5 in this run"]),
-    "no momentum": ({"options": {"momentum": 0.0}}, ["momentum: in the checkpoint"]),
+    "no momentum": (
+        {"options": {"momentum": 0.0}}, ["momentum: in the checkpoint", "; set momentum"]
+    ),
+    "rarer factors": (
+        {"options": {"factor_frequency": 2}},
+        ["num_measured: not in the checkpoint; set factor_frequency"],
+    ),
+    "no grafting": (
+        {"options": {"grafting": "sgd"}},
+        ["exp_avg_sq: in the checkpoint, not in this run; set grafting"],
+    ),
+    "another root method": (
+        {"options": {"root_method": "qr"}}, ["_basis.4: not in the checkpoint; set root_method"]
+    ),
     "another dtype": ({"dtype": torch.float64}, ["F32 in the checkpoint, torch.float64"]),
     "a parameter more": (
         {"shapes": {**SHAPES, "w2.weight": (4, 4)}}, ["w2.weight: not a trained parameter"]

@@ -118,6 +118,47 @@ def test_components_can_be_left_out_when_loading(tmp_path):
     )
 
 
+def test_components_can_be_left_out_when_beginning_from_another_runs_state(tmp_path):
+    run(tmp_path / "first", 3, {})
+    config = {
+        "initial_load_path": str(tmp_path / "first" / "checkpoint" / "step-3"),
+        "initial_load_model_only": False,
+        "exclude_from_loading": ["dataloader", "lr_scheduler"],
+    }
+    _, start = run(tmp_path / "second", 4, config)
+    assert start == 3
+    record = read_manifest(tmp_path / "second" / "checkpoint" / "step-4").record
+    assert record["values"]["dataloader"] == {"samples": 8}
+    assert record["values"]["lr_scheduler"] == {"last_epoch": 1}
+
+
+def test_a_model_that_is_all_there_is_to_load_cannot_be_left_out(tmp_path):
+    run(tmp_path / "first", 1, {})
+    path = str(tmp_path / "first" / "checkpoint" / "step-1")
+    config = {"initial_load_path": path, "exclude_from_loading": ["model"]}
+    said, _ = run(tmp_path / "second", 1, config)
+    assert "checkpoint.exclude_from_loading: model, and the model is all that" in said[0]
+
+
+def draws_after_loading(folder, excluded):
+    with run_in(folder, "single", load_only=True, exclude_from_loading=excluded) as resumed:
+        resumed.manager.load()
+        return torch.rand(4).tolist()
+
+
+def test_random_generators_go_on_with_the_step_whatever_else_is_left_out(tmp_path):
+    run(tmp_path, 3, {"noise": 0.1})
+    draws = {
+        name: run_on_ranks(1, draws_after_loading, tmp_path, excluded)
+        for name, excluded in {
+            "all": [],
+            "no rates": ["lr_scheduler"],
+            "anew": ["train_state"],
+        }.items()
+    }
+    assert draws["no rates"] == draws["all"] != draws["anew"]
+
+
 def test_changed_hyper_parameters_are_said_and_the_new_ones_win(tmp_path):
     run(tmp_path, 1, {}, settings={"optimizer.lr": 0.1, "training.steps": 9})
     said, _ = run(tmp_path, 2, {}, settings={"optimizer.lr": 0.2, "training.steps": 9})

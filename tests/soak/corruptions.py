@@ -10,7 +10,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import checkpoint.verify
 from checkpoint.errors import CheckpointError
 from checkpoint.verify import verify
 from tests.checkpoint_runs import run_in
@@ -140,7 +142,8 @@ def count_undetected(count: int, folder: Path, seed: int = 0) -> tuple[Counter[s
         path = damage(copy, good / "step-1", draw)
         place = path if path.name.startswith("step-") else copy
         try:
-            verify(place)
+            with patch.object(checkpoint.verify, "PAUSES", ()):  # nothing will appear
+                verify(place)
         except CheckpointError as error:
             if not any(str(name) in str(error) for name in _names(damage, path)):
                 missed.append(f"{damage.__name__} {trial}: {error}")
