@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from titan_shampoo import EvaF, Shampoo
-from titan_shampoo.titan.summary import optimizer_line
+from titan_shampoo.titan.summary import decay_warnings, optimizer_line
 
 EMBEDDING, LAYERS, NORM = 7 * 6, 6 * 9 + 9 + 9 * 6 + 6, 6 + 6
 
@@ -58,3 +58,24 @@ def test_one_of_torchs_optimizers_steps_everything() -> None:
     assert line_of(torch.optim.SGD(model().parameters(), lr=0.1)) == (
         f"SGD on 7 tensors ({EMBEDDING + NORM + LAYERS}); learning rate 0.1"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weight_decay": 0.1}, ["0.3 per step"]),
+        ({"weight_decay": 0.1, "momentum": 0.0}, ["0.03 per step"]),
+        ({"weight_decay": 1e-4}, []),
+        ({"weight_decay": 0.1, "weight_decay_type": "independent"}, []),
+    ],
+)
+def test_decay_that_erases_the_weights_is_warned_of(
+    options: dict[str, Any], said: list[str]
+) -> None:
+    network = model()
+    optimizer = EvaF(network.named_parameters(), 0.3, model=network, **options)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    warned = list(decay_warnings([optimizer]))
+    assert len(warned) == len(said)
+    assert all(share in line for share, line in zip(said, warned, strict=True))
+    assert all("set optimizer.weight_decay" in line for line in warned)

@@ -20,6 +20,8 @@ from titan_shampoo.titan.optimizers import OptimizersContainer
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 _DIAGONAL = {"adamw": "AdamW", "sgd": "SGD"}
 _GIB = 2**30
+_MOST_DECAY = 0.01
+"""Of the weights per step, before a person is warned."""
 
 
 def summary_lines(
@@ -45,6 +47,7 @@ def summary_lines(
         ("model", _model(job_config, model_parts)),
         ("mesh", _mesh(parallel_dims)),
         *_labelled("optimizer", map(optimizer_line, optimizers.optimizers)),
+        *_labelled("warning", decay_warnings(optimizers.optimizers)),
         ("memory", _memory(model_parts, optimizers)),
         ("data", _data(job_config, parallel_dims, num_samples, unit)),
         ("writes", _places(job_config)),
@@ -86,6 +89,25 @@ def optimizer_line(optimizer: Optimizer) -> str:
             rates[bool(fallback)].add(float(group["initial_lr"] if own is None else own))
     parts = [f"{label} on {tensors[label]} tensors ({numbers[label]:,})" for label in tensors]
     return f"{', '.join(parts)}; learning rate {_rates(rates[False], rates[True])}"
+
+
+def decay_warnings(optimizers: Iterable[Optimizer]) -> Iterator[str]:
+    """A line for each optimizer whose weight decay leaves little of the weights after some steps.
+
+    Decay that is usual for AdamW is ruinous at the learning rates of methods for layers, whose
+    momentum multiplies it once more.
+    """
+    for optimizer in optimizers:
+        shares = [
+            group["initial_lr"] * group["weight_decay"] / (1 - group["momentum"])
+            for group in optimizer.param_groups
+            if isinstance(optimizer, LayerOptimizer) and group["weight_decay_type"] == "decoupled"
+        ]
+        if shares and max(shares) > _MOST_DECAY:
+            yield (
+                f"{type(optimizer).__name__} decays weights by {max(shares):.2g} per step (lr x "
+                "weight_decay / (1 - momentum)); set optimizer.weight_decay, 1e-4 for instance"
+            )
 
 
 def _fallback(
