@@ -65,11 +65,15 @@ def _blocks(name: str, table: str, **options: object) -> Method:
     return Method(name, 1.8e-2, 3e-3, {"optimizer.weight_decay": 0.1, **own})
 
 
+_TEXT_DECAY: Settings = {"optimizer.weight_decay": 1e-4}
+"""Of methods for layers: their rates and momentum make AdamW's 0.1 a third of the weights."""
+
+
 def _layers(name: str, table: str, text_lr: float = 0.1, **on_texts: object) -> Method:
     """A method for layers: AdamW, and on images SGD, for what it does not precondition."""
     return Method(
         name, text_lr, 0.1, {},
-        text=_own(table, fallback_lr=1e-2, **on_texts),
+        text={**_TEXT_DECAY, **_own(table, fallback_lr=1e-2, **on_texts)},
         images={"optimizer.weight_decay": 5e-4,
                 **_own(table, kl_clip=1e-2, fallback="sgd", fallback_lr=0.1)},
     )  # fmt: skip
@@ -87,7 +91,7 @@ METHODS = {
         _layers("Eva", "eva"),
         # Damping as in configs/transformer_debug_eva.toml; docs/eva.md has what led to it.
         _layers("EvaF", "eva_f", 0.3, scaling="kl_norm", damping_mode="relative", damping=0.03),
-        Method("EvaS", 0.1, 0.1, {}, text=_own("eva_s", fallback_lr=1e-2),
+        Method("EvaS", 0.1, 0.1, {}, text={**_TEXT_DECAY, **_own("eva_s", fallback_lr=1e-2)},
                images={"optimizer.weight_decay": 5e-4,
                        **_own("eva_s", fallback="sgd", fallback_lr=0.1)}),
         _layers("FOOF", "foof"),
