@@ -6,12 +6,13 @@ steps and against the seconds spent, restarts included, from each run's ``metric
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METRICS_FILE", "Record", "draw", "main", "read_records"]
+__all__ = ["METRICS_FILE", "Record", "draw", "limits", "main", "read_records"]
 
 Record = dict[str, Any]
 
@@ -48,18 +49,20 @@ def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    recorded = {key for records in runs.values() for record in records for key in record}
+    curves = [curve for curve in _CURVES if curve[0] in recorded]
+    figure = Figure(figsize=(12, 4 * max(len(curves), 1)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    panels = figure.subplots(len(_CURVES), len(_AXES), squeeze=False)
-    for row, (key, label) in zip(panels, _CURVES, strict=True):
+    panels = figure.subplots(max(len(curves), 1), len(_AXES), squeeze=False)
+    for row, (key, label) in zip(panels, curves, strict=False):
         for axes, x in zip(row, _AXES, strict=True):
             for name, records in runs.items():
                 points = list(_points(records, x, key))
                 style = "-" if key == "loss" else "o-"
                 if points:
                     axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-            axes.set(xlabel=x, ylabel=label)
+            axes.set(xlabel=x, ylabel=label, ylim=limits(runs.values(), key))
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend()
@@ -83,6 +86,18 @@ def main(args: Sequence[str]) -> None:
             parser.error(f"{folder / METRICS_FILE}: no records of a run")
     draw(runs, chosen.output)
     sys.stdout.write(f"{chosen.output}\n")
+
+
+def limits(runs: Iterable[Sequence[Record]], key: str) -> tuple[float, float] | None:
+    """Of the values behind the first tenth of each run, whose fall would hide all that follows."""
+    kept: list[float] = []
+    for records in runs:
+        points = list(_points(records, "step", key))
+        kept += [y for step, y in points if step > points[-1][0] / 10 and math.isfinite(y)]
+    if not kept or min(kept) == max(kept):
+        return None
+    margin = 0.05 * (max(kept) - min(kept))
+    return min(kept) - margin, max(kept) + margin
 
 
 def _points(records: Sequence[Record], x: str, y: str) -> Iterator[tuple[float, float]]:
