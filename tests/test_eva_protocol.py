@@ -475,6 +475,12 @@ def test_impossible_option_is_refused_by_name(name: str) -> None:
         make("Eva", made(Mixed), **BAD_OPTIONS[name])
 
 
+@pytest.mark.parametrize("method", ["FOOF", "KFAC"])
+def test_a_scale_that_makes_up_for_evas_damping_is_refused_elsewhere(method: str) -> None:
+    with pytest.raises(ValueError, match=r"^scaling: got 'kl_norm', wanted .* with (FOOF|KFAC)"):
+        make(method, made(Mixed), scaling="kl_norm")
+
+
 def test_groups_cannot_differ_in_what_scales_the_whole_step() -> None:
     model = made(Mixed)
     first, *rest = model.named_parameters()

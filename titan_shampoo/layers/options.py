@@ -75,6 +75,10 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
     if options.get("batch_dims") and "factor_frequency" in options:
         raise ValueError(f"batch_dims: got 1, wanted 0: {options['method']} takes no stacks of "
                          "matrices one by one; give them to Eva, EvaF or EvaS")  # fmt: skip
+    if options["scaling"] == "kl_norm" and "factor_frequency" in options:
+        raise ValueError(f"scaling: got 'kl_norm', wanted 'kl_clip', 'norm' or None with "
+                         f"{options['method']}: it makes up for a division by the damping, which "
+                         "only Eva, EvaF and EvaS make")  # fmt: skip
     if options.get("kv_scale") == "batch_mean" and options["kv_batch_size"] is None:
         raise ValueError("kv_batch_size: got None with kv_scale='batch_mean', wanted the batch "
                          "size that the damping was tuned for")  # fmt: skip
