@@ -110,6 +110,28 @@ def _has_diagonal_average(options: Mapping[str, Any]) -> bool:
     return averages or options["fallback"] is not None
 
 
+def check_order(name: str, order: int, options: Mapping[str, Any]) -> None:
+    """Refuse exponents that blocks of a parameter cannot have, or whose roots cannot be found.
+
+    Args:
+        name: Of the parameter.
+        order: Dims of its blocks.
+        options: Its parameter group.
+
+    Raises:
+        ValueError: Naming the parameter, what was got and what is wanted.
+    """
+    exponent = options.get("exponent")
+    if isinstance(exponent, (tuple, list)) and len(exponent) < order:
+        raise ValueError(f"{name}: exponent has {len(exponent)} numbers, "
+                         f"wanted {order}, one for each dim")  # fmt: skip
+    by_products = options.get("root_method") == "newton_schulz"
+    if by_products and exponent is None and not halvings(1 / (2 * order)):
+        raise ValueError(f"{name}: exponent is 1/{2 * order} of its {order} dims, wanted 1/2, 1/4, "
+                         "1/8, ... with root_method='newton_schulz'; set root_method='auto', or "
+                         "exponent")  # fmt: skip
+
+
 def _check_exponents(options: Mapping[str, Any]) -> None:
     """Iterations made of products find roots of whole order, or of powers of two, only."""
     method, exponents = options.get("root_method"), options.get("exponent")

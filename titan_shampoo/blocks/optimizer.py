@@ -30,7 +30,7 @@ from titan_shampoo.library_optimizer import (
     named,
     warn_without_names,
 )
-from titan_shampoo.options import check_options
+from titan_shampoo.options import check_options, check_order
 from titan_shampoo.whole_model import Described, described, turns_in_model
 
 logger = logging.getLogger(__name__)
@@ -196,11 +196,7 @@ class BlockOptimizer(LibraryOptimizer):
 
     def _planned(self, member: Member) -> Parameter:
         param, options = member.param, member.options
-        grid = _grid(param, options)
-        exponent = options.get("exponent")
-        if isinstance(exponent, (tuple, list)) and len(exponent) < grid.order:
-            raise ValueError(f"{member.name}: exponent has {len(exponent)} numbers, "
-                             f"wanted {grid.order}, one for each dim")  # fmt: skip
+        grid = _grid(member.name, param, options)
         team, sharding = layout_of(param, self._replicas(), member.name)
         if options["block_alignment"] == "shard":
             grid = grid.cut_at(sharding.edges(tuple(param.shape), grid))
@@ -226,18 +222,20 @@ class BlockOptimizer(LibraryOptimizer):
         """What a parameter of another stage needs of the refresh period."""
         if falls_back(param.name, param.tensor, param.options):
             return None
-        grid = _grid(param.tensor, param.options)
+        grid = _grid(param.name, param.tensor, param.options)
         costs = [self.rule.cost(grid.block_shape(p), param.options)[1] for p in grid.positions()]
         period = param.options["precondition_frequency"]
         return Claim(param.name, param.group, period, tuple(costs))
 
 
-def _grid(param: Tensor, options: Mapping[str, Any]) -> Grid:
-    """Blocks of a parameter, in its own coordinates."""
+def _grid(name: str, param: Tensor, options: Mapping[str, Any]) -> Grid:
+    """Blocks of a parameter, in its own coordinates, whose roots can be found."""
     size = options["block_size"]
-    return make_grid(
+    grid = make_grid(
         tuple(param.shape),
         block_size=size if isinstance(size, int) else (size[0], size[1]),
         merge=options["merge"],
         batch_dims=options["batch_dims"],
     )
+    check_order(name, grid.order, options)
+    return grid
