@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from titan_shampoo.functional.roots import eigh
+
 State = dict[str, Tensor]
 Damping = Literal["factored", "exact"]
 
@@ -55,8 +57,8 @@ def refreshed(
     if left is None:
         return {"right_inverse": damped_inverse(right, damping)}
     if kind == "exact":
-        left_values, left_basis = torch.linalg.eigh(left)
-        right_values, right_basis = torch.linalg.eigh(right)
+        left_values, left_basis = eigh(left)
+        right_values, right_basis = eigh(right)
         return {
             "left_basis": left_basis,
             "left_values": left_values.clamp(min=0),
