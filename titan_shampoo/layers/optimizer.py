@@ -21,7 +21,7 @@ from titan_shampoo.functional.descent import descend_
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import check_layer_options
 from titan_shampoo.layers.search import LayerSearch
-from titan_shampoo.layers.step import LayerStep
+from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import (
     LibraryOptimizer,
     copy_state,
@@ -110,7 +110,9 @@ class LayerOptimizer(LibraryOptimizer):
             self._step.pass_time()
 
     def _take_step(self, grads: Grads, norms: Grads, taken: Tensor | None) -> None:
-        if self._step is not None:
+        if self._step is None:
+            self._follow_other_stages(grads)
+        else:
             self._step.observe(taken)
             self._check_taps(grads)
             mine = {param: grads[param] for param in self._joined if param in grads}
@@ -119,6 +121,14 @@ class LayerOptimizer(LibraryOptimizer):
                 norms = {param: norm.where(taken, 0.0) for param, norm in norms.items()}
             self._step.step(mine, norms, taken)
         self._step_others(grads, taken)
+
+    def _follow_other_stages(self, grads: Grads) -> None:
+        """Without layers: take part in what those of other stages of a pipeline agree on."""
+        self._check_taps(grads)
+        scaling = self.param_groups[0]["scaling"]
+        if scaling is not None and self._pipeline_group is not None:
+            nothing = torch.zeros(2, device=self._device)
+            summed_over_stages(scaling, nothing, self._pipeline_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and what has been measured since the last step."""
@@ -287,16 +297,10 @@ class LayerOptimizer(LibraryOptimizer):
 
     def _check_taps(self, grads: Mapping[Tensor, Tensor]) -> None:
         """In the first step: refuse layers that were trained unseen, on all ranks alike."""
-        if self._is_checked or self._step is None:
+        if self._is_checked:
             return
         self._is_checked = True
-        # Experts that are given no rows have gradients of zero.
-        trained = {
-            layer.name
-            for layer in self._step.layers
-            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
-        }
-        unseen = [name for name in self._step.unseen() if name in trained]
+        unseen = [] if self._step is None else self._trained_unseen(self._step, grads)
         count = torch.tensor(float(len(unseen)), device=self._device)
         for group in self._judges:
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
@@ -304,6 +308,17 @@ class LayerOptimizer(LibraryOptimizer):
             which = unseen[0] if unseen else "a layer of another pipeline stage"
             raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
                                "the optimizer before the first forward pass")  # fmt: skip
+
+    @staticmethod
+    def _trained_unseen(step: LayerStep, grads: Grads) -> list[str]:
+        """Layers with a gradient in which no rank measured anything."""
+        # Experts that are given no rows have gradients of zero.
+        trained = {
+            layer.name
+            for layer in step.layers
+            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
+        }
+        return [name for name in step.unseen() if name in trained]
 
     def _reset_taps(self) -> None:
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""

@@ -144,10 +144,7 @@ class LayerStep:
         """
         assert self.scaling is not None, "there is nothing to scale by"
         if self._pipeline_group is not None:
-            constant = sums[:1].clone()
-            dist.all_reduce(sums, group=self._pipeline_group)
-            if self.scaling != "norm":  # then the numerator is a constant and no sum
-                sums = torch.cat([constant, sums[1:]])
+            sums = summed_over_stages(self.scaling, sums, self._pipeline_group)
         return global_scale(self.scaling, sums)
 
     def decayed(self, grads: Grads, taken: Tensor | None) -> Grads:
@@ -165,6 +162,18 @@ class LayerStep:
     def decays_gradients(self) -> bool:
         """Whether any group has coupled weight decay."""
         return any(layer.options["weight_decay_type"] == "l2" for layer in self.layers)
+
+
+def summed_over_stages(scaling: Scaling, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Numerator and denominator over the layers of all stages of a pipeline, ``(2,)``.
+
+    Every stage calls it, one without layers with zeros; in float64, as their dtypes may differ.
+    """
+    total = sums.to(torch.float64, copy=True)
+    dist.all_reduce(total, group=group)
+    total = total.to(sums.dtype)
+    # But for "norm", the numerator is a constant and no sum.
+    return total if scaling == "norm" else torch.cat([sums[:1], total[1:]])
 
 
 class Moves:
