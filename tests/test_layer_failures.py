@@ -128,6 +128,19 @@ def test_inversions_are_spread_over_the_period(method: str) -> None:
     assert [later - earlier for earlier, later in itertools.pairwise(counts)] == [1] * 9
 
 
+@inverted
+def test_every_inverse_has_its_turn_after_a_state_with_a_shorter_period_is_loaded(
+    method: str,
+) -> None:
+    model, twin = made(Mixed), made(Mixed)
+    optimizer, short = make(method, model, precondition_frequency=10), make(method, twin)
+    short.param_groups[0]["precondition_frequency"] = 3
+    advance(short, twin, [0])
+    optimizer.load_state_dict(short.state_dict())
+    advance(optimizer, model, range(1, 4))
+    assert all(value > 0 for key, value in states(optimizer).items() if "refreshes" in key)
+
+
 def fail_on_owner(method: str) -> str:
     """The error that this rank raises when blocks of rank 0 alone fail."""
     model = made(Mixed)

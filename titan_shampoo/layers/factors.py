@@ -194,10 +194,11 @@ class Factors:
     def _due_blocks(self, number: int, cursor: int) -> list[int]:
         """Positions of the blocks of a stack that are refreshed in this step, each in its turn."""
         stack, options = self.plan.stacks[number], self._options_of(number)
-        turn = cursor % int(options["precondition_frequency"])
+        period = int(options["precondition_frequency"])
+        turn = cursor % period
         if options["refresh"] == "together":
             return list(range(len(stack.blocks))) if turn == 0 else []
-        return [place for place, block in enumerate(stack.blocks) if block.turn == turn]
+        return [place for place, block in enumerate(stack.blocks) if block.turn % period == turn]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, ``"right.3"`` for block 3."""
