@@ -3,7 +3,7 @@
 Every rank has the same options, so every rank refuses the same ones, before any collective.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
     _check_pairs(options)
     _check_exponents(options)
+
+
+def check_alike(groups: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> None:
+    """Refuse options of the last of ``groups`` that must be those of the first.
+
+    Raises:
+        ValueError: Naming the option and what both have.
+    """
+    for key in keys:
+        if key in groups[-1] and groups[-1][key] != groups[0][key]:
+            raise ValueError(f"{key}: got {groups[-1][key]!r} in one group and {groups[0][key]!r} "
+                             "in another, wanted the same, as all groups are one step")  # fmt: skip
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:

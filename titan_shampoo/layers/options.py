@@ -8,7 +8,7 @@ from typing import Any
 
 from titan_shampoo.options import CHOICES as SHARED_CHOICES
 from titan_shampoo.options import LIMITS as SHARED_LIMITS
-from titan_shampoo.options import Limit
+from titan_shampoo.options import Limit, check_alike
 
 _POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
 _AVERAGING: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
@@ -44,7 +44,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 _OF_THE_WHOLE_STEP = ("scaling", "kl_clip", "max_skipped", "max_failures")
-"""Options that all groups share, as one number is formed of all layers."""
+"""Options that all groups share: one number is formed of all layers, and steps are counted once."""
 
 
 def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -61,10 +61,7 @@ def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
         if key in options and options[key] not in choices:
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
     _check_pairs(options)
-    for key in _OF_THE_WHOLE_STEP:
-        if key in options and options[key] != groups[0][key]:
-            raise ValueError(f"{key}: got {options[key]!r} in one group and {groups[0][key]!r} in "
-                             "another, wanted the same, as the step has one length")  # fmt: skip
+    check_alike(groups, _OF_THE_WHOLE_STEP)
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
