@@ -34,7 +34,9 @@ def train(method: str, held: Iterable[int], options: dict[str, Any]) -> Values:
     """
     parts = stages()
     model = nn.Sequential(*[parts[number] for number in held])
-    names = {p: f"{n}.{name}" for n, part in enumerate(parts) for name, p in part.named_parameters()}
+    names = {
+        p: f"{n}.{name}" for n, part in enumerate(parts) for name, p in part.named_parameters()
+    }
     params = [(names[param], param) for param in model.parameters()]
     own = {} if method == "EvaS" else {"model": model}
     optimizer = METHODS[method](params, lr=0.05, damping=0.1, **own, **options)

@@ -24,7 +24,6 @@ from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import (
     LibraryOptimizer,
-    copy_state,
     named,
     warn_without_names,
 )
@@ -187,12 +186,13 @@ class LayerOptimizer(LibraryOptimizer):
         super().__setstate__(state)
         self._process_group = self._pipeline_group = None
         self._is_complete = True
+        before = dict(self.state)
         self._build()
+        self._carry_over(before)
 
     def _build(self) -> None:
-        """Find the layers, allocate all state, and carry over what was there before."""
+        """Find the layers and allocate all state."""
         self._is_checked = False
-        before = dict(self.state)
         self.state = defaultdict(dict)
         names = self._names_in_models()
         self._named_params = {
@@ -213,8 +213,6 @@ class LayerOptimizer(LibraryOptimizer):
         for param in self._groups_of:
             if param not in self._joined:
                 self._allocate_other(param)
-        for param, state in before.items():
-            copy_state(self.state[param], state)
 
     def _allocate_layers(self, layers: list[Layer]) -> None:
         """The step of the layers, and views of its state."""
