@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from titan_shampoo.blocks.ready import Ready
 from titan_shampoo.blocks.schedule import Mask, schedule, start_step
 from titan_shampoo.blocks.state import FAILURES, REFRESHES, BlockState, Member
 from titan_shampoo.distributed.exchange import exchange_in_turn
@@ -51,6 +52,8 @@ class Engine:
         """Steps that each parameter has taken; bias corrections count from it."""
         self.cursor = torch.zeros(len(members), dtype=torch.int64)
         """Steps with a gradient, on the host, skipped ones included: the schedule's time."""
+        self._last_cursor = self.cursor.clone()
+        self._ready = Ready()
         self.state = BlockState(members, rule, plan, self.device)
         self.momentum = [
             self._empty_momentum(number) if member.options["momentum"] > 0 else None
@@ -94,7 +97,10 @@ class Engine:
         """Let the schedule go on for the parameters with a gradient; returns which they are."""
         present = np.zeros(len(self.members), dtype=bool)
         present[list(grads)] = True
+        if not torch.equal(self.cursor, self._last_cursor):  # state has been loaded
+            self._ready.forget()
         self.cursor += torch.from_numpy(present)
+        self._last_cursor.copy_(self.cursor)
         return present
 
     def _replace_by_directions(
@@ -136,7 +142,7 @@ class Engine:
             grad = grad.where(taken, 0.0)
         clock = Clock(
             step=self.step_count[self._on_device(members)],
-            ready=self._mask(time >= first),
+            ready=self._ready_blocks(number, state),
             starts_at_one=self._on_device(first == 1),
             measured=None if measured.all() else self._on_device(np.flatnonzero(measured)),
             taken=taken,
@@ -144,6 +150,7 @@ class Engine:
         if due.any():
             self.rule.accumulate_(state, grad, clock, options)
             self._refresh(number, state, self._on_device(np.flatnonzero(due)), clock, options)
+            clock = clock._replace(ready=self._ready_blocks(number, state))
             direction = self.rule.direction(state, grad, clock, options)
         else:
             direction = self._plain_work()(self.rule, state, grad, clock, options)
@@ -156,7 +163,8 @@ class Engine:
         self, number: int, state: State, due: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> None:
         """New roots or bases for the blocks at ``due``, where they are finite."""
-        before = Clock(clock.step[due], state[REFRESHES.name][due] > 0, clock.starts_at_one[due])
+        ready = True if clock.ready is True else state[REFRESHES.name][due] > 0
+        before = Clock(clock.step[due], ready, clock.starts_at_one[due])
         new = self.rule.refresh(state, due, before, self.plan.stacks[number].shape, options)
         good = _take(state, due, new, clock.taken)
         failed = ~good if clock.taken is None else ~good & clock.taken
@@ -231,11 +239,12 @@ class Engine:
             self._workspace[use] = made
         return made
 
-    def _mask(self, values: Mask) -> Tensor | bool:
-        """One answer if it is the same for all, else a mask on the device."""
-        if values.all() or not values.any():
-            return bool(values[0])
-        return self._on_device(values)
+    def _ready_blocks(self, number: int, state: State) -> Tensor | bool:
+        """Which blocks of a part of a stack have been refreshed, or one answer for all."""
+        if self._ready.is_complete(number, self.state.stacks[number][REFRESHES.name]):
+            return True
+        ready = state[REFRESHES.name] > 0
+        return ready if self.device.type != "cpu" or ready.any() else False
 
     def _on_device(self, values: NDArray[Any]) -> Tensor:
         """``values`` on the device; kept, as few occur, so that steps do not wait for copies."""
