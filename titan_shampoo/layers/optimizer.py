@@ -251,12 +251,12 @@ class LayerOptimizer(LibraryOptimizer):
             if not moving:
                 continue
             mine = [grads[param] for param in moving]
-            lr = _fallback_lr(group)
+            options = group | _fallback_rates(group)
             if group["fallback"] == "adamw":
                 states = [self.state[param] for param in moving]
-                adamw_step(moving, mine, states, group | {"lr": lr}, taken)
+                adamw_step(moving, mine, states, options, taken)
             else:
-                self._step_by_sgd(moving, mine, group | {"lr": lr}, taken)
+                self._step_by_sgd(moving, mine, options, taken)
 
     def _step_by_sgd(
         self,
@@ -332,9 +332,9 @@ def _parts(model: Model | None) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
-def _fallback_lr(options: Mapping[str, Any]) -> float:
-    """The learning rate of the diagonal method, on the schedule of that of the layers."""
+def _fallback_rates(options: Mapping[str, Any]) -> dict[str, float]:
+    """Learning rate and peak of the diagonal method, on the schedule of those of the layers."""
     own, lr, peak = options["fallback_lr"], float(options["lr"]), float(options["peak_lr"])
     if own is None:
-        return lr
-    return float(own) * lr / peak if peak else 0.0
+        return {}
+    return {"lr": float(own) * lr / peak if peak else 0.0, "peak_lr": float(own)}
