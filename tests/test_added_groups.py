@@ -15,7 +15,7 @@ GROUPS = [["0", "1"], ["2"]]
 """Layers; the one that is added is as much work as all others."""
 
 
-def model_of() -> torch.nn.Module:
+def model_of() -> torch.nn.Sequential:
     torch.manual_seed(0)
     sizes = [(6, 4), (5, 6), (20, 5)]
     return torch.nn.Sequential(*[torch.nn.Linear(i, o, bias=False) for o, i in sizes]).double()

@@ -72,6 +72,25 @@ def test_repetition_in_float64_gives_the_inverses_of_the_failed_step(
 
 
 @inverted
+def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(Mixed).float()
+    optimizer = make(method, model, **EVERY_STEP)
+    spoil_first_inverse(monkeypatch, torch.float32)
+    advance(optimizer, model, [0])
+    failed = [key for key, value in states(optimizer).items() if "failures" in key and value]
+    sound = kfac.damped_inverse
+    monkeypatch.setattr(kfac, "damped_inverse", lambda *args: sound(*args) * 1e100)
+    assert optimizer._step is not None
+    optimizer._step.repair()
+    after = states(optimizer)
+    assert failed
+    assert all(after[key] == 1 for key in failed)
+    assert all(value.isfinite().all() for value in after.values())
+
+
+@inverted
 def test_block_that_fails_too_often_ends_the_run(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

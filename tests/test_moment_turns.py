@@ -114,7 +114,7 @@ def test_a_compiled_part_has_one_graph_with_moments_and_one_without() -> None:
 
 
 class WithExperts(Network):
-    """Beside its layers, what none is: stacks of experts, a table of positions and a lone matrix."""
+    """Beside its layers, what is none: a stack of experts, positions and a lone matrix."""
 
     def __init__(self) -> None:
         super().__init__()

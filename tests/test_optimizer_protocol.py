@@ -392,8 +392,9 @@ def test_added_group_does_not_disturb_the_others(method: str, refresh: str) -> N
 @every_method
 def test_groups_cannot_differ_in_what_the_whole_step_obeys(method: str) -> None:
     first, *rest = parameters().items()
-    for key, other in {"max_skipped": 7, "max_failures": 1, "compile": True}.items():
-        groups = [{"params": [first]}, {"params": rest, key: other}]
+    others: dict[str, Any] = {"max_skipped": 7, "max_failures": 1, "compile": True}
+    for key, other in others.items():
+        groups: list[dict[str, Any]] = [{"params": [first]}, {"params": rest, key: other}]
         with pytest.raises(ValueError, match=f"{key}: got {other} in one group and"):
             METHODS[method](groups, **OPTIONS)
         alike = METHODS[method]([group | {key: other} for group in groups], **OPTIONS)

@@ -10,7 +10,7 @@ from tests.test_optimizer_protocol import advance, assert_same, every_method, ma
 from tests.test_optimizer_protocol import parameters as all_parameters
 from titan_shampoo.blocks import ready
 from titan_shampoo.blocks.ready import Ready
-from titan_shampoo.functional import soap
+from titan_shampoo.functional import roots, soap
 
 
 def parameters() -> dict[str, torch.nn.Parameter]:
@@ -67,7 +67,7 @@ def test_loaded_state_says_which_blocks_have_roots() -> None:
 
 def test_after_the_first_period_a_refresh_asks_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor | bool] = []
-    sound = soap.next_basis
+    sound = roots.next_basis
 
     def watched(matrices: Tensor, old: Tensor, known: Tensor | bool, **kwargs: Any) -> Any:
         asked.append(known)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from titan_shampoo.blocks.ready import Ready
 from titan_shampoo.blocks.schedule import Mask, schedule, start_step
-from titan_shampoo.blocks.state import FAILURES, REFRESHES, BlockState, Member
+from titan_shampoo.blocks.state import REFRESHES, BlockState, Member
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Plan, Stack
 from titan_shampoo.functional.descent import as_tensors, coupled_gradient, descend_, rates
-from titan_shampoo.functional.rule import Clock, Rule, State
+from titan_shampoo.functional.rule import CONDITION, Clock, Rule, State
+from titan_shampoo.repair import Repairs, take_, worst_failure
 
 CPU_TILE_NUMEL = 1 << 19
 """Elements of gradient per thread that are worked on at once, so that they stay in caches."""
@@ -61,7 +62,7 @@ class Engine:
         ]
         self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
         """Refreshes that were not taken since the start."""
-        self._named: set[tuple[int, int]] = set()
+        self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._compiled = compiled
         self._kept: dict[str, Tensor] = {}
         self._workspace: dict[str, list[Tensor]] = {}
@@ -166,11 +167,7 @@ class Engine:
         ready = True if clock.ready is True else state[REFRESHES.name][due] > 0
         before = Clock(clock.step[due], ready, clock.starts_at_one[due])
         new = self.rule.refresh(state, due, before, self.plan.stacks[number].shape, options)
-        good = _take(state, due, new, clock.taken)
-        failed = ~good if clock.taken is None else ~good & clock.taken
-        self.failed_refreshes += failed.sum()
-        failures = state[FAILURES.name]
-        failures[due] = torch.where(good, 0, failures[due] + failed)
+        self.failed_refreshes += take_(state, due, new, clock.taken)
 
     def _decayed_gradients(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The gradients with coupled weight decay added, never in place."""
@@ -263,41 +260,28 @@ class Engine:
 
     def worst_failure(self) -> Tensor:
         """Largest number of failed refreshes in a row of any block here, 0-dim, on the device."""
-        counts = [state[FAILURES.name].max().float() for state in self.state.stacks]
-        return torch.stack([torch.zeros((), device=self.device), *counts]).max()
+        return worst_failure(self.state.stacks, self.device)
 
-    @torch.no_grad()
     def repair(self) -> list[str]:
-        """Repeat failed refreshes in float64; returns what is to be said, each block once.
+        """Repeat failed refreshes in float64; returns what is to be said, each block once."""
+        return self._repairs.repeat(self.state.stacks)
 
-        No communication: every rank sees to its own blocks.
-        """
-        said = []
-        for number, state in enumerate(self.state.stacks):
-            blocks = self.plan.stacks[number].blocks
-            failing = state[FAILURES.name].nonzero().flatten()
-            for position in failing.tolist():
-                block = blocks[position]
-                if (block.param, block.index) not in self._named:
-                    self._named.add((block.param, block.index))
-                    name = self.members[block.param].name
-                    said.append(f"{name}, block {block.index}: a refresh failed; the last good "
-                                "one is kept, and it is repeated in float64")  # fmt: skip
-            if len(failing):
-                self._repeat_in_float64(number, state, failing)
-        return said
+    def _block_name(self, number: int, position: int) -> str:
+        block = self.plan.stacks[number].blocks[position]
+        return f"{self.members[block.param].name}, block {block.index}"
 
-    def _repeat_in_float64(self, number: int, state: State, failing: Tensor) -> None:
+    def _refresh_anew(self, number: int, wide: State, failing: Tensor) -> State:
+        """What a refresh gives for state in float64 of blocks at ``failing``."""
         members = self._members_of[number][failing.cpu().numpy()]
         options = self.members[members[0]].options
-        wide = {name: value[failing].double() for name, value in state.items()}
         everyone = torch.arange(len(failing), device=self.device)
         step = self.step_count[self._on_device(members)]
         clock = Clock(step, ready=False, starts_at_one=torch.zeros_like(step, dtype=torch.bool))
         new = self.rule.refresh(wide, everyone, clock, self.plan.stacks[number].shape, options)
-        # A repetition is no refresh of its own: it mends a failure or leaves it as it was.
-        failures = state[FAILURES.name]
-        failures[failing] = torch.where(_take(state, failing, new), 0, failures[failing])
+        if CONDITION in new:  # only told: it fails nothing where it is more than is kept of it
+            kept = self.state.stacks[number][CONDITION].dtype
+            new[CONDITION] = new[CONDITION].clamp(max=torch.finfo(kept).max)
+        return new
 
 
 def plain_work(
@@ -319,17 +303,3 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return inner(*args, **kwargs)
 
     return outer
-
-
-def _take(state: State, chosen: Tensor, new: State, taken: Tensor | None = None) -> Tensor:
-    """Take refreshed state of the chosen blocks where it is finite; returns where, ``(k,)``."""
-    good = torch.ones_like(chosen, dtype=torch.bool)
-    for value in new.values():
-        good &= value.isfinite().flatten(1).all(1)
-    if taken is not None:
-        good &= taken
-    for name, value in new.items():
-        mask = good.view(-1, *[1] * (value.ndim - 1))
-        state[name][chosen] = torch.where(mask, value.to(state[name].dtype), state[name][chosen])
-    state[REFRESHES.name][chosen] += good
-    return good
