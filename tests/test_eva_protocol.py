@@ -120,6 +120,20 @@ def test_schedulers_set_the_rate_of_each_step(method: str) -> None:
 
 
 @every_method
+@pytest.mark.parametrize("scaling", ["norm", None])
+def test_rates_are_not_sent_to_the_device_where_no_scale_depends_on_them(
+    method: str, scaling: str | None
+) -> None:
+    model, optimizer = trained(method, steps=1, scaling=scaling)
+    assert optimizer._step is not None
+    known = set(optimizer._step._constants)
+    for step in range(1, 4):
+        optimizer.param_groups[0]["lr"] *= 0.5
+        advance(optimizer, model, [step])
+    assert set(optimizer._step._constants) == known
+
+
+@every_method
 def test_without_gradients_nothing_changes(method: str) -> None:
     model, optimizer = trained(method, 3, **AT_ONCE[method])
     before, state = values(model), states(optimizer)

@@ -196,7 +196,7 @@ class KroneckerStep(LayerStep):
         self._scalars = table = self.summed_over_tiles(table)
         kl_clip = float(self.layers[0].options["kl_clip"])
         inner, square, grad_square = table.unbind(1)
-        damping, lr = self.option("damping"), self.option("lr")
+        damping, lr = self.option("damping"), self.learning_rates()
         return self.scale_of_all_stages(
             scaling_sums(self.scaling, inner, square, grad_square, damping, lr, kl_clip)
         )

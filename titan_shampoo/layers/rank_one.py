@@ -241,7 +241,6 @@ class RankOneStep(LayerStep):
             own = torch.where(square > 0, (found.grad_square / square).sqrt(), own)
         if self.scaling is None:
             return own
-        lr = self.option("lr")
         kl_clip = float(self.layers[0].options["kl_clip"])
         sums = scaling_sums(
             self.scaling,
@@ -249,7 +248,7 @@ class RankOneStep(LayerStep):
             own.square() * square,
             found.grad_square,
             found.damping,
-            lr,
+            self.learning_rates(),
             kl_clip,
         )
         scale = self.scale_of_all_stages(sums)

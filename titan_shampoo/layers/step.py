@@ -108,6 +108,10 @@ class LayerStep:
         scaling: Scaling | None = self.layers[0].options["scaling"]
         return scaling
 
+    def learning_rates(self) -> Tensor | None:
+        """That of each layer where the global scale depends on it; else None."""
+        return self.option("lr") if self.scaling == "kl_clip" else None
+
     def option(self, name: str) -> Tensor:
         """One option of each layer, ``(layers,)``."""
         return self.constant([layer.options[name] for layer in self.layers])
@@ -118,7 +122,9 @@ class LayerStep:
         if key not in self._constants:
             if len(self._constants) >= MAX_KEPT:
                 self._constants.clear()
-            self._constants[key] = torch.tensor(key, dtype=self.dtype, device=self.device)
+            # From pinned memory: the host does not wait until an accelerator has read it.
+            on_host = torch.tensor(key, dtype=self.dtype, pin_memory=self.device.type != "cpu")
+            self._constants[key] = on_host.to(self.device, non_blocking=True)
         return self._constants[key]
 
     def summed_over_tiles(self, table: Tensor) -> Tensor:
