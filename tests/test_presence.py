@@ -380,5 +380,5 @@ def test_one_process_needs_no_collective_to_know() -> None:
     assert presence.is_news([1, 0])
     presence.agree([1, 0])
     assert not presence.is_news([1, 0])
-    assert [*presence.completed()] == params[:1]
-    assert presence.completed()[params[0]].tolist() == [3.0, 3.0]
+    assert [*presence.completed(presence.codes())] == params[:1]
+    assert presence.completed(presence.codes())[params[0]].tolist() == [3.0, 3.0]

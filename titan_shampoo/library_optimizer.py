@@ -126,7 +126,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_dense()
         here = self._presence.codes()
-        norms = self._norms()
+        norms = self._norms(here)
         verdict = verdict_of(
             [*norms.values(), *self._norms_beside()], self._worst_failure().float(), self._judges,
             is_news=self._presence.is_news(here),
@@ -138,7 +138,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._see_to_failures(worst)
         now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
         is_agreed = self._presence.follow(here, flags, now)
-        grads = self._presence.completed()
+        grads = self._presence.completed(here)
         own = {param: norms[param] for param in self._presence.untouched(here)}
         if self._watch.late:
             self._take_step(grads, own, may_be_taken(verdict, is_agreed=is_agreed))
@@ -182,15 +182,20 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """
         return self._watch.skipped_steps
 
-    def _norms(self) -> dict[Tensor, Tensor]:
+    def _norms(self, here: Sequence[int]) -> dict[Tensor, Tensor]:
         """Of the gradients of this rank; finite if and only if they are.
 
         Of one that ranks have yet to sum: the square of a bound of the sum's.
+
+        Args:
+            here: How each is placed.
         """
-        found = ((param, gradient_here(param)) for _, param in self._all_named())
+        params = [param for _, param in self._all_named()]
+        terms = {param: num_terms(param, code) for param, code in zip(params, here, strict=True)}
+        found = ((param, gradient_here(param)) for param in params)
         held = {param: grad for param, grad in found if grad is not None}
         return {
-            param: norm if num_terms(param) == 1 else (norm * num_terms(param)).square()
+            param: norm if terms[param] == 1 else (norm * terms[param]).square()
             for param, norm in zip(held, norms_of(held.values()), strict=True)
         }
 

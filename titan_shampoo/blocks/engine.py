@@ -5,7 +5,7 @@ what to do with a stack of blocks.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from titan_shampoo.distributed.plan import Plan, Stack
 from titan_shampoo.functional.descent import as_tensors, coupled_gradient, descend_, rates
 from titan_shampoo.functional.rule import CONDITION, Clock, Rule, State
 from titan_shampoo.repair import Repairs, take_, worst_failure
+from titan_shampoo.workspace import Workspace
 
 CPU_TILE_NUMEL = 1 << 19
 """Elements of gradient per thread that are worked on at once, so that they stay in caches."""
@@ -65,7 +66,7 @@ class Engine:
         self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._compiled = compiled
         self._kept: dict[str, Tensor] = {}
-        self._workspace: dict[str, list[Tensor]] = {}
+        self._workspace = Workspace(self.device)
         self._members_of = [
             np.array([block.param for block in stack.blocks]) for stack in plan.stacks
         ]
@@ -84,9 +85,11 @@ class Engine:
         moving = self._on_device(present)
         self.step_count += moving if taken is None else moving & taken
         grads = self._flat(self._decayed_gradients(grads))
-        stacks = dict(enumerate(self._memory("stack", map(self._stack_size, self.plan.stacks))))
+        stacks = dict(
+            enumerate(self._workspace.tensors("stack", map(self._stack_size, self.plan.stacks)))
+        )
         sizes = [(grad.shape, self.plan.params[number].dtype) for number, grad in grads.items()]
-        directions = dict(zip(grads, self._memory("direction", sizes), strict=True))
+        directions = dict(zip(grads, self._workspace.tensors("direction", sizes), strict=True))
 
         def replace(number: int) -> None:
             self._replace_by_directions(number, stacks[number], present, taken)
@@ -220,21 +223,6 @@ class Engine:
     def _stack_size(self, stack: Stack) -> tuple[torch.Size, torch.dtype]:
         size = torch.Size((len(stack.blocks), *stack.shape))
         return size, self.plan.params[stack.blocks[0].param].dtype
-
-    def _memory(self, use: str, sizes: Iterable[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """Uninitialised tensors for one step.
-
-        On a CPU they are kept for the next: the system clears fresh memory page by page, which
-        costs as much as the element-wise arithmetic of a step. Accelerators' allocators do that.
-        """
-        wanted = list(sizes)
-        kept = self._workspace.get(use, [])
-        if [(tensor.shape, tensor.dtype) for tensor in kept] == wanted:
-            return kept
-        made = [torch.empty(size, dtype=dtype, device=self.device) for size, dtype in wanted]
-        if self.device.type == "cpu":
-            self._workspace[use] = made
-        return made
 
     def _ready_blocks(self, number: int, state: State) -> Tensor | bool:
         """Which blocks of a part of a stack have been refreshed, or one answer for all."""

@@ -72,9 +72,10 @@ class Factors:
             sums: Of each block here: number of rows, sums of right and left moment.
             taken: Whether the batch counts, 0-dim bool; None where the host knows that it does.
         """
+        wanted = set(chosen)
         for state, stack in zip(self.states, self.plan.stacks, strict=True):
             for position, block in enumerate(stack.blocks):
-                if block.param in chosen:
+                if block.param in wanted:
                     one = {name: value[position] for name, value in state.items()}
                     new = sums[block.param, block.index]
                     if taken is not None:
