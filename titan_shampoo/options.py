@@ -68,6 +68,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+_ARGUMENTS = (
+    "self", "params", "model", "process_group", "all_params", "pipeline_group", "__class__"
+)  # fmt: skip
+"""What constructors of optimizers take beside options."""
+
+
+def options_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the arguments of a constructor."""
+    return {key: value for key, value in arguments.items() if key not in _ARGUMENTS}
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuse what is impossible, alone or with the others.
 

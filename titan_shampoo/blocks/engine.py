@@ -205,7 +205,10 @@ class Engine:
                     dampening=options["dampening"], nesterov=options["nesterov"])  # fmt: skip
 
     def _rests(self, number: int) -> bool:
-        """Whether this step does not move a parameter; see ``Rule.rests_at_first``."""
+        """Whether this step leaves out a parameter's weight decay; see ``Rule.rests_at_first``.
+
+        All of it, though blocks that are refreshed in a later step do move.
+        """
         options = self.members[number].options
         is_first = self.cursor.numpy()[number] == 1
         return self.rule.rests_at_first and start_step(options) == 1 and bool(is_first)

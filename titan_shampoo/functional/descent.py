@@ -25,7 +25,7 @@ def rates(options: Mapping[str, Any], *, rests: bool) -> Rates:
 
     Args:
         options: Parameter group.
-        rests: Whether this step does not move its parameters, decay included.
+        rests: Whether this step leaves out weight decay.
     """
     decay = 0.0 if rests else decoupled_decay(options)
     return Rates(float(options["lr"]), decay, float(options["momentum"]))

@@ -16,13 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_shampoo.functional.roots import eigh
+from titan_shampoo.functional.roots import SMALLEST_DAMPING, eigh
 
 State = dict[str, Tensor]
 Damping = Literal["factored", "exact"]
-
-SMALLEST_DAMPING = 1e-30
-"""So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
 
 
 def state_shapes(shape: tuple[int, int], kind: Damping | None) -> dict[str, tuple[int, ...]]:

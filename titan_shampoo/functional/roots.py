@@ -15,7 +15,7 @@ RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
 
 SMALLEST_DAMPING = 1e-30
-"""Keeps the root of an all-zero factor finite under relative damping."""
+"""Keeps the inverse of nothing finite under relative damping: its direction is 0, and not 0 / 0."""
 NEWTON_TOLERANCE = 1e-6
 NEWTON_ITERATIONS = 1000
 POWER_ITERATIONS = 16

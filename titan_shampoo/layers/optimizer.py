@@ -160,7 +160,9 @@ class LayerOptimizer(LibraryOptimizer):
         """All state by parameter name, as live tensors to save and to load in place.
 
         For distributed checkpoints: every tensor is global, and its key and shape depend neither
-        on the rank nor on the mesh.
+        on the rank nor on the mesh. Once it has been loaded in place, call :meth:`zero_grad` before
+        the next backward pass: FOOF and K-FAC measure some layers in each step, and which ones
+        depends on the step that is loaded.
         """
         state = {
             name: dict(self.state[param])

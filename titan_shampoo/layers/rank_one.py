@@ -25,14 +25,12 @@ from titan_shampoo.functional.eva import (
     running_average_,
     terms,
 )
+from titan_shampoo.functional.roots import SMALLEST_DAMPING
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.averages import averages_of
 from titan_shampoo.layers.layer import Layer, Span
 from titan_shampoo.layers.rows import RowsOfLayers
 from titan_shampoo.layers.step import LayerStep, Moves, moves_of
-
-SMALLEST_DAMPING = 1e-30
-"""So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
 
 _ROWS, _COLUMNS = slice(1), slice(1, None)
 
