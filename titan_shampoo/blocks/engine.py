@@ -114,28 +114,27 @@ class Engine:
         state = self.state.stacks[number]
         here = present[self._members_of[number]]
         if not here.all():
-            chosen = self._on_device(np.flatnonzero(here))
-            part = {name: value[chosen] for name, value in state.items()}
-            direction = self._work(number, part, grad[chosen], here, taken) if here.any() else 0
-            grad.zero_()[chosen] = direction
-            for name, value in part.items():
-                state[name][chosen] = value
-            return
-        for tile in self._tiles(grad):
+            grad[self._on_device(np.flatnonzero(~here))] = 0
+        for tile in self._tiles(grad, here):
             part = {name: value[tile] for name, value in state.items()}
             grad[tile] = self._work(number, part, grad[tile], tile, taken)
 
-    def _tiles(self, grad: Tensor) -> Iterator[slice]:
-        """Runs of blocks that are worked on together: all, or on a CPU what its caches hold."""
+    def _tiles(self, grad: Tensor, here: Mask) -> Iterator[slice]:
+        """Runs of blocks that are ``here`` and worked on together, in place.
+
+        All neighbours, or on a CPU what its caches hold.
+        """
         count = len(grad)
         if self.device.type == "cpu":
             room = CPU_TILE_NUMEL * torch.get_num_threads()
             count = max(1, room // max(1, grad[0].numel()))
-        for start in range(0, len(grad), count):
-            yield slice(start, min(start + count, len(grad)))
+        edges = np.flatnonzero(np.diff(here, prepend=False, append=False))
+        for first, last in edges.reshape(-1, 2).tolist():
+            for start in range(first, last, count):
+                yield slice(start, min(start + count, last))
 
     def _work(
-        self, number: int, state: State, grad: Tensor, blocks: slice | Mask, taken: Tensor | None
+        self, number: int, state: State, grad: Tensor, blocks: slice, taken: Tensor | None
     ) -> Tensor:
         """Accumulate, refresh what is due, and return the directions of the chosen blocks."""
         members = self._members_of[number][blocks]
