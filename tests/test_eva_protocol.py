@@ -120,6 +120,20 @@ def test_schedulers_set_the_rate_of_each_step(method: str) -> None:
 
 
 @every_method
+@pytest.mark.parametrize("scaling", ["norm", None])
+def test_rates_are_not_sent_to_the_device_where_no_scale_depends_on_them(
+    method: str, scaling: str | None
+) -> None:
+    model, optimizer = trained(method, steps=1, scaling=scaling)
+    assert optimizer._step is not None
+    known = set(optimizer._step._constants)
+    for step in range(1, 4):
+        optimizer.param_groups[0]["lr"] *= 0.5
+        advance(optimizer, model, [step])
+    assert set(optimizer._step._constants) == known
+
+
+@every_method
 def test_without_gradients_nothing_changes(method: str) -> None:
     model, optimizer = trained(method, 3, **AT_ONCE[method])
     before, state = values(model), states(optimizer)
@@ -473,6 +487,12 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
 def test_impossible_option_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got"):
         make("Eva", made(Mixed), **BAD_OPTIONS[name])
+
+
+@pytest.mark.parametrize("method", ["FOOF", "KFAC"])
+def test_a_scale_that_makes_up_for_evas_damping_is_refused_elsewhere(method: str) -> None:
+    with pytest.raises(ValueError, match=r"^scaling: got 'kl_norm', wanted .* with (FOOF|KFAC)"):
+        make(method, made(Mixed), scaling="kl_norm")
 
 
 def test_groups_cannot_differ_in_what_scales_the_whole_step() -> None:

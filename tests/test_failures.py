@@ -86,6 +86,26 @@ def test_repetition_in_float64_gives_the_roots_of_the_failed_step(
         assert torch.allclose(mended[key], expected[key], rtol=1e-3)
 
 
+def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, optimizer = matrix_and_optimizer()
+    take_step(weight, optimizer, 1)
+    spoil_first_root(monkeypatch, torch.float32)
+    take_step(weight, optimizer, 2)
+    last = optimizer.state[weight]["left_root.0"].clone()
+
+    def large(matrices: Tensor, *args: Any, **kwargs: Any) -> Root:
+        root, condition = inverse_root(matrices, *args, **kwargs)
+        return Root(root * 1e100, condition)
+
+    monkeypatch.setattr(shampoo, "inverse_root", large)
+    assert optimizer._engine is not None
+    optimizer._engine.repair()
+    assert torch.equal(optimizer.state[weight]["left_root.0"], last)
+    assert optimizer.state[weight]["failures.0"] == 1
+
+
 def test_block_that_fails_too_often_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_first_root(monkeypatch, torch.float32, torch.float64)
     weight, optimizer = matrix_and_optimizer(max_failures=3)

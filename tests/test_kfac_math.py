@@ -57,6 +57,17 @@ def test_factored_damping_of_a_factor_that_is_zero_is_that_of_the_reference() ->
     assert error(solved(grad, a, b, 0.3, "factored"), expected) < 1e-12
 
 
+def test_one_block_without_eigenvalues_does_not_spoil_the_others() -> None:
+    a, b = torch.stack([moment(1, 4, 6)] * 2), torch.stack([moment(2, 3, 6)] * 2)
+    damping = torch.full((2,), 0.1, dtype=torch.float64)
+    sound = refreshed(b, a, damping, "exact", is_relative=False)
+    b[0] = torch.nan
+    state = refreshed(b, a, damping, "exact", is_relative=False)
+    assert state["left_values"][0].isnan().all()
+    grad = normal(3, 2, 3, 4)
+    assert torch.allclose(direction(state, grad)[1], direction(sound, grad)[1], rtol=1e-12)
+
+
 def test_relative_damping_is_that_of_the_mean_eigenvalues() -> None:
     grad, a, b = normal(1, 3, 4), moment(2, 4, 9), moment(3, 3, 9)
     for left, scale in ((None, a.trace() / 4), (b, a.trace() / 4 * b.trace() / 3)):

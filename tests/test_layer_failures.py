@@ -72,6 +72,25 @@ def test_repetition_in_float64_gives_the_inverses_of_the_failed_step(
 
 
 @inverted
+def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(Mixed).float()
+    optimizer = make(method, model, **EVERY_STEP)
+    spoil_first_inverse(monkeypatch, torch.float32)
+    advance(optimizer, model, [0])
+    failed = [key for key, value in states(optimizer).items() if "failures" in key and value]
+    sound = kfac.damped_inverse
+    monkeypatch.setattr(kfac, "damped_inverse", lambda *args: sound(*args) * 1e100)
+    assert optimizer._step is not None
+    optimizer._step.repair()
+    after = states(optimizer)
+    assert failed
+    assert all(after[key] == 1 for key in failed)
+    assert all(value.isfinite().all() for value in after.values())
+
+
+@inverted
 def test_block_that_fails_too_often_ends_the_run(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +145,19 @@ def test_inversions_are_spread_over_the_period(method: str) -> None:
         refreshes = [value for key, value in states(optimizer).items() if "refreshes" in key]
         counts.append(int(torch.stack(refreshes).sum()))
     assert [later - earlier for earlier, later in itertools.pairwise(counts)] == [1] * 9
+
+
+@inverted
+def test_every_inverse_has_its_turn_after_a_state_with_a_shorter_period_is_loaded(
+    method: str,
+) -> None:
+    model, twin = made(Mixed), made(Mixed)
+    optimizer, short = make(method, model, precondition_frequency=10), make(method, twin)
+    short.param_groups[0]["precondition_frequency"] = 3
+    advance(short, twin, [0])
+    optimizer.load_state_dict(short.state_dict())
+    advance(optimizer, model, range(1, 4))
+    assert all(value > 0 for key, value in states(optimizer).items() if "refreshes" in key)
 
 
 def fail_on_owner(method: str) -> str:

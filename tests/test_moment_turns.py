@@ -111,3 +111,26 @@ def test_a_compiled_part_has_one_graph_with_moments_and_one_without() -> None:
     measured_in(optimizer, network, 13, lambda _: False)
     torch._dynamo.reset()
     assert counter.frame_count == 2
+
+
+class WithExperts(Network):
+    """Beside its layers, what is none: a stack of experts, positions and a lone matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number, shape in enumerate([(3, 30, 20), (1, 40, 4), (40, 4)]):
+            self.register_parameter(f"layers_{number}", nn.Parameter(torch.ones(shape)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_layer_takes_no_turn_from_layers_of_other_stages(method: str) -> None:
+    """As all there are, and as those that a stage has of a model that it knows by shapes."""
+    turns = []
+    for whole in (None, WithExperts().named_parameters()):
+        network = WithExperts()
+        params = network.named_parameters()
+        options = {"factor_frequency": 3, "precondition_frequency": 5, "refresh": "staggered"}
+        optimizer = METHODS[method](params, model=network, all_params=whole, **options)
+        plan = optimizer._step.plan
+        turns.append((optimizer._step.turns, [block.turn for block in plan.blocks]))
+    assert turns[0] == turns[1]

@@ -389,6 +389,33 @@ def test_added_group_does_not_disturb_the_others(method: str, refresh: str) -> N
     assert not torch.equal(added["b"], parameters()["b"])
 
 
+@every_method
+def test_groups_cannot_differ_in_what_the_whole_step_obeys(method: str) -> None:
+    first, *rest = parameters().items()
+    others: dict[str, Any] = {"max_skipped": 7, "max_failures": 1, "compile": True}
+    for key, other in others.items():
+        groups: list[dict[str, Any]] = [{"params": [first]}, {"params": rest, key: other}]
+        with pytest.raises(ValueError, match=f"{key}: got {other} in one group and"):
+            METHODS[method](groups, **OPTIONS)
+        alike = METHODS[method]([group | {key: other} for group in groups], **OPTIONS)
+        assert alike._engine._compiled == (key == "compile")
+
+
+@every_method
+def test_an_added_group_that_is_refused_leaves_all_as_it_was(method: str) -> None:
+    twin, other = trained(method, 5, refresh="staggered")
+    params, optimizer = trained(method, 5, refresh="staggered")
+    before = states(optimizer)
+    added = torch.nn.Parameter(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="batch_dims is 2"):
+        optimizer.add_param_group({"params": [("added", added)], "batch_dims": 2, "fallback": None})
+    assert len(optimizer.param_groups) == 1
+    assert_same(states(optimizer), before)
+    advance(optimizer, params, range(5, 10))
+    advance(other, twin, range(5, 10))
+    assert_same(values(params), values(twin))
+
+
 def saved_by_hand(optimizer: BlockOptimizer, _: Path) -> dict[str, Any]:
     return copy.deepcopy(optimizer.state_dict())
 

@@ -37,6 +37,20 @@ def test_impossible_option_is_refused_by_name(case: str) -> None:
         Shampoo(model.named_parameters(), **options)
 
 
+def test_orders_whose_roots_products_do_not_give_are_refused_by_name() -> None:
+    """Of three dims the exponent is 1/6, which no repeated square root is."""
+    kernel = torch.nn.Parameter(torch.zeros(6, 4, 3, 3))
+    options: dict[str, Any] = {"merge": "paper", "block_size": 9, "root_method": "newton_schulz"}
+    wanted = r"^conv: exponent is 1/6 of its 3 dims, wanted 1/2, 1/4, 1/8"
+    with pytest.raises(ValueError, match=wanted):
+        Shampoo([("conv", kernel)], **options)
+    matrix = torch.nn.Parameter(torch.zeros(6, 4))
+    whole = [("matrix", matrix), ("conv", kernel)]
+    with pytest.raises(ValueError, match=wanted):  # as on the stage that has it
+        Shampoo([("matrix", matrix)], all_params=whole, **options)
+    Shampoo([("conv", kernel)], **options, exponent=0.25)
+
+
 def test_complex_parameter_is_refused_by_name() -> None:
     weight = torch.zeros(2, 2, dtype=torch.complex64, requires_grad=True)
     with pytest.raises(ValueError, match="wanted a real dtype"):

@@ -243,6 +243,33 @@ def test_all_stages_of_a_pipeline_skip_a_step_together(late: bool) -> None:
     assert run_on_ranks(4, steps_of_a_stage, late) == [([True, False, True, True], 1)] * 4
 
 
+def steps_of_a_stage_with_a_lone_parameter() -> tuple[list[bool], int]:
+    """Beside what tensor parallelism cuts, each rank of a stage has a plain parameter to itself."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    lone = [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
+    placed = distribute_tensor(torch.ones(8, 6), mesh["tp"], [Shard(0)], src_data_rank=None)
+    params: dict[str, Any] = {
+        "cut": torch.nn.Parameter(placed), "plain": torch.nn.Parameter(torch.ones(6))
+    }  # fmt: skip
+    optimizer = Shampoo(
+        params.items(), process_group=lone, pipeline_group=mesh["pp"].get_group(), block_size=4
+    )
+    moved = []
+    for step in range(3):
+        for param in params.values():
+            param.grad = param.detach().clone() + step
+        if dist.get_rank() == 3 and step == 1:
+            params["plain"].grad[0] = torch.nan
+        before = params["plain"].detach().clone()
+        optimizer.step()
+        moved.append(not torch.equal(before, params["plain"].detach()))
+    return moved, len(optimizer._judges)
+
+
+def test_stages_with_parameters_of_single_ranks_judge_over_the_same_groups() -> None:
+    assert run_on_ranks(4, steps_of_a_stage_with_a_lone_parameter) == [([True, False, True], 1)] * 4
+
+
 LAYOUTS_OF_TERMS: dict[str, list[Placement]] = {
     "matrix": [Shard(0)],
     "other": [Replicate()],
@@ -353,5 +380,5 @@ def test_one_process_needs_no_collective_to_know() -> None:
     assert presence.is_news([1, 0])
     presence.agree([1, 0])
     assert not presence.is_news([1, 0])
-    assert [*presence.completed()] == params[:1]
-    assert presence.completed()[params[0]].tolist() == [3.0, 3.0]
+    assert [*presence.completed(presence.codes())] == params[:1]
+    assert presence.completed(presence.codes())[params[0]].tolist() == [3.0, 3.0]

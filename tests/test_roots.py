@@ -71,15 +71,16 @@ def test_root_of_nothing_is_finite(method: RootMethod) -> None:
         assert (found.condition - 1).abs().max() < 1e-4
 
 
-def test_one_matrix_without_eigenvalues_does_not_spoil_the_others() -> None:
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_one_matrix_without_eigenvalues_does_not_spoil_the_others(method: RootMethod) -> None:
     values, vectors = spectrum(10.0)
     matrices = powered(values, vectors, 1.0)
     matrices[1] = torch.nan
-    root, conditions = inverse_root(matrices, 0.5, eps=1e-12)
+    root, conditions = inverse_root(matrices, 0.5, eps=1.0, eps_relative=1e-12, method=method)
     assert conditions.isfinite().flatten().tolist() == [True, False, True]
     assert root[1].isnan().all()
     expected = powered(values, vectors, -0.5)
-    assert relative_error(root[[0, 2]], expected[[0, 2]]) < 1e-8
+    assert relative_error(root[[0, 2]], expected[[0, 2]]) < 1e-6
 
 
 def test_orthogonal_iteration_follows_a_drifting_matrix() -> None:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from titan_shampoo.functional.grafting import accumulate_squares_
 from titan_shampoo.functional.rounding import average_, dithered
+from titan_shampoo.functional.rule import Clock
 
 SIZE = (4, 50)
 
@@ -51,3 +53,27 @@ def test_in_full_precision_the_average_is_exact() -> None:
     expected = stored.lerp(new, 0.1)
     assert torch.equal(average_(stored, new, 0.1, steps(1)), expected)
     assert torch.equal(stored, expected)
+
+
+@pytest.mark.parametrize("method", [None, "adagrad"])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+def test_averages_kept_in_another_full_precision_lose_none_of_it(
+    kept: torch.dtype, method: str | None
+) -> None:
+    """Float64 state beside float32 arithmetic, and the other way round, is good to float32."""
+    other = {torch.float32: torch.float64, torch.float64: torch.float32}[kept]
+    stored, expected = torch.zeros(SIZE, dtype=kept), torch.zeros(SIZE, dtype=torch.float64)
+    for step in range(1, 21):
+        new = (values() + step).to(other)
+        if method is None:
+            found = average_(stored, new, 0.1, steps(step))
+            expected.lerp_(new.double(), 0.1)
+        else:
+            clock = Clock(steps(step), ready=True, starts_at_one=torch.zeros(4, dtype=torch.bool))
+            found = accumulate_squares_(stored, new, "adagrad", 1.0, clock)
+            expected.addcmul_(new.double(), new.double())
+        assert found.dtype == other
+    for result in (stored, found):
+        assert ((result - expected) / expected).abs().max() < 1e-6
+    if kept == torch.float64:
+        assert ((stored - expected) / expected).abs().max() < 1e-14

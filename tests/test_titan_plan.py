@@ -83,7 +83,7 @@ def _measured(args: list[str]) -> dict[str, int]:
         for optimizer in trainer.optimizers.optimizers:
             found["state"] += bytes_of(v for s in optimizer.state.values() for v in s.values())
             if isinstance(optimizer, BlockOptimizer) and optimizer._engine is not None:
-                for tensors in optimizer._engine._workspace.values():
+                for tensors in optimizer._engine._workspace._kept.values():
                     found["in a step"] += bytes_of(tensors)
         if buffers.most_bytes:
             found["in a step"] += buffers.most_bytes

@@ -91,7 +91,7 @@ class Watch:
         """The numbers of this step, or if reads are late of the step before (0 in the first)."""
         if not self.late:
             return verdict.tolist()
-        before, self._pending = self._pending, _sent_to_host(verdict)
+        before, self._pending = self._pending, sent_to_host(verdict)
         if before is None:
             return [0.0] * len(verdict)
         numbers, arrival = before
@@ -120,7 +120,7 @@ class Watch:
                                "finite; lower lr, or raise max_skipped")  # fmt: skip
 
 
-def _sent_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
+def sent_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
     """A copy that arrives on the host while the device works on, and the event of its arrival."""
     if values.device.type == "cpu":
         return values.clone(), None

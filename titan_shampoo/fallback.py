@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.functional.descent import coupled_gradient, decoupled_decay
 from titan_shampoo.functional.grafting import diagonal_beta2
 
 NOT_MULTIPLIED = re.compile(
@@ -44,7 +45,7 @@ def adamw_step(
     options: Mapping[str, Any],
     taken: Tensor | None = None,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter 2019).
+    """One AdamW step (Loshchilov & Hutter 2019), with weight decay of the kind that matrices have.
 
     Args:
         params: Parameters with a gradient.
@@ -54,10 +55,11 @@ def adamw_step(
         taken: Whether anything is to change, 0-dim bool on the device; None where the host knows.
     """
     on_device = taken is not None
+    local = [local_tensor(param) for param in params]
     beta1, beta2 = options["betas"][0], diagonal_beta2(options)
     adamw(
-        [local_tensor(param) for param in params],
-        list(grads),
+        local,
+        [coupled_gradient(grad, own, options) for grad, own in zip(grads, local, strict=True)],
         [local_tensor(state["exp_avg"]) for state in states],
         [local_tensor(state["exp_avg_sq"]) for state in states],
         [],
@@ -69,7 +71,7 @@ def adamw_step(
         beta1=beta1,
         beta2=beta2,
         lr=options["lr"],
-        weight_decay=options["weight_decay"],
+        weight_decay=decoupled_decay(options),
         eps=options.get("grafting_eps", options.get("eps")),
         maximize=False,
     )

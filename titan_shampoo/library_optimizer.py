@@ -17,7 +17,7 @@ from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 
 logger = logging.getLogger(__name__)
 
-_FIXED_KEYS = ("params", "param_names", "method")
+_FIXED_KEYS = ("params", "param_names", "method", "compile")
 """Keys of a parameter group that a loaded state does not change."""
 
 
@@ -49,30 +49,61 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """Add parameters; the state of those already here is kept.
 
         Raises:
-            ValueError: If an option is impossible or a parameter is not real-valued; then nothing
-                is added.
+            ValueError: If an option is impossible or a parameter is not real-valued, or if blocks
+                would go to other ranks after the first step; then nothing is added.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("peak_lr", float(group["lr"]))
+        before = dict(self.__dict__)
         try:
-            self._check_options()
-            for name, param in named(group):
-                if param.is_complex():
-                    raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
-                                     "pass torch.view_as_real of it")  # fmt: skip
-        except ValueError:
+            self._check_group(self.param_groups[-1])
+            if self._is_complete:
+                state = dict(self.state)
+                self._build()
+                self._check_kept(state)
+                self._carry_over(state)
+        except Exception:
             self.param_groups.pop()
+            self.__dict__.update(before)  # as a new plan and its state are put in place of the old
             raise
-        if self._is_complete:
-            self._build()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Complete the last parameter group, or raise ValueError."""
+        group.setdefault("peak_lr", float(group["lr"]))
+        self._check_options()
+        for name, param in named(group):
+            if param.is_complex():
+                raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
+                                 "pass torch.view_as_real of it")  # fmt: skip
+
+    def _check_kept(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Raise ValueError on all ranks, if blocks of any have new owners and begun state."""
+        lost = [
+            name
+            for name, param in self._all_named()
+            if _has_begun(before.get(param, {}))
+            and before[param].keys() != self.state[param].keys()
+        ]
+        count = torch.tensor(float(len(lost)), device=self._device)
+        for group in self._judges:
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+        if count:
+            which = lost[0] if lost else "a parameter of other ranks"
+            raise ValueError(f"{which}: its blocks would go to other ranks, without their state; "
+                             "add groups before the first step, or save sharded_state() and load "
+                             "it into an optimizer of all groups")  # fmt: skip
+
+    def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Take over state that has begun."""
+        for param, state in before.items():
+            if _has_begun(state):
+                copy_state(self.state[param], state)
 
     def _check_options(self) -> None:
         """Raise ValueError if the last parameter group has an impossible option."""
         raise NotImplementedError
 
     def _build(self) -> None:
-        """Allocate all state, and carry over what was there before."""
+        """Allocate all state anew; what is replaced is not changed."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -95,7 +126,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_dense()
         here = self._presence.codes()
-        norms = self._norms()
+        norms = self._norms(here)
         verdict = verdict_of(
             [*norms.values(), *self._norms_beside()], self._worst_failure().float(), self._judges,
             is_news=self._presence.is_news(here),
@@ -107,7 +138,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._see_to_failures(worst)
         now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
         is_agreed = self._presence.follow(here, flags, now)
-        grads = self._presence.completed()
+        grads = self._presence.completed(here)
         own = {param: norms[param] for param in self._presence.untouched(here)}
         if self._watch.late:
             self._take_step(grads, own, may_be_taken(verdict, is_agreed=is_agreed))
@@ -151,15 +182,20 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """
         return self._watch.skipped_steps
 
-    def _norms(self) -> dict[Tensor, Tensor]:
+    def _norms(self, here: Sequence[int]) -> dict[Tensor, Tensor]:
         """Of the gradients of this rank; finite if and only if they are.
 
         Of one that ranks have yet to sum: the square of a bound of the sum's.
+
+        Args:
+            here: How each is placed.
         """
-        found = ((param, gradient_here(param)) for _, param in self._all_named())
+        params = [param for _, param in self._all_named()]
+        terms = {param: num_terms(param, code) for param, code in zip(params, here, strict=True)}
+        found = ((param, gradient_here(param)) for param in params)
         held = {param: grad for param, grad in found if grad is not None}
         return {
-            param: norm if num_terms(param) == 1 else (norm * num_terms(param)).square()
+            param: norm if terms[param] == 1 else (norm * terms[param]).square()
             for param, norm in zip(held, norms_of(held.values()), strict=True)
         }
 
@@ -288,6 +324,11 @@ def copy_state(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in other.items():
             mine[key].copy_(value)
+
+
+def _has_begun(state: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter has state that is not what it is made with, for all that is known."""
+    return bool(state.get("cursor", len(state)))
 
 
 def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 Every rank has the same options, so every rank refuses the same ones, before any collective.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+_ARGUMENTS = (
+    "self", "params", "model", "process_group", "all_params", "pipeline_group", "__class__"
+)  # fmt: skip
+"""What constructors of optimizers take beside options."""
+
+
+def options_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the arguments of a constructor."""
+    return {key: value for key, value in arguments.items() if key not in _ARGUMENTS}
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuse what is impossible, alone or with the others.
 
@@ -85,6 +96,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
     _check_pairs(options)
     _check_exponents(options)
+
+
+def check_alike(groups: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> None:
+    """Refuse options of the last of ``groups`` that must be those of the first.
+
+    Raises:
+        ValueError: Naming the option and what both have.
+    """
+    for key in keys:
+        if key in groups[-1] and groups[-1][key] != groups[0][key]:
+            raise ValueError(f"{key}: got {groups[-1][key]!r} in one group and {groups[0][key]!r} "
+                             "in another, wanted the same, as all groups are one step")  # fmt: skip
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
@@ -108,6 +131,28 @@ def _has_diagonal_average(options: Mapping[str, Any]) -> bool:
     """Whether second moments are averaged anywhere: in SOAP, in grafting or in the fallback."""
     averages = options.get("grafting", "adam") in ("adam", "rmsprop")
     return averages or options["fallback"] is not None
+
+
+def check_order(name: str, order: int, options: Mapping[str, Any]) -> None:
+    """Refuse exponents that blocks of a parameter cannot have, or whose roots cannot be found.
+
+    Args:
+        name: Of the parameter.
+        order: Dims of its blocks.
+        options: Its parameter group.
+
+    Raises:
+        ValueError: Naming the parameter, what was got and what is wanted.
+    """
+    exponent = options.get("exponent")
+    if isinstance(exponent, (tuple, list)) and len(exponent) < order:
+        raise ValueError(f"{name}: exponent has {len(exponent)} numbers, "
+                         f"wanted {order}, one for each dim")  # fmt: skip
+    by_products = options.get("root_method") == "newton_schulz"
+    if by_products and exponent is None and not halvings(1 / (2 * order)):
+        raise ValueError(f"{name}: exponent is 1/{2 * order} of its {order} dims, wanted 1/2, 1/4, "
+                         "1/8, ... with root_method='newton_schulz'; set root_method='auto', or "
+                         "exponent")  # fmt: skip
 
 
 def _check_exponents(options: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ what to do with a stack of blocks.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from titan_shampoo.blocks.ready import Ready
 from titan_shampoo.blocks.schedule import Mask, schedule, start_step
-from titan_shampoo.blocks.state import FAILURES, REFRESHES, BlockState, Member
+from titan_shampoo.blocks.state import REFRESHES, BlockState, Member
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Plan, Stack
 from titan_shampoo.functional.descent import as_tensors, coupled_gradient, descend_, rates
-from titan_shampoo.functional.rule import Clock, Rule, State
+from titan_shampoo.functional.rule import CONDITION, Clock, Rule, State
+from titan_shampoo.repair import Repairs, take_, worst_failure
+from titan_shampoo.workspace import Workspace
 
 CPU_TILE_NUMEL = 1 << 19
 """Elements of gradient per thread that are worked on at once, so that they stay in caches."""
@@ -51,6 +54,8 @@ class Engine:
         """Steps that each parameter has taken; bias corrections count from it."""
         self.cursor = torch.zeros(len(members), dtype=torch.int64)
         """Steps with a gradient, on the host, skipped ones included: the schedule's time."""
+        self._last_cursor = self.cursor.clone()
+        self._ready = Ready()
         self.state = BlockState(members, rule, plan, self.device)
         self.momentum = [
             self._empty_momentum(number) if member.options["momentum"] > 0 else None
@@ -58,10 +63,10 @@ class Engine:
         ]
         self.failed_refreshes = torch.zeros((), dtype=torch.int64, device=self.device)
         """Refreshes that were not taken since the start."""
-        self._named: set[tuple[int, int]] = set()
+        self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._compiled = compiled
         self._kept: dict[str, Tensor] = {}
-        self._workspace: dict[str, list[Tensor]] = {}
+        self._workspace = Workspace(self.device)
         self._members_of = [
             np.array([block.param for block in stack.blocks]) for stack in plan.stacks
         ]
@@ -80,9 +85,11 @@ class Engine:
         moving = self._on_device(present)
         self.step_count += moving if taken is None else moving & taken
         grads = self._flat(self._decayed_gradients(grads))
-        stacks = dict(enumerate(self._memory("stack", map(self._stack_size, self.plan.stacks))))
+        stacks = dict(
+            enumerate(self._workspace.tensors("stack", map(self._stack_size, self.plan.stacks)))
+        )
         sizes = [(grad.shape, self.plan.params[number].dtype) for number, grad in grads.items()]
-        directions = dict(zip(grads, self._memory("direction", sizes), strict=True))
+        directions = dict(zip(grads, self._workspace.tensors("direction", sizes), strict=True))
 
         def replace(number: int) -> None:
             self._replace_by_directions(number, stacks[number], present, taken)
@@ -94,7 +101,10 @@ class Engine:
         """Let the schedule go on for the parameters with a gradient; returns which they are."""
         present = np.zeros(len(self.members), dtype=bool)
         present[list(grads)] = True
+        if not torch.equal(self.cursor, self._last_cursor):  # state has been loaded
+            self._ready.forget()
         self.cursor += torch.from_numpy(present)
+        self._last_cursor.copy_(self.cursor)
         return present
 
     def _replace_by_directions(
@@ -104,28 +114,27 @@ class Engine:
         state = self.state.stacks[number]
         here = present[self._members_of[number]]
         if not here.all():
-            chosen = self._on_device(np.flatnonzero(here))
-            part = {name: value[chosen] for name, value in state.items()}
-            direction = self._work(number, part, grad[chosen], here, taken) if here.any() else 0
-            grad.zero_()[chosen] = direction
-            for name, value in part.items():
-                state[name][chosen] = value
-            return
-        for tile in self._tiles(grad):
+            grad[self._on_device(np.flatnonzero(~here))] = 0
+        for tile in self._tiles(grad, here):
             part = {name: value[tile] for name, value in state.items()}
             grad[tile] = self._work(number, part, grad[tile], tile, taken)
 
-    def _tiles(self, grad: Tensor) -> Iterator[slice]:
-        """Runs of blocks that are worked on together: all, or on a CPU what its caches hold."""
+    def _tiles(self, grad: Tensor, here: Mask) -> Iterator[slice]:
+        """Runs of blocks that are ``here`` and worked on together, in place.
+
+        All neighbours, or on a CPU what its caches hold.
+        """
         count = len(grad)
         if self.device.type == "cpu":
             room = CPU_TILE_NUMEL * torch.get_num_threads()
             count = max(1, room // max(1, grad[0].numel()))
-        for start in range(0, len(grad), count):
-            yield slice(start, min(start + count, len(grad)))
+        edges = np.flatnonzero(np.diff(here, prepend=False, append=False))
+        for first, last in edges.reshape(-1, 2).tolist():
+            for start in range(first, last, count):
+                yield slice(start, min(start + count, last))
 
     def _work(
-        self, number: int, state: State, grad: Tensor, blocks: slice | Mask, taken: Tensor | None
+        self, number: int, state: State, grad: Tensor, blocks: slice, taken: Tensor | None
     ) -> Tensor:
         """Accumulate, refresh what is due, and return the directions of the chosen blocks."""
         members = self._members_of[number][blocks]
@@ -136,7 +145,7 @@ class Engine:
             grad = grad.where(taken, 0.0)
         clock = Clock(
             step=self.step_count[self._on_device(members)],
-            ready=self._mask(time >= first),
+            ready=self._ready_blocks(number, state),
             starts_at_one=self._on_device(first == 1),
             measured=None if measured.all() else self._on_device(np.flatnonzero(measured)),
             taken=taken,
@@ -144,6 +153,7 @@ class Engine:
         if due.any():
             self.rule.accumulate_(state, grad, clock, options)
             self._refresh(number, state, self._on_device(np.flatnonzero(due)), clock, options)
+            clock = clock._replace(ready=self._ready_blocks(number, state))
             direction = self.rule.direction(state, grad, clock, options)
         else:
             direction = self._plain_work()(self.rule, state, grad, clock, options)
@@ -156,13 +166,10 @@ class Engine:
         self, number: int, state: State, due: Tensor, clock: Clock, options: Mapping[str, Any]
     ) -> None:
         """New roots or bases for the blocks at ``due``, where they are finite."""
-        before = Clock(clock.step[due], state[REFRESHES.name][due] > 0, clock.starts_at_one[due])
+        ready = True if clock.ready is True else state[REFRESHES.name][due] > 0
+        before = Clock(clock.step[due], ready, clock.starts_at_one[due])
         new = self.rule.refresh(state, due, before, self.plan.stacks[number].shape, options)
-        good = _take(state, due, new, clock.taken)
-        failed = ~good if clock.taken is None else ~good & clock.taken
-        self.failed_refreshes += failed.sum()
-        failures = state[FAILURES.name]
-        failures[due] = torch.where(good, 0, failures[due] + failed)
+        self.failed_refreshes += take_(state, due, new, clock.taken)
 
     def _decayed_gradients(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The gradients with coupled weight decay added, never in place."""
@@ -197,7 +204,10 @@ class Engine:
                     dampening=options["dampening"], nesterov=options["nesterov"])  # fmt: skip
 
     def _rests(self, number: int) -> bool:
-        """Whether this step does not move a parameter; see ``Rule.rests_at_first``."""
+        """Whether this step leaves out a parameter's weight decay; see ``Rule.rests_at_first``.
+
+        All of it, though blocks that are refreshed in a later step do move.
+        """
         options = self.members[number].options
         is_first = self.cursor.numpy()[number] == 1
         return self.rule.rests_at_first and start_step(options) == 1 and bool(is_first)
@@ -216,26 +226,12 @@ class Engine:
         size = torch.Size((len(stack.blocks), *stack.shape))
         return size, self.plan.params[stack.blocks[0].param].dtype
 
-    def _memory(self, use: str, sizes: Iterable[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """Uninitialised tensors for one step.
-
-        On a CPU they are kept for the next: the system clears fresh memory page by page, which
-        costs as much as the element-wise arithmetic of a step. Accelerators' allocators do that.
-        """
-        wanted = list(sizes)
-        kept = self._workspace.get(use, [])
-        if [(tensor.shape, tensor.dtype) for tensor in kept] == wanted:
-            return kept
-        made = [torch.empty(size, dtype=dtype, device=self.device) for size, dtype in wanted]
-        if self.device.type == "cpu":
-            self._workspace[use] = made
-        return made
-
-    def _mask(self, values: Mask) -> Tensor | bool:
-        """One answer if it is the same for all, else a mask on the device."""
-        if values.all() or not values.any():
-            return bool(values[0])
-        return self._on_device(values)
+    def _ready_blocks(self, number: int, state: State) -> Tensor | bool:
+        """Which blocks of a part of a stack have been refreshed, or one answer for all."""
+        if self._ready.is_complete(number, self.state.stacks[number][REFRESHES.name]):
+            return True
+        ready = state[REFRESHES.name] > 0
+        return ready if self.device.type != "cpu" or ready.any() else False
 
     def _on_device(self, values: NDArray[Any]) -> Tensor:
         """``values`` on the device; kept, as few occur, so that steps do not wait for copies."""
@@ -254,41 +250,28 @@ class Engine:
 
     def worst_failure(self) -> Tensor:
         """Largest number of failed refreshes in a row of any block here, 0-dim, on the device."""
-        counts = [state[FAILURES.name].max().float() for state in self.state.stacks]
-        return torch.stack([torch.zeros((), device=self.device), *counts]).max()
+        return worst_failure(self.state.stacks, self.device)
 
-    @torch.no_grad()
     def repair(self) -> list[str]:
-        """Repeat failed refreshes in float64; returns what is to be said, each block once.
+        """Repeat failed refreshes in float64; returns what is to be said, each block once."""
+        return self._repairs.repeat(self.state.stacks)
 
-        No communication: every rank sees to its own blocks.
-        """
-        said = []
-        for number, state in enumerate(self.state.stacks):
-            blocks = self.plan.stacks[number].blocks
-            failing = state[FAILURES.name].nonzero().flatten()
-            for position in failing.tolist():
-                block = blocks[position]
-                if (block.param, block.index) not in self._named:
-                    self._named.add((block.param, block.index))
-                    name = self.members[block.param].name
-                    said.append(f"{name}, block {block.index}: a refresh failed; the last good "
-                                "one is kept, and it is repeated in float64")  # fmt: skip
-            if len(failing):
-                self._repeat_in_float64(number, state, failing)
-        return said
+    def _block_name(self, number: int, position: int) -> str:
+        block = self.plan.stacks[number].blocks[position]
+        return f"{self.members[block.param].name}, block {block.index}"
 
-    def _repeat_in_float64(self, number: int, state: State, failing: Tensor) -> None:
+    def _refresh_anew(self, number: int, wide: State, failing: Tensor) -> State:
+        """What a refresh gives for state in float64 of blocks at ``failing``."""
         members = self._members_of[number][failing.cpu().numpy()]
         options = self.members[members[0]].options
-        wide = {name: value[failing].double() for name, value in state.items()}
         everyone = torch.arange(len(failing), device=self.device)
         step = self.step_count[self._on_device(members)]
         clock = Clock(step, ready=False, starts_at_one=torch.zeros_like(step, dtype=torch.bool))
         new = self.rule.refresh(wide, everyone, clock, self.plan.stacks[number].shape, options)
-        # A repetition is no refresh of its own: it mends a failure or leaves it as it was.
-        failures = state[FAILURES.name]
-        failures[failing] = torch.where(_take(state, failing, new), 0, failures[failing])
+        if CONDITION in new:  # only told: it fails nothing where it is more than is kept of it
+            kept = self.state.stacks[number][CONDITION].dtype
+            new[CONDITION] = new[CONDITION].clamp(max=torch.finfo(kept).max)
+        return new
 
 
 def plain_work(
@@ -310,17 +293,3 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return inner(*args, **kwargs)
 
     return outer
-
-
-def _take(state: State, chosen: Tensor, new: State, taken: Tensor | None = None) -> Tensor:
-    """Take refreshed state of the chosen blocks where it is finite; returns where, ``(k,)``."""
-    good = torch.ones_like(chosen, dtype=torch.bool)
-    for value in new.values():
-        good &= value.isfinite().flatten(1).all(1)
-    if taken is not None:
-        good &= taken
-    for name, value in new.items():
-        mask = good.view(-1, *[1] * (value.ndim - 1))
-        state[name][chosen] = torch.where(mask, value.to(state[name].dtype), state[name][chosen])
-    state[REFRESHES.name][chosen] += good
-    return good

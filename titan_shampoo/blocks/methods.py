@@ -4,7 +4,7 @@ Every one of them reads how its parameters are distributed off the parameters th
 what is not a matrix by AdamW. The update rules are in ``titan_shampoo.functional``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from titan_shampoo.functional.kl_shampoo import KLShampooRule
 from titan_shampoo.functional.roots import BasisMethod, RootMethod
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
+from titan_shampoo.options import options_among
 
 __all__ = ["SOAP", "KLShampoo", "Shampoo"]
 
@@ -141,7 +142,7 @@ class Shampoo(BlockOptimizer):
         pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        options = _options(locals())
+        options = options_among(locals())
         super().__init__(params, options, process_group, all_params, pipeline_group)
 
 
@@ -195,7 +196,7 @@ class KLShampoo(BlockOptimizer):
         pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        options = _options(locals())
+        options = options_among(locals())
         super().__init__(params, options, process_group, all_params, pipeline_group)
 
 
@@ -250,11 +251,5 @@ class SOAP(BlockOptimizer):
         pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
     ) -> None:
-        options = _options(locals())
+        options = options_among(locals())
         super().__init__(params, options, process_group, all_params, pipeline_group)
-
-
-def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The options among the arguments of a constructor."""
-    others = ("self", "params", "process_group", "all_params", "pipeline_group", "__class__")
-    return {key: value for key, value in arguments.items() if key not in others}

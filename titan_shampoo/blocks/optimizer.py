@@ -26,14 +26,17 @@ from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.library_optimizer import (
     LibraryOptimizer,
-    copy_state,
     named,
     warn_without_names,
 )
-from titan_shampoo.options import check_options
+from titan_shampoo.options import check_alike, check_options, check_order
 from titan_shampoo.whole_model import Described, described, turns_in_model
 
 logger = logging.getLogger(__name__)
+
+
+_OF_THE_WHOLE_STEP = ("max_skipped", "max_failures", "compile")
+"""Options that all groups share, as they are of the step and of no parameter."""
 
 
 class BlockOptimizer(LibraryOptimizer):
@@ -66,6 +69,7 @@ class BlockOptimizer(LibraryOptimizer):
 
     def _check_options(self) -> None:
         check_options(self.param_groups[-1])
+        check_alike(self.param_groups, _OF_THE_WHOLE_STEP)
 
     def _worst_failure(self) -> Tensor:
         if self._engine is None:
@@ -162,11 +166,12 @@ class BlockOptimizer(LibraryOptimizer):
         self.__dict__.setdefault("_pipeline_group", None)
         self.__dict__.setdefault("_model", None)
         self._is_complete = True
+        before = dict(self.state)
         self._build()
+        self._carry_over(before)
 
     def _build(self) -> None:
-        """Plan the blocks, allocate all state, and carry over what was there before."""
-        before = dict(self.state)
+        """Plan the blocks and allocate all state."""
         members = []
         self._fallback_params: list[list[Tensor]] = []
         self.state = defaultdict(dict)
@@ -186,21 +191,15 @@ class BlockOptimizer(LibraryOptimizer):
             claims = [param.claim for param in planned]
             plan = make_plan(planned, turns_in_model(claims, self._model, self._claim))
             check_agreement(plan, self._device)
-            compiled = self.defaults["compile"]
+            compiled = self.param_groups[0]["compile"]
             self._engine = engine = Engine(members, self.rule, plan, compiled=compiled)
             for number, member in enumerate(members):
                 common = engine.common_state(number)
                 self.state[member.param] = common | engine.state.of_blocks(number)
-        for param, state in before.items():
-            copy_state(self.state[param], state)
 
     def _planned(self, member: Member) -> Parameter:
         param, options = member.param, member.options
-        grid = _grid(param, options)
-        exponent = options.get("exponent")
-        if isinstance(exponent, (tuple, list)) and len(exponent) < grid.order:
-            raise ValueError(f"{member.name}: exponent has {len(exponent)} numbers, "
-                             f"wanted {grid.order}, one for each dim")  # fmt: skip
+        grid = _grid(member.name, param, options)
         team, sharding = layout_of(param, self._replicas(), member.name)
         if options["block_alignment"] == "shard":
             grid = grid.cut_at(sharding.edges(tuple(param.shape), grid))
@@ -226,18 +225,20 @@ class BlockOptimizer(LibraryOptimizer):
         """What a parameter of another stage needs of the refresh period."""
         if falls_back(param.name, param.tensor, param.options):
             return None
-        grid = _grid(param.tensor, param.options)
+        grid = _grid(param.name, param.tensor, param.options)
         costs = [self.rule.cost(grid.block_shape(p), param.options)[1] for p in grid.positions()]
         period = param.options["precondition_frequency"]
         return Claim(param.name, param.group, period, tuple(costs))
 
 
-def _grid(param: Tensor, options: Mapping[str, Any]) -> Grid:
-    """Blocks of a parameter, in its own coordinates."""
+def _grid(name: str, param: Tensor, options: Mapping[str, Any]) -> Grid:
+    """Blocks of a parameter, in its own coordinates, whose roots can be found."""
     size = options["block_size"]
-    return make_grid(
+    grid = make_grid(
         tuple(param.shape),
         block_size=size if isinstance(size, int) else (size[0], size[1]),
         merge=options["merge"],
         batch_dims=options["batch_dims"],
     )
+    check_order(name, grid.order, options)
+    return grid

@@ -54,12 +54,12 @@ def gradient_here(param: Tensor) -> Tensor | None:
     return None if param.grad is None else local_tensor(param.grad)
 
 
-def num_terms(param: Tensor) -> int:
-    """Of how many ranks' terms the gradient of ``param`` is the sum, at most."""
-    return param.device_mesh.size() if placement_code(param) > IN_PLACE else 1  # type: ignore[attr-defined]
+def num_terms(param: Tensor, here: int) -> int:
+    """Of how many ranks' terms the gradient of ``param`` with code ``here`` is the sum, at most."""
+    return param.device_mesh.size() if here > IN_PLACE else 1  # type: ignore[attr-defined]
 
 
-def gradient_in_place(param: Tensor, code: int) -> Tensor:
+def gradient_in_place(param: Tensor, code: int, here: int) -> Tensor:
     """This rank's part of the gradient, where its part of the parameter lies.
 
     If the gradient has not ``code`` here, it counts as zero. Codes above ``IN_PLACE`` take a
@@ -68,8 +68,9 @@ def gradient_in_place(param: Tensor, code: int) -> Tensor:
     Args:
         param: The parameter.
         code: How the ranks agreed that the gradient is placed; not ``ABSENT``.
+        here: Its code on this rank.
     """
-    grad = param.grad if placement_code(param) == code else None
+    grad = param.grad if here == code else None
     if code == IN_PLACE:
         return torch.zeros_like(local_tensor(param)) if grad is None else local_tensor(grad)
     assert isinstance(param, DTensor), "only a DTensor's gradient can be placed unlike it"

@@ -121,10 +121,6 @@ class Team:
         return len(self.ranks[0])
 
 
-LONE = Team(((0,),), 0, 0, None, None)
-"""A parameter that one process holds alone."""
-
-
 def layout_of(
     param: Tensor, process_group: dist.ProcessGroup | None, name: str
 ) -> tuple[Team, Sharding]:
@@ -143,7 +139,9 @@ def layout_of(
         check_device(param.device.type, param.device_mesh.device_type, name)
         return _dtensor_layout(param, name)
     if process_group is None or process_group.size() == 1:
-        return LONE, Sharding((), ())
+        # By its own number: whoever compares teams must not take it for a part of rank 0's.
+        me = dist.get_rank() if dist.is_initialized() else 0
+        return Team(((me,),), 0, 0, None, None), Sharding((), ())
     ranks = tuple((rank,) for rank in dist.get_process_group_ranks(process_group))
     return Team(ranks, process_group.rank(), 0, None, process_group), Sharding((), ())
 

@@ -39,12 +39,14 @@ class Plan:
     def digest(self, team: Team) -> int:
         """Hash of all that the ranks of ``team`` must agree on, in [0, 2^62)."""
         shared = [param.team.ranks == team.ranks for param in self.params]
+        groups: dict[int, int] = {}
         params = [
-            (p.name, p.shape, p.grid, p.period, p.sharding)
+            (p.name, p.shape, p.grid, p.period, p.sharding, p.dtype, p.message_dtype,
+             groups.setdefault(p.group, len(groups)))
             for p in itertools.compress(self.params, shared)
-        ]
+        ]  # fmt: skip
         blocks = [block for block in self.blocks if shared[block.param]]
-        # Numbers of parameters may differ: other teams' come between.
+        # Numbers of parameters, as those of groups, may differ: other teams' come between.
         places = [(b.index, b.turn, b.replica, b.shard) for b in blocks]
         text = repr((params, places)).encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 2

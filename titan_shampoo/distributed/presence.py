@@ -117,17 +117,21 @@ class Presence:
             if code == agreed == IN_PLACE and number not in self._givers
         ]
 
-    def completed(self) -> dict[Tensor, Tensor]:
+    def completed(self, here: Sequence[int]) -> dict[Tensor, Tensor]:
         """This rank's part of each gradient that any rank has, where its parameter lies.
 
         One redistribution for each gradient that is placed unlike its parameter, one broadcast for
         each that some replicas lack: as agreed on, so that all ranks take part.
+
+        Args:
+            here: What :meth:`codes` returned.
         """
         grads: dict[Tensor, Tensor] = {}
-        for number, (param, code) in enumerate(zip(self._params, self._anywhere, strict=True)):
+        codes = zip(self._params, self._anywhere, here, strict=True)
+        for number, (param, code, own) in enumerate(codes):
             if code == ABSENT:
                 continue
-            grads[param] = gradient_in_place(param, code)
+            grads[param] = gradient_in_place(param, code, own)
             if number in self._givers:
                 team = self._teams[number]
                 shared = grads[param].contiguous().clone()

@@ -25,7 +25,7 @@ def rates(options: Mapping[str, Any], *, rests: bool) -> Rates:
 
     Args:
         options: Parameter group.
-        rests: Whether this step does not move its parameters, decay included.
+        rests: Whether this step leaves out weight decay.
     """
     decay = 0.0 if rests else decoupled_decay(options)
     return Rates(float(options["lr"]), decay, float(options["momentum"]))
@@ -44,11 +44,10 @@ def decoupled_decay(options: Mapping[str, Any]) -> float:
     decay, kind = float(options["weight_decay"]), options["weight_decay_type"]
     if kind == "decoupled":
         return decay
-    if kind == "corrected":
-        return decay * float(options["lr"]) / options["peak_lr"]
-    if kind == "independent":
-        return decay / options["peak_lr"]
-    return 0.0
+    peak = float(options["peak_lr"])
+    if kind == "l2" or not peak:  # a schedule that stays at zero moves nothing
+        return 0.0
+    return decay * float(options["lr"]) / peak if kind == "corrected" else decay / peak
 
 
 def coupled_gradient(grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from titan_shampoo.functional.rounding import average_, dithered
+from titan_shampoo.functional.rounding import average_, store_
 from titan_shampoo.functional.rule import Clock
 
 Grafting = Literal["sgd", "adagrad", "rmsprop", "adam"]
@@ -38,9 +38,9 @@ def accumulate_squares_(
         return average_(squares, grad.square(), clock.rate(beta2, grad), clock.step)
     if squares.dtype == grad.dtype:
         return squares.addcmul_(grad, grad)
-    total = torch.addcmul(squares.to(grad.dtype), grad, grad)
-    squares.copy_(dithered(total, clock.step))
-    return total
+    wide = torch.promote_types(squares.dtype, grad.dtype)
+    total = torch.addcmul(squares.to(wide), grad.to(wide), grad.to(wide))
+    return store_(squares, total, clock.step).to(grad.dtype)
 
 
 def grafted_direction(

@@ -16,11 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from titan_shampoo.functional.roots import SMALLEST_DAMPING, eigh
+
 State = dict[str, Tensor]
 Damping = Literal["factored", "exact"]
-
-SMALLEST_DAMPING = 1e-30
-"""So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
 
 
 def state_shapes(shape: tuple[int, int], kind: Damping | None) -> dict[str, tuple[int, ...]]:
@@ -55,8 +54,8 @@ def refreshed(
     if left is None:
         return {"right_inverse": damped_inverse(right, damping)}
     if kind == "exact":
-        left_values, left_basis = torch.linalg.eigh(left)
-        right_values, right_basis = torch.linalg.eigh(right)
+        left_values, left_basis = eigh(left)
+        right_values, right_basis = eigh(right)
         return {
             "left_basis": left_basis,
             "left_values": left_values.clamp(min=0),

@@ -15,7 +15,7 @@ RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
 
 SMALLEST_DAMPING = 1e-30
-"""Keeps the root of an all-zero factor finite under relative damping."""
+"""Keeps the inverse of nothing finite under relative damping: its direction is 0, and not 0 / 0."""
 NEWTON_TOLERANCE = 1e-6
 NEWTON_ITERATIONS = 1000
 POWER_ITERATIONS = 16
@@ -64,7 +64,7 @@ def inverse_root(
         return _newton(matrices, exponent, eps, eps_relative)
     if method == "newton_schulz":
         return _newton_schulz(matrices, exponent, eps, eps_relative)
-    return root_from_eigenvalues(*_eigh(matrices), exponent, eps=eps, eps_relative=eps_relative)
+    return root_from_eigenvalues(*eigh(matrices), exponent, eps=eps, eps_relative=eps_relative)
 
 
 def root_from_eigenvalues(
@@ -130,7 +130,7 @@ def halvings(exponent: float) -> int:
     return times if times >= 1 and 2.0**-times == exponent else 0
 
 
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors; NaN for a matrix that has none."""
     try:
         return torch.linalg.eigh(matrices)
@@ -138,6 +138,14 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         # One bad matrix fails the whole stack: find it, so that the others still get theirs.
         pairs = [_eigh_or_nan(matrix) for matrix in matrices]
         return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+def _eigenvalues(matrices: Tensor) -> Tensor:
+    """Eigenvalues in ascending order; NaN for a matrix that has none."""
+    try:
+        return torch.linalg.eigvalsh(matrices)
+    except torch.linalg.LinAlgError:
+        return eigh(matrices)[0]
 
 
 def _eigh_or_nan(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +164,7 @@ def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float |
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     damping: Tensor | float = eps
     if eps_relative is not None:
-        largest = torch.linalg.eigvalsh(matrices)[:, -1:, None]
+        largest = _eigenvalues(matrices)[:, -1:, None]
         damping = (eps_relative * largest).clamp(min=SMALLEST_DAMPING)
     damped = matrices + damping * identity
     scale = (order + 1) / (2 * torch.linalg.matrix_norm(damped, keepdim=True))
@@ -226,7 +234,7 @@ def _square_roots(matrices: Tensor, smallest: Tensor, noise: float) -> tuple[Ten
 
 def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> Root:
     """``A^(-exponent)`` with eigenvalues raised to ``floor`` times the largest."""
-    values, vectors = _eigh(matrices)
+    values, vectors = eigh(matrices)
     smallest = (floor * values[:, -1:]).clamp(min=SMALLEST_DAMPING)
     return _root_of(values.maximum(smallest), vectors, exponent)
 
@@ -251,13 +259,13 @@ def next_basis(
         method: ``"eigh"``, or ``"qr"`` for one step of orthogonal iteration.
     """
     if method == "eigh" or ready is False:
-        values, vectors = _eigh(matrices)
+        values, vectors = eigh(matrices)
         return vectors, values
     turned, seen = _orthogonal_iteration(matrices, previous)
     if ready is True or bool(ready.all()):
         return turned, seen
     fresh = (~ready).nonzero().flatten()
-    seen[fresh], turned[fresh] = _eigh(matrices[fresh])
+    seen[fresh], turned[fresh] = eigh(matrices[fresh])
     return turned, seen
 
 

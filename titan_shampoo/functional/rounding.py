@@ -19,15 +19,28 @@ def average_(stored: Tensor, new: Tensor, rate: float | Tensor, step: Tensor) ->
     """``stored <- stored + rate (new - stored)``; returns it in the precision of ``new``.
 
     Args:
-        stored: ``(n, ...)``, of the dtype of ``new`` or bfloat16.
-        new: ``(n, ...)``.
+        stored: ``(n, ...)``, of any dtype.
+        new: ``(n, ...)``, float32 or float64.
         rate: Weight of the new value, in [0, 1].
         step: Step of each of the ``n``, int64; moves the threshold of rounding.
     """
     if stored.dtype == new.dtype:
         return stored.lerp_(new, rate)
-    average = torch.lerp(stored.to(new.dtype), new, rate)
-    stored.copy_(dithered(average, step))
+    wide = torch.promote_types(stored.dtype, new.dtype)
+    rate = rate.to(wide) if isinstance(rate, Tensor) else rate
+    average = torch.lerp(stored.to(wide), new.to(wide), rate)
+    return store_(stored, average, step).to(new.dtype)
+
+
+def store_(stored: Tensor, average: Tensor, step: Tensor) -> Tensor:
+    """``stored <- average``, by turns rounded down and up to bfloat16; returns the average.
+
+    Args:
+        stored: ``(n, ...)``, of any dtype; all but bfloat16 can hold slow averages as they are.
+        average: ``(n, ...)``, float32 or float64.
+        step: As for :func:`average_`.
+    """
+    stored.copy_(dithered(average, step) if stored.dtype == torch.bfloat16 else average)
     return average
 
 

@@ -57,7 +57,7 @@ class Rule(Protocol):
 
     name: str
     rests_at_first: bool
-    """Whether a parameter that is refreshed in its very first step is not moved by it at all."""
+    """Whether a block that is refreshed in its very first step is not moved by it."""
 
     def state_shapes(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[StateShape]:
         """State of one block of ``shape``."""

@@ -25,7 +25,7 @@ def scaling_sums(
     direction_square: Tensor,
     grad_square: Tensor,
     damping: Tensor,
-    lr: Tensor,
+    lr: Tensor | None,
     kl_clip: float,
 ) -> Tensor:
     """Numerator and denominator of ``nu^2``, ``(2,)``; denominators add up over pipeline stages.
@@ -36,14 +36,17 @@ def scaling_sums(
         direction_square: ``|P|^2``.
         grad_square: ``|G|^2``.
         damping: ``y``.
-        lr: The scheduled learning rates.
+        lr: The scheduled learning rates; None but for ``"kl_clip"``.
         kl_clip: ``kappa``, greater than zero.
     """
     if scaling == "norm":
         return torch.stack([grad_square.sum(), direction_square.sum()])
-    weight = lr.square() if scaling == "kl_clip" else damping
+    if scaling == "kl_clip":
+        assert lr is not None, "steps are clipped by what they move"
+        weight, constant = lr.square(), kl_clip
+    else:
+        weight, constant = damping, 1.0
     denominator = (weight * inner).sum()
-    constant = kl_clip if scaling == "kl_clip" else 1.0
     return torch.stack([torch.full_like(denominator, constant), denominator])
 
 

@@ -16,6 +16,7 @@ from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.functional.kfac import State, bounded, direction, refreshed, state_shapes
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import BlockKey
+from titan_shampoo.repair import Repairs, put_, take_, worst_failure
 
 
 class Factors:
@@ -33,7 +34,7 @@ class Factors:
         self.states = [self._empty_state(stack) for stack in plan.stacks]
         self.failed = torch.zeros((), dtype=torch.int64, device=self.device)
         """Refreshes that were not taken since the start."""
-        self._named: set[BlockKey] = set()
+        self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._places: dict[tuple[int, ...], Tensor] = {}
 
     def _empty_state(self, stack: Stack) -> State:
@@ -71,9 +72,10 @@ class Factors:
             sums: Of each block here: number of rows, sums of right and left moment.
             taken: Whether the batch counts, 0-dim bool; None where the host knows that it does.
         """
+        wanted = set(chosen)
         for state, stack in zip(self.states, self.plan.stacks, strict=True):
             for position, block in enumerate(stack.blocks):
-                if block.param in chosen:
+                if block.param in wanted:
                     one = {name: value[position] for name, value in state.items()}
                     new = sums[block.param, block.index]
                     if taken is not None:
@@ -116,12 +118,7 @@ class Factors:
         old = {name: value[chosen] for name, value in state.items()}
         new = self._inverted(number, old, refreshed)
         here = old["batches"] > 0 if taken is None else (old["batches"] > 0) & taken
-        good = here & _all_finite(new)
-        self._put(state, chosen, new, good)
-        failed = here & ~good
-        self.failed += failed.sum()
-        state["refreshes"][chosen] += good
-        state["failures"][chosen] = torch.where(good, 0, old["failures"] + failed)
+        self.failed += take_(state, chosen, new, here)
 
     def _inverted(self, number: int, state: State, how: Callable[..., State]) -> State:
         """What directions need of the factors in ``state``, of blocks of one stack."""
@@ -139,46 +136,23 @@ class Factors:
         state = self.states[number]
         everyone = self._on_device(range(len(state["batches"])))
         waiting = (state["refreshes"] == 0) & (state["batches"] > 0)
-        self._put(state, everyone, self._inverted(number, state, bounded), waiting)
-
-    @staticmethod
-    def _put(state: State, chosen: Tensor, new: State, good: Tensor) -> None:
-        for name, value in new.items():
-            mask = good.view(-1, *[1] * (value.ndim - 1))
-            value = value.to(state[name].dtype)
-            state[name][chosen] = torch.where(mask, value, state[name][chosen])
+        put_(state, everyone, self._inverted(number, state, bounded), waiting)
 
     def worst_failure(self) -> Tensor:
         """Largest number of refreshes in a row that failed for any block here, 0-dim."""
-        counts = [state["failures"].max().double() for state in self.states]
-        none = torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack([none, *counts]).max()
+        return worst_failure(self.states, self.device)
 
-    @torch.no_grad()
     def repair(self) -> list[str]:
-        """Repeat failed refreshes in float64; returns what is to be said, each block once.
+        """Repeat failed refreshes in float64; returns what is to be said, each block once."""
+        return self._repairs.repeat(self.states)
 
-        No communication: every rank sees to its own blocks.
-        """
-        said = []
-        for number, state in enumerate(self.states):
-            failing = state["failures"].nonzero().flatten()
-            if not len(failing):
-                continue
-            for position in failing.tolist():
-                block = self.plan.stacks[number].blocks[position]
-                if (block.param, block.index) not in self._named:
-                    self._named.add((block.param, block.index))
-                    said.append(f"{self.layers[block.param].name}, block {block.index}: a refresh "
-                                "failed; the last good one is kept, and it is repeated in "
-                                "float64")  # fmt: skip
-            wide = {name: value[failing].double() for name, value in state.items()}
-            new = self._inverted(number, wide, refreshed)
-            good = _all_finite(new)
-            self._put(state, failing, new, good)
-            state["refreshes"][failing] += good
-            state["failures"][failing] = torch.where(good, 0, state["failures"][failing])
-        return said
+    def _block_name(self, number: int, position: int) -> str:
+        block = self.plan.stacks[number].blocks[position]
+        return f"{self.layers[block.param].name}, block {block.index}"
+
+    def _refresh_anew(self, number: int, wide: State, _failing: Tensor) -> State:
+        """What a refresh gives for state in float64 of some blocks."""
+        return self._inverted(number, wide, refreshed)
 
     def _options_of(self, number: int) -> dict[str, Any]:
         """The parameter group of a stack."""
@@ -194,10 +168,11 @@ class Factors:
     def _due_blocks(self, number: int, cursor: int) -> list[int]:
         """Positions of the blocks of a stack that are refreshed in this step, each in its turn."""
         stack, options = self.plan.stacks[number], self._options_of(number)
-        turn = cursor % int(options["precondition_frequency"])
+        period = int(options["precondition_frequency"])
+        turn = cursor % period
         if options["refresh"] == "together":
             return list(range(len(stack.blocks))) if turn == 0 else []
-        return [place for place, block in enumerate(stack.blocks) if block.turn == turn]
+        return [place for place, block in enumerate(stack.blocks) if block.turn % period == turn]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, ``"right.3"`` for block 3."""
@@ -235,12 +210,6 @@ class Factors:
             for position, block in enumerate(stack.blocks):
                 if block.param == number:
                     yield block, {name: value[position] for name, value in state.items()}
-
-
-def _all_finite(state: State) -> Tensor:
-    """Which blocks are finite, ``(n,)``."""
-    flat = [value.flatten(1) for value in state.values() if value.ndim > 1]
-    return torch.stack([value.isfinite().all(1) for value in flat]).all(0)
 
 
 def _global_key(name: str, shape: tuple[int, ...]) -> str:

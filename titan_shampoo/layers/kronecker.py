@@ -17,7 +17,7 @@ from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import Sharding, layout_of
-from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
+from titan_shampoo.distributed.plan import Cost, Parameter, Stack, make_plan
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.factors import Factors
 from titan_shampoo.layers.layer import Layer
@@ -30,6 +30,7 @@ from titan_shampoo.layers.turns import (
     moment_turns,
 )
 from titan_shampoo.whole_model import Described
+from titan_shampoo.workspace import Workspace
 
 State = dict[str, Tensor]
 
@@ -66,6 +67,7 @@ class KroneckerStep(LayerStep):
         check_agreement(self.plan, self.device)
         self.factors = Factors(self.layers, self.plan, two_sided=two_sided)
         self._scalars: Tensor | None = None
+        self._workspace = Workspace(self.device)
         self._moments = Moments(self.layers, self.plan, two_sided=two_sided)
         periods = [layer.options["factor_frequency"] for layer in layers]
         self.turns = moment_turns(planned, periods, whole_model, two_sided=two_sided)
@@ -165,15 +167,10 @@ class KroneckerStep(LayerStep):
     def _directions(self, matrices: dict[int, Tensor]) -> dict[int, Tensor]:
         """Preconditioned gradients, like ``matrices``: there and back as the plan says."""
         flat = {number: matrix.view(-1) for number, matrix in matrices.items()}
-        stacks = {
-            number: torch.empty(
-                (len(stack.blocks), *stack.shape),
-                dtype=self.layers[stack.blocks[0].param].dtype,
-                device=self.device,
-            )
-            for number, stack in enumerate(self.plan.stacks)
-        }
-        directions = {number: torch.empty_like(matrix) for number, matrix in matrices.items()}
+        sizes = [self._stack_size(stack) for stack in self.plan.stacks]
+        stacks = dict(enumerate(self._workspace.tensors("stack", sizes)))
+        sizes = [(matrix.shape, matrix.dtype) for matrix in matrices.values()]
+        directions = dict(zip(matrices, self._workspace.tensors("direction", sizes), strict=True))
         shards = {number: found.view(-1) for number, found in directions.items()}
 
         def replace(number: int) -> None:
@@ -181,6 +178,10 @@ class KroneckerStep(LayerStep):
 
         exchange_in_turn(self.plan.buckets, self.device, flat, stacks, shards, replace)
         return directions
+
+    def _stack_size(self, stack: Stack) -> tuple[torch.Size, torch.dtype]:
+        size = torch.Size((len(stack.blocks), *stack.shape))
+        return size, self.layers[stack.blocks[0].param].dtype
 
     def _scale(self, matrices: dict[int, Tensor], directions: dict[int, Tensor]) -> Tensor:
         """The global scale; also keeps ``<P, G>, |P|^2, |G|^2`` of each layer."""
@@ -196,7 +197,7 @@ class KroneckerStep(LayerStep):
         self._scalars = table = self.summed_over_tiles(table)
         kl_clip = float(self.layers[0].options["kl_clip"])
         inner, square, grad_square = table.unbind(1)
-        damping, lr = self.option("damping"), self.option("lr")
+        damping, lr = self.option("damping"), self.learning_rates()
         return self.scale_of_all_stages(
             scaling_sums(self.scaling, inner, square, grad_square, damping, lr, kl_clip)
         )

@@ -5,7 +5,7 @@ gradient itself. Eva and its two relatives invert it in closed form: a step cost
 SGD's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.optimizer import LayerOptimizer, Model
 from titan_shampoo.layers.rank_one import RankOneStep
 from titan_shampoo.layers.step import LayerStep
+from titan_shampoo.options import options_among
 
 __all__ = ["FOOF", "KFAC", "Eva", "EvaF", "EvaS"]
 
@@ -104,7 +105,7 @@ class Eva(LayerOptimizer):
         process_group: dist.ProcessGroup | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+        super().__init__(params, options_among(locals()), model, process_group, pipeline_group)
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         return RankOneStep(layers, "input_output", self._pipeline_group)
@@ -147,7 +148,7 @@ class EvaF(LayerOptimizer):
         process_group: dist.ProcessGroup | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, _options(locals()), model, process_group, pipeline_group)
+        super().__init__(params, options_among(locals()), model, process_group, pipeline_group)
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         return RankOneStep(layers, "input", self._pipeline_group)
@@ -199,7 +200,7 @@ class EvaS(LayerOptimizer):
         process_group: dist.ProcessGroup | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, _options(locals()), None, process_group, pipeline_group)
+        super().__init__(params, options_among(locals()), None, process_group, pipeline_group)
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         return RankOneStep(layers, "gradient", self._pipeline_group)
@@ -260,7 +261,7 @@ class FOOF(LayerOptimizer):
         pipeline_group: dist.ProcessGroup | None = None,
         all_params: Iterable[Any] | None = None,
     ) -> None:
-        options = _options(locals())
+        options = options_among(locals())
         super().__init__(params, options, model, process_group, pipeline_group, all_params)
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
@@ -324,7 +325,7 @@ class KFAC(LayerOptimizer):
         pipeline_group: dist.ProcessGroup | None = None,
         all_params: Iterable[Any] | None = None,
     ) -> None:
-        options = _options(locals())
+        options = options_among(locals())
         super().__init__(params, options, model, process_group, pipeline_group, all_params)
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
@@ -335,17 +336,3 @@ class KFAC(LayerOptimizer):
             whole_model=self._whole_model,
             pipeline_group=self._pipeline_group,
         )
-
-
-def _options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The options among the arguments of a constructor."""
-    others = (
-        "self",
-        "params",
-        "model",
-        "process_group",
-        "pipeline_group",
-        "all_params",
-        "__class__",
-    )
-    return {key: value for key, value in arguments.items() if key not in others}

@@ -7,7 +7,7 @@ the ranks that have different tokens; nobody else stores them.
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,18 @@ from titan_shampoo.layers.layer import Layer
 
 BlockKey = tuple[int, int]
 """Numbers of a layer and of its block."""
+
+
+class Sums(NamedTuple):
+    """The moments of some blocks on their way to their owner."""
+
+    blocks: Sequence[Block]
+    flat: Tensor
+    """All parts of all blocks."""
+    shapes: list[torch.Size]
+    """Of the parts."""
+    work: dist.Work | None
+    """None where nobody else has any."""
 
 
 class Moments:
@@ -34,9 +46,10 @@ class Moments:
 
     def collect(self, chosen: Sequence[int]) -> None:
         """Have the backward passes of the next step form moments of the chosen layers alone."""
+        wanted = set(chosen)
         for number, layer in enumerate(self.layers):
             assert layer.tapped is not None, "moments are of layers that are tapped"
-            layer.tapped.collects_moments = number in chosen
+            layer.tapped.collects_moments = number in wanted
 
     def collected(self) -> list[int]:
         """The layers whose moments have been formed since they were reset."""
@@ -46,21 +59,22 @@ class Moments:
     def of_owned_blocks(self, chosen: Sequence[int]) -> dict[BlockKey, list[Tensor]]:
         """For each block here of the chosen layers: number of rows, sums of right and left moment.
 
-        One sum of all blocks for each owner.
+        One sum of all blocks for each owner; all of them are on their way together.
         """
+        wanted = set(chosen)
         by_owner: dict[Any, dict[int, list[Block]]] = defaultdict(lambda: defaultdict(list))
         for block in self.plan.blocks:
             layer = self.layers[block.param]
             owner = layer.tile.team.ranks[block.replica][block.shard]
-            if block.param in chosen:
+            if block.param in wanted:
                 by_owner[layer.tile.token_group, layer.dtype][owner].append(block)
-        found: dict[BlockKey, list[Tensor]] = {}
+        under_way: list[Sums] = []
         for (group, _), owned in by_owner.items():
             for owner, blocks in sorted(owned.items()):
                 # Elsewhere, another token group has the same moments and this owner.
                 if self._sums_up_for(group, owner, blocks):
-                    found |= self._summed_up(group, owner, blocks)
-        return found
+                    under_way.append(self._begun(group, owner, blocks))
+        return {key: parts for sums in under_way for key, parts in self._completed(sums)}
 
     def here(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
@@ -76,22 +90,24 @@ class Moments:
         team = self.layers[blocks[0].param].tile.team
         return (blocks[0].replica, blocks[0].shard) == (team.replica, team.shard)
 
-    def _summed_up(
-        self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]
-    ) -> dict[BlockKey, list[Tensor]]:
-        """The sums of some blocks over ``group``, complete on ``owner`` alone."""
+    def _begun(self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]) -> Sums:
+        """Begin to sum up some blocks over ``group``."""
         parts = [part for block in blocks for part in self._parts(block)]
         flat = torch.cat([part.reshape(-1) for part in parts])
+        work = None
         if group is not None:
-            dist.reduce(flat, dst=owner, group=group)
-        sums = iter(zip(flat.split([p.numel() for p in parts]), parts, strict=True))
+            work = dist.reduce(flat, dst=owner, group=group, async_op=True)
+        return Sums(blocks, flat, [part.shape for part in parts], work)
+
+    def _completed(self, sums: Sums) -> Iterator[tuple[BlockKey, list[Tensor]]]:
+        """The sums of each block, complete on its owner alone."""
+        if sums.work is not None:
+            sums.work.wait()
+        parts = zip(sums.flat.split([s.numel() for s in sums.shapes]), sums.shapes, strict=True)
         count = 3 if self.two_sided else 2
-        return {
-            (block.param, block.index): [
-                one.view(like.shape) for one, like in itertools.islice(sums, count)
-            ]
-            for block in blocks
-        }
+        for block in sums.blocks:
+            own = [part.view(shape) for part, shape in itertools.islice(parts, count)]
+            yield (block.param, block.index), own
 
     def _parts(self, block: Block) -> Iterator[Tensor]:
         """What this rank has summed for one block: rows, right moment, left moment."""

@@ -21,10 +21,9 @@ from titan_shampoo.functional.descent import descend_
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import check_layer_options
 from titan_shampoo.layers.search import LayerSearch
-from titan_shampoo.layers.step import LayerStep
+from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import (
     LibraryOptimizer,
-    copy_state,
     named,
     warn_without_names,
 )
@@ -110,7 +109,9 @@ class LayerOptimizer(LibraryOptimizer):
             self._step.pass_time()
 
     def _take_step(self, grads: Grads, norms: Grads, taken: Tensor | None) -> None:
-        if self._step is not None:
+        if self._step is None:
+            self._follow_other_stages(grads)
+        else:
             self._step.observe(taken)
             self._check_taps(grads)
             mine = {param: grads[param] for param in self._joined if param in grads}
@@ -119,6 +120,14 @@ class LayerOptimizer(LibraryOptimizer):
                 norms = {param: norm.where(taken, 0.0) for param, norm in norms.items()}
             self._step.step(mine, norms, taken)
         self._step_others(grads, taken)
+
+    def _follow_other_stages(self, grads: Grads) -> None:
+        """Without layers: take part in what those of other stages of a pipeline agree on."""
+        self._check_taps(grads)
+        scaling = self.param_groups[0]["scaling"]
+        if scaling is not None and self._pipeline_group is not None:
+            nothing = torch.zeros(2, device=self._device)
+            summed_over_stages(scaling, nothing, self._pipeline_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and what has been measured since the last step."""
@@ -155,7 +164,9 @@ class LayerOptimizer(LibraryOptimizer):
         """All state by parameter name, as live tensors to save and to load in place.
 
         For distributed checkpoints: every tensor is global, and its key and shape depend neither
-        on the rank nor on the mesh.
+        on the rank nor on the mesh. Once it has been loaded in place, call :meth:`zero_grad` before
+        the next backward pass: FOOF and K-FAC measure some layers in each step, and which ones
+        depends on the step that is loaded.
         """
         state = {
             name: dict(self.state[param])
@@ -181,12 +192,13 @@ class LayerOptimizer(LibraryOptimizer):
         super().__setstate__(state)
         self._process_group = self._pipeline_group = None
         self._is_complete = True
+        before = dict(self.state)
         self._build()
+        self._carry_over(before)
 
     def _build(self) -> None:
-        """Find the layers, allocate all state, and carry over what was there before."""
+        """Find the layers and allocate all state."""
         self._is_checked = False
-        before = dict(self.state)
         self.state = defaultdict(dict)
         names = self._names_in_models()
         self._named_params = {
@@ -207,8 +219,6 @@ class LayerOptimizer(LibraryOptimizer):
         for param in self._groups_of:
             if param not in self._joined:
                 self._allocate_other(param)
-        for param, state in before.items():
-            copy_state(self.state[param], state)
 
     def _allocate_layers(self, layers: list[Layer]) -> None:
         """The step of the layers, and views of its state."""
@@ -247,12 +257,12 @@ class LayerOptimizer(LibraryOptimizer):
             if not moving:
                 continue
             mine = [grads[param] for param in moving]
-            lr = _fallback_lr(group)
+            options = group | _fallback_rates(group)
             if group["fallback"] == "adamw":
                 states = [self.state[param] for param in moving]
-                adamw_step(moving, mine, states, group | {"lr": lr}, taken)
+                adamw_step(moving, mine, states, options, taken)
             else:
-                self._step_by_sgd(moving, mine, group | {"lr": lr}, taken)
+                self._step_by_sgd(moving, mine, options, taken)
 
     def _step_by_sgd(
         self,
@@ -291,16 +301,10 @@ class LayerOptimizer(LibraryOptimizer):
 
     def _check_taps(self, grads: Mapping[Tensor, Tensor]) -> None:
         """In the first step: refuse layers that were trained unseen, on all ranks alike."""
-        if self._is_checked or self._step is None:
+        if self._is_checked:
             return
         self._is_checked = True
-        # Experts that are given no rows have gradients of zero.
-        trained = {
-            layer.name
-            for layer in self._step.layers
-            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
-        }
-        unseen = [name for name in self._step.unseen() if name in trained]
+        unseen = [] if self._step is None else self._trained_unseen(self._step, grads)
         count = torch.tensor(float(len(unseen)), device=self._device)
         for group in self._judges:
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
@@ -308,6 +312,17 @@ class LayerOptimizer(LibraryOptimizer):
             which = unseen[0] if unseen else "a layer of another pipeline stage"
             raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
                                "the optimizer before the first forward pass")  # fmt: skip
+
+    @staticmethod
+    def _trained_unseen(step: LayerStep, grads: Grads) -> list[str]:
+        """Layers with a gradient in which no rank measured anything."""
+        # Experts that are given no rows have gradients of zero.
+        trained = {
+            layer.name
+            for layer in step.layers
+            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
+        }
+        return [name for name in step.unseen() if name in trained]
 
     def _reset_taps(self) -> None:
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""
@@ -323,9 +338,9 @@ def _parts(model: Model | None) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
-def _fallback_lr(options: Mapping[str, Any]) -> float:
-    """The learning rate of the diagonal method, on the schedule of that of the layers."""
+def _fallback_rates(options: Mapping[str, Any]) -> dict[str, float]:
+    """Learning rate and peak of the diagonal method, on the schedule of those of the layers."""
     own, lr, peak = options["fallback_lr"], float(options["lr"]), float(options["peak_lr"])
     if own is None:
-        return lr
-    return float(own) * lr / peak if peak else 0.0
+        return {}
+    return {"lr": float(own) * lr / peak if peak else 0.0, "peak_lr": float(own)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from titan_shampoo.options import CHOICES as SHARED_CHOICES
 from titan_shampoo.options import LIMITS as SHARED_LIMITS
-from titan_shampoo.options import Limit
+from titan_shampoo.options import Limit, check_alike
 
 _POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
 _AVERAGING: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
@@ -44,7 +44,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 _OF_THE_WHOLE_STEP = ("scaling", "kl_clip", "max_skipped", "max_failures")
-"""Options that all groups share, as one number is formed of all layers."""
+"""Options that all groups share: one number is formed of all layers, and steps are counted once."""
 
 
 def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -61,10 +61,7 @@ def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
         if key in options and options[key] not in choices:
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
     _check_pairs(options)
-    for key in _OF_THE_WHOLE_STEP:
-        if key in options and options[key] != groups[0][key]:
-            raise ValueError(f"{key}: got {options[key]!r} in one group and {groups[0][key]!r} in "
-                             "another, wanted the same, as the step has one length")  # fmt: skip
+    check_alike(groups, _OF_THE_WHOLE_STEP)
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
@@ -75,6 +72,10 @@ def _check_pairs(options: Mapping[str, Any]) -> None:
     if options.get("batch_dims") and "factor_frequency" in options:
         raise ValueError(f"batch_dims: got 1, wanted 0: {options['method']} takes no stacks of "
                          "matrices one by one; give them to Eva, EvaF or EvaS")  # fmt: skip
+    if options["scaling"] == "kl_norm" and "factor_frequency" in options:
+        raise ValueError(f"scaling: got 'kl_norm', wanted 'kl_clip', 'norm' or None with "
+                         f"{options['method']}: it makes up for a division by the damping, which "
+                         "only Eva, EvaF and EvaS make")  # fmt: skip
     if options.get("kv_scale") == "batch_mean" and options["kv_batch_size"] is None:
         raise ValueError("kv_batch_size: got None with kv_scale='batch_mean', wanted the batch "
                          "size that the damping was tuned for")  # fmt: skip

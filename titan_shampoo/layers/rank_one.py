@@ -25,14 +25,12 @@ from titan_shampoo.functional.eva import (
     running_average_,
     terms,
 )
+from titan_shampoo.functional.roots import SMALLEST_DAMPING
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.averages import averages_of
 from titan_shampoo.layers.layer import Layer, Span
 from titan_shampoo.layers.rows import RowsOfLayers
 from titan_shampoo.layers.step import LayerStep, Moves, moves_of
-
-SMALLEST_DAMPING = 1e-30
-"""So that a layer without curvature, and thus without gradient, gives 0 and not 0 / 0."""
 
 _ROWS, _COLUMNS = slice(1), slice(1, None)
 
@@ -241,7 +239,6 @@ class RankOneStep(LayerStep):
             own = torch.where(square > 0, (found.grad_square / square).sqrt(), own)
         if self.scaling is None:
             return own
-        lr = self.option("lr")
         kl_clip = float(self.layers[0].options["kl_clip"])
         sums = scaling_sums(
             self.scaling,
@@ -249,7 +246,7 @@ class RankOneStep(LayerStep):
             own.square() * square,
             found.grad_square,
             found.damping,
-            lr,
+            self.learning_rates(),
             kl_clip,
         )
         scale = self.scale_of_all_stages(sums)

@@ -108,6 +108,10 @@ class LayerStep:
         scaling: Scaling | None = self.layers[0].options["scaling"]
         return scaling
 
+    def learning_rates(self) -> Tensor | None:
+        """That of each layer where the global scale depends on it; else None."""
+        return self.option("lr") if self.scaling == "kl_clip" else None
+
     def option(self, name: str) -> Tensor:
         """One option of each layer, ``(layers,)``."""
         return self.constant([layer.options[name] for layer in self.layers])
@@ -118,7 +122,9 @@ class LayerStep:
         if key not in self._constants:
             if len(self._constants) >= MAX_KEPT:
                 self._constants.clear()
-            self._constants[key] = torch.tensor(key, dtype=self.dtype, device=self.device)
+            # From pinned memory: the host does not wait until an accelerator has read it.
+            on_host = torch.tensor(key, dtype=self.dtype, pin_memory=self.device.type != "cpu")
+            self._constants[key] = on_host.to(self.device, non_blocking=True)
         return self._constants[key]
 
     def summed_over_tiles(self, table: Tensor) -> Tensor:
@@ -144,10 +150,7 @@ class LayerStep:
         """
         assert self.scaling is not None, "there is nothing to scale by"
         if self._pipeline_group is not None:
-            constant = sums[:1].clone()
-            dist.all_reduce(sums, group=self._pipeline_group)
-            if self.scaling != "norm":  # then the numerator is a constant and no sum
-                sums = torch.cat([constant, sums[1:]])
+            sums = summed_over_stages(self.scaling, sums, self._pipeline_group)
         return global_scale(self.scaling, sums)
 
     def decayed(self, grads: Grads, taken: Tensor | None) -> Grads:
@@ -165,6 +168,18 @@ class LayerStep:
     def decays_gradients(self) -> bool:
         """Whether any group has coupled weight decay."""
         return any(layer.options["weight_decay_type"] == "l2" for layer in self.layers)
+
+
+def summed_over_stages(scaling: Scaling, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Numerator and denominator over the layers of all stages of a pipeline, ``(2,)``.
+
+    Every stage calls it, one without layers with zeros; in float64, as their dtypes may differ.
+    """
+    total = sums.to(torch.float64, copy=True)
+    dist.all_reduce(total, group=group)
+    total = total.to(sums.dtype)
+    # But for "norm", the numerator is a constant and no sum.
+    return total if scaling == "norm" else torch.cat([sums[:1], total[1:]])
 
 
 class Moves:

@@ -96,8 +96,12 @@ def _part(claim: Claim) -> Claim:
 
 
 def _is_layer(param: Described) -> bool:
-    """Whether a parameter of another stage is the weight of a layer."""
-    return param.tensor.ndim >= 2 and NOT_MULTIPLIED.search(param.name) is None
+    """Whether a parameter of another stage is the weight of a layer, linear or a convolution.
+
+    Others of two dims and more, such as stacks of experts, are nobody's to invert.
+    """
+    is_weight = param.name.rpartition(".")[2] == "weight" and param.tensor.ndim in (2, 4)
+    return is_weight and NOT_MULTIPLIED.search(param.name) is None
 
 
 def _joint_shape(param: Described, names: Collection[str]) -> tuple[int, int]:
