@@ -84,3 +84,19 @@ def test_iterates_equal_the_reference(case: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"block_size": 3, "grafting": "adam"}])
 def test_stacks_of_experts_are_cut_slice_by_slice(options: dict[str, Any]) -> None:
     assert_follows(KLShampoo, Reference, STACKS, BASE | {"batch_dims": 1} | options)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+def test_the_size_of_gradients_does_not_matter(size: float) -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(6, 9, dtype=torch.float64) for _ in range(12)]
+    ends = []
+    for factor in (1.0, size):
+        weight = torch.nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
+        optimizer = KLShampoo([("w", weight)], lr=0.1, **BASE | {"refresh": "together"})
+        for grad in grads:
+            weight.grad = factor * grad
+            optimizer.step()
+        ends.append(weight.detach())
+    assert torch.allclose(ends[0], ends[1], rtol=1e-10)
+    assert ends[0].abs().mean() > 0.1

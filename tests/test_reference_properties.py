@@ -102,10 +102,11 @@ def test_kl_shampoo_finds_a_kronecker_covariance_with_its_scale() -> None:
     assert abs(np.log(ratio).mean()) < 0.08
 
 
-def test_kl_shampoo_factors_start_at_one_and_see_the_roots_before() -> None:
+def test_kl_shampoo_factors_start_in_units_of_the_first_gradient_and_see_the_roots_before() -> None:
     options = Options(betas=(0.0, 0.9), start_step=1, precondition_frequency=1)
     optimizer = KLShampoo({"w": np.zeros((3, 4))}, options, peak_lr=1.0)
-    left, right = np.eye(3), np.eye(4)
+    size = np.sqrt(np.mean(noise(1, (3, 4)) ** 2))
+    left, right = size * np.eye(3), size * np.eye(4)
     for step in range(1, 6):
         grad = noise(step, (3, 4))
         inverses = np.linalg.inv(left), np.linalg.inv(right)

@@ -1,7 +1,8 @@
 """KL-Shampoo: every factor is built from the gradient preconditioned on all the other dims.
 
-``L <- beta2 L + w2 G R^-1 G^T / i`` and ``R`` likewise, both from I, power 1/2 on each side, the
-inverses being those of the last refresh. All else is Shampoo with its first refresh in step 1.
+``L <- beta2 L + w2 G R^-1 G^T / i`` and ``R`` likewise, power 1/2 on each side, the inverses being
+those of the last refresh. Both begin as multiples of I, equal ones whose product is the mean square
+of the first gradient (1, if that is zero). All else is Shampoo with its first refresh in step 1.
 """
 
 import math
@@ -19,10 +20,20 @@ class Block(shampoo.Block):
 
     def __init__(self, weight: Array, options: shampoo.Options, turn: int) -> None:
         super().__init__(weight, options, turn)
-        self.factors = [np.eye(d) for d in weight.shape]
+        self.has_begun = False
+
+    def begin(self, grad: Array) -> None:
+        """Factors, and their inverse square roots, before the first gradient is seen."""
+        square = float((grad**2).mean()) or 1.0
+        scale = square ** (1 / grad.ndim)
+        self.factors = [scale * np.eye(d) for d in grad.shape]
+        self.roots = [np.eye(d) / scale**0.5 for d in grad.shape]
+        self.has_begun = True
 
     def accumulate(self, grad: Array) -> None:
         """All factors from the same, stored roots: neither sees what the other becomes."""
+        if not self.has_begun:
+            self.begin(grad)
         beta2 = self.options.betas[1]
         new = 1.0 if beta2 == 1 else 1 - beta2
         for dim in range(grad.ndim):

@@ -3,12 +3,16 @@
 ``L <- beta2 L + (1 - beta2) G R^-1 G^T / i``, and likewise R: the Gaussian with a
 Kronecker-structured covariance that is nearest in Kullback-Leibler divergence. The direction is
 ``L^(-1/2) G R^(-1/2)``.
+
+Factors begin as the identity in units of the first gradient: their product is its mean square. The
+identity itself may be a million times what they collect, and outlasts hundreds of steps.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from titan_shampoo.functional.factors import (
@@ -54,6 +58,8 @@ class KLShampooRule(ShampooRule):
         """
         shape = tuple(grad.shape[1:])
         dims = active_factors(shape, options)
+        if clock.ready is not True:
+            _rescale_first_(state, grad, clock, [name for _, name in dims])
         grad = measured(grad, clock)
         roots = {dim: measured(state[f"{name}_root"], clock) for dim, name in dims}
         for dim, name in dims:
@@ -80,3 +86,14 @@ class KLShampooRule(ShampooRule):
             new[f"{name}_root"] = root
             conditions.append(condition)
         return new | worst(conditions)
+
+
+def _rescale_first_(state: State, grad: Tensor, clock: Clock, names: list[str]) -> None:
+    """Blocks in their first step: factors ``c I`` with ``c^(number of factors) = mean G^2``."""
+    square = grad.square().flatten(1).mean(1)
+    is_first = (clock.step == 1) & (square > 0)
+    scale = torch.where(is_first, square, 1.0) ** (1 / len(names))
+    for name in names:
+        factor, root = state[name], state[f"{name}_root"]
+        factor.mul_(scale.to(factor.dtype)[:, None])
+        root.mul_(scale.rsqrt().to(root.dtype)[:, None, None])
