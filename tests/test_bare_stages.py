@@ -66,4 +66,6 @@ def test_a_stage_without_layers_steps_with_the_others(options: dict[str, Any]) -
     for method in METHODS:
         expected = train(method, range(2), options)
         for name, tensor in (first[method] | second[method]).items():
-            torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+            # How float32 is summed depends on how many threads there are, and ranks have one.
+            bound = 1e-12 if tensor.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(tensor, expected[name], rtol=bound, atol=bound)

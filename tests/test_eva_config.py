@@ -33,7 +33,7 @@ REFUSED = {
     "failures": (["--optimizer.foof.max_failures", "0"], "optimizer.foof.max_failures: got 0"),
     "layers of none": (
         ["--optimizer.name", "Shampoo", "--metrics.layers", "true"],
-        "metrics.layers: Shampoo do not look into layers",
+        "metrics.layers: no method here looks into layers",
     ),
     "scale of K-FAC": (["--optimizer.kfac.scaling", "kl_norm"], "optimizer.kfac.scaling"),
 }
