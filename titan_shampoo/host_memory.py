@@ -12,7 +12,8 @@ def keep_freed_memory() -> bool:
 
     glibc gives large pieces back to the system, which hands them out again page by page and filled
     with zeros: every step asks for the same gigabytes anew. Kept, a step of ResNet-50 on two cores
-    takes three quarters of the time, and a peak of memory that is 5% higher stays.
+    takes three quarters of the time with a peak of memory that is 5% higher. For programs that have
+    memory to spare: holes between pieces can add up to several times the largest tensor.
 
     Returns:
         Whether it does. It does not where the environment sets the allocator (``MALLOC_*``,

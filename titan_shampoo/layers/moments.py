@@ -28,8 +28,6 @@ class Sums(NamedTuple):
     """All parts of all blocks."""
     shapes: list[torch.Size]
     """Of the parts."""
-    work: dist.Work | None
-    """None where nobody else has any."""
 
 
 class Moments:
@@ -94,15 +92,12 @@ class Moments:
         """Begin to sum up some blocks over ``group``."""
         parts = [part for block in blocks for part in self._parts(block)]
         flat = torch.cat([part.reshape(-1) for part in parts])
-        work = None
         if group is not None:
-            work = dist.reduce(flat, dst=owner, group=group, async_op=True)
-        return Sums(blocks, flat, [part.shape for part in parts], work)
+            dist.reduce(flat, dst=owner, group=group)
+        return Sums(blocks, flat, [part.shape for part in parts])
 
     def _completed(self, sums: Sums) -> Iterator[tuple[BlockKey, list[Tensor]]]:
         """The sums of each block, complete on its owner alone."""
-        if sums.work is not None:
-            sums.work.wait()
         parts = zip(sums.flat.split([s.numel() for s in sums.shapes]), sums.shapes, strict=True)
         count = 3 if self.two_sided else 2
         for block in sums.blocks:

@@ -26,7 +26,6 @@ from torchtitan.tools.utils import device_type
 
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.data.mixup import MixedLabels
-from titan_shampoo.host_memory import keep_freed_memory
 from titan_shampoo.titan.environment import (
     check_context_parallel,
     check_device,
@@ -202,8 +201,6 @@ class Trainer(torchtitan.train.Trainer):
 
     def run(self) -> None:
         """Train, finish what is being written, and leave the process group with all other ranks."""
-        if device_type == "cpu":
-            keep_freed_memory()
         try:
             self.train()
         finally:
