@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from titan_shampoo.functional.side_by_side import side_by_side
+
 RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
 
@@ -133,11 +135,12 @@ def halvings(exponent: float) -> int:
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors; NaN for a matrix that has none."""
     try:
-        return torch.linalg.eigh(matrices)
+        values, vectors = side_by_side(torch.linalg.eigh, matrices)
     except torch.linalg.LinAlgError:
         # One bad matrix fails the whole stack: find it, so that the others still get theirs.
         pairs = [_eigh_or_nan(matrix) for matrix in matrices]
         return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+    return values, vectors
 
 
 def _eigenvalues(matrices: Tensor) -> Tensor:
@@ -274,4 +277,5 @@ def _orthogonal_iteration(matrices: Tensor, previous: Tensor) -> tuple[Tensor, T
     product = matrices @ previous
     seen = (previous * product).sum(-2)
     order = seen.argsort(dim=-1, descending=True).unsqueeze(-2)
-    return torch.linalg.qr(product.gather(-1, order.expand_as(product)))[0], seen
+    basis, _ = side_by_side(torch.linalg.qr, product.gather(-1, order.expand_as(product)))
+    return basis, seen
