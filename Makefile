@@ -19,6 +19,10 @@ OMP_NUM_THREADS ?= $(shell expr $(CORES) / $(NPROC) \| 1)
 # With PYTHONSAFEPATH set, torchrun cannot import parallel/ and checkpoint/ beside train.py.
 unexport PYTHONSAFEPATH
 
+# Test files at a time. Each takes up to two gigabytes, and a test up to eight ranks.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
+
 .PHONY: train test test-all lint format bench clean
 .DEFAULT_GOAL := test
 
@@ -29,11 +33,11 @@ train: $(VENV)/installed
 		--nproc_per_node=$(NPROC) train.py --job.config_file $(CONFIG) $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --timeout=300 $(ARGS)
+	$(PYTEST) --timeout=300 $(ARGS)
 
 # GPU tests take part where there is a GPU.
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest --timeout=600 -m "$(if $(filter-out 0,$(GPUS)),,not gpu)" $(ARGS)
+	$(PYTEST) --timeout=600 -m "$(if $(filter-out 0,$(GPUS)),,not gpu)" $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff --version

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from titan_shampoo.data import DataError, sources, text
@@ -75,7 +75,6 @@ def documents(source, part):
 
 
 @given(length=st.integers(10, 200), seq_len=st.integers(1, 20))
-@settings(deadline=None)
 def test_every_token_but_the_first_is_predicted_once(tmp_path_factory, length, seq_len):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("".join(chr(33 + number % 90) for number in range(length)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -176,7 +176,6 @@ def test_blocks_tile_the_merged_tensor_exactly_once(case: tuple[Shape, Grid]) ->
     assert (covered == 1).all()
 
 
-@settings(deadline=None)  # torch's first calls are slow
 @given(grids(), st.data())
 def test_pieces_of_all_shards_tile_every_block_exactly_once(
     case: tuple[Shape, Grid], data: st.DataObject
@@ -201,7 +200,6 @@ def test_pieces_of_all_shards_tile_every_block_exactly_once(
     assert all((count == 1).all() for count in used)
 
 
-@settings(deadline=None)  # torch's first calls are slow
 @given(grids(), st.data())
 def test_overlap_table_counts_the_elements_of_all_pieces(
     case: tuple[Shape, Grid], data: st.DataObject
@@ -222,7 +220,6 @@ def test_overlap_table_counts_the_elements_of_all_pieces(
         assert holders(table)[block] == tuple(shard for shard, n in enumerate(found) if n)
 
 
-@settings(deadline=None)  # torch's first calls are slow
 @given(grids(), st.data())
 def test_no_shard_edge_goes_through_a_block_that_is_cut_there(
     case: tuple[Shape, Grid], data: st.DataObject
@@ -235,7 +232,6 @@ def test_no_shard_edge_goes_through_a_block_that_is_cut_there(
     assert (cut.fingerprint == "") == (cut.edges == grid.edges)
 
 
-@settings(deadline=None)  # torch's first calls are slow
 @given(st.lists(st.integers(1, 2), min_size=1, max_size=3).map(tuple), st.data())
 def test_even_shards_are_those_of_dtensor(counts: Shape, data: st.DataObject) -> None:
     cutting = data.draw(cuttings(counts))
@@ -296,7 +292,6 @@ def test_coalesced_copies_move_the_same_elements(some: list[Copy]) -> None:
     assert all(min(copy.source_view.stride + copy.target_view.stride) > 0 for copy in joined)
 
 
-@settings(deadline=None)  # torch's first calls are slow
 @given(grids())
 def test_coalesced_copies_leave_the_same_memory(case: tuple[Shape, Grid]) -> None:
     shape, grid = case

@@ -21,7 +21,7 @@ WHOLE: dict[str, Any] = {"lr": 1.0, "fallback": None}
 
 extents = st.integers(1, 6)
 seeds = st.integers(0, 2**31)
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=25, derandomize=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,11 +5,15 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch._utils
+
+from tests.ranks import run_on_ranks
+from tests.titan_runs import text_run, train_all, write_text
 
 pytestmark = pytest.mark.skipif(
     torch._utils._get_available_device_type() is not None, reason="has an accelerator"
@@ -119,3 +123,16 @@ def test_freed_memory_is_kept_unless_the_environment_says_how(environment):
         assert found["more"] > 250e6  # of a ballast of 300 MB
     else:
         assert found["more"] < 50e6
+
+
+def warnings_of_a_run(args):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_all([args])
+    return [str(warning.message) for warning in caught]
+
+
+def test_one_rank_trains_in_float32_without_a_warning_of_autocast(tmp_path):
+    write_text(tmp_path)
+    (said,) = run_on_ranks(1, warnings_of_a_run, text_run(tmp_path, "run"))
+    assert not [message for message in said if "utocast" in message]

@@ -8,7 +8,7 @@ of labels). AdamW with clipping hides both; damped methods are ruined by them.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torchtitan.train
 from torch import Tensor, nn
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import maybe_enable_amp
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import LossFunction, TrainSpec
 from torchtitan.tools.utils import device_type
@@ -81,7 +82,10 @@ class Trainer(torchtitan.train.Trainer):
         self._whole_model: Members | None = None
         _register(job_config.model.name, self._adapted(recipe))
         manager = partial(checkpoint_manager, job_config=job_config)
-        with replaced(torchtitan.train, "CheckpointManager", manager):
+        with (
+            replaced(torchtitan.train, "CheckpointManager", manager),
+            replaced(torchtitan.train.dist_utils, "maybe_enable_amp", _autocast),
+        ):
             super().__init__(job_config)
 
         self.metrics_processor.count_skipped = lambda: self.dataloader.skipped.count
@@ -242,6 +246,11 @@ class DividedLoss:
             yield
         finally:
             self._divisor = 1.0
+
+
+def _autocast(dims: ParallelDims, precision: str, device: str) -> AbstractContextManager[Any]:
+    """Mixed precision without FSDP2; torchtitan asks autocast for float32, which warns."""
+    return nullcontext() if precision == "float32" else maybe_enable_amp(dims, precision, device)
 
 
 def _first_line(error: Exception) -> str:
