@@ -65,7 +65,7 @@ class Floor:
                 extent = rows.shape[1]
                 views = zip(slab_views(factor, extent), slabs(extent), strict=True)
                 for view, (start, stop) in views:
-                    view.baddbmm_(rows[:, start:], rows[:, start:stop].mT, beta=0.99, alpha=0.01)
+                    view.lerp_(rows[:, start:] @ rows[:, start:stop].mT, 0.01)
             due = (turns == turn).nonzero().flatten()
             if len(due):
                 for factor, root in ((left, left_root), (right, right_root)):

@@ -85,5 +85,5 @@ def test_number_of_blocks_does_not_change_the_number_of_operations(
 def test_one_more_parameter_costs_two_copies_at_most(method: str, variant: str) -> None:
     few, many = (counted_step(method, [(8, 8)] * n, VARIANTS[variant]) for n in (2, 12))
     assert many["aten::copy_"] - few["aten::copy_"] <= MAX_COPIES * 10
-    for name in ("aten::bmm", "aten::baddbmm_", "aten::_local_scalar_dense"):
+    for name in ("aten::bmm", "aten::lerp_", "aten::_local_scalar_dense"):
         assert many[name] == few[name], name

@@ -48,14 +48,16 @@ def average_squares_(
         scale: Greater than zero.
     """
     extent = rows.shape[1]
-    rate = 1.0 if beta2 == 1.0 else clock.rate(beta2, factor)
+    rate = clock.rate(beta2, factor)
     chosen = measured(factor, clock)
     for slab, (start, stop) in zip(slab_views(chosen, extent), slabs(extent), strict=True):
-        left, right = rows[:, start:], rows[:, start:stop].mT
-        if isinstance(rate, float):
-            slab.baddbmm_(left, right, beta=beta2, alpha=rate * scale)
+        # Not baddbmm: of a slab, whose matrices do not follow each other in memory, a CPU would
+        # make one small product after the other.
+        squares = rows[:, start:] @ rows[:, start:stop].mT
+        if beta2 == 1.0:
+            slab.add_(squares, alpha=scale)
         else:
-            slab.lerp_((left @ right).mul_(scale), rate)
+            slab.lerp_(squares if scale == 1.0 else squares.mul_(scale), rate)
     if clock.measured is not None:
         factor[clock.measured] = chosen
 
