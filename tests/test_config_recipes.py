@@ -20,7 +20,7 @@ DIGITS = ["--model.name", "resnet", "--training.dataset", "digits"]
     ("args", "message"),
     [
         (
-            [*IMAGES, "--images.size", "288"],
+            [*IMAGES, "--images.size", "288", "--images.resize", "256"],
             r"images.resize: got 256, .* \(288\)",
         ),
         ([*IMAGES, "--images.min_area", "0"], "images.min_area: .*greater than 0 and at most 1"),

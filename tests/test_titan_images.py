@@ -78,6 +78,19 @@ def test_two_ranks_train_on_photographs_as_one_does(folder):
     assert seconds[1] < seconds[3]
 
 
+def test_small_images_are_evaluated_whole_but_for_an_eighth_where_no_scale_is_given(folder):
+    given = photo_run(folder, "given", training__steps=1)
+    position = given.index("--images.resize")
+    assert given[position + 1] == "18"
+    left_out = photo_run(folder, "left_out", training__steps=1)
+    del left_out[position : position + 2]
+    run_on_ranks(1, train_all, [given, left_out])
+    for dump in ("given", "left_out"):
+        losses = records(folder, dump, "validation_loss")
+        assert losses == records(folder, "given", "validation_loss")
+        assert losses
+
+
 def test_epochs_and_milestones_become_steps(folder):
     args = photo_run(
         folder, "epochs", training__epochs=2, lr_scheduler__milestone_epochs="0.5,1.5",

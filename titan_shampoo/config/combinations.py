@@ -67,9 +67,10 @@ def _check_model(settings: Settings) -> None:
 
 def _check_images(settings: Settings) -> None:
     size = settings["images.size"] or DEFAULT_IMAGE_SIZE
-    if settings["training.dataset"] not in ALL_DIGITS and settings["images.resize"] < size:
+    resize = settings["images.resize"]
+    if settings["training.dataset"] not in ALL_DIGITS and resize is not None and resize < size:
         wanted = f"expected at least images.size ({size})"
-        raise settings.error("images.resize", f"got {settings['images.resize']}, {wanted}")
+        raise settings.error("images.resize", f"got {resize}, {wanted}")
     if settings["images.mixup"] and settings["training.local_batch_size"] % 2:
         got = settings["training.local_batch_size"]
         raise settings.error("training.local_batch_size", f"got {got}, images.mixup needs pairs")

@@ -431,8 +431,10 @@ class Images:
     size: int | None = None
     """Edge of the images that the network sees, in pixels; not set: 224, or 32 for the digits"""
 
-    resize: int = 256
-    """Shorter edge to which images are resized before the centre is evaluated, at least size"""
+    resize: int | None = None
+    """Shorter edge to which images are resized before the centre is evaluated, at least size; not
+    set: 8/7 of size, which is 256 for 224
+    """
 
     min_area: float = 0.08
     """Smallest area of the random crops to train on, relative to the image; 1 is the whole image"""

@@ -137,7 +137,8 @@ def _validation_images(job_config: JobConfig) -> Digits | TransformedImages:
         hold_out=not own,
         classes=_classes(job_config),
     )
-    view = CentreView(_size(job_config), images.resize, images.mean, images.std)
+    size = _size(job_config)
+    view = CentreView(size, images.resize or round(size * 8 / 7), images.mean, images.std)
     return TransformedImages(files, view)
 
 
