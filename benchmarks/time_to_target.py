@@ -62,7 +62,7 @@ def _own(table: str, **options: object) -> Settings:
 def _blocks(name: str, table: str, **options: object) -> Method:
     """A method for blocks: AdamW's weight decay, and AdamW for all that is not a matrix."""
     own = _own(table, block_size=256, **options)
-    return Method(name, 1.8e-2, 3e-3, {"optimizer.weight_decay": 0.1, **own})
+    return Method(name, 1.8e-2, 9e-3, {"optimizer.weight_decay": 0.1, **own})
 
 
 _TEXT_DECAY: Settings = {"optimizer.weight_decay": 1e-4}
@@ -72,7 +72,7 @@ _TEXT_DECAY: Settings = {"optimizer.weight_decay": 1e-4}
 def _layers(name: str, table: str, text_lr: float = 0.1, **on_texts: object) -> Method:
     """A method for layers: AdamW, and on images SGD, for what it does not precondition."""
     return Method(
-        name, text_lr, 0.1, {},
+        name, text_lr, 0.3, {},
         text={**_TEXT_DECAY, **_own(table, fallback_lr=1e-2, **on_texts)},
         images={"optimizer.weight_decay": 5e-4,
                 **_own(table, kl_clip=1e-2, fallback="sgd", fallback_lr=0.1)},
@@ -82,16 +82,16 @@ def _layers(name: str, table: str, text_lr: float = 0.1, **on_texts: object) -> 
 METHODS = {
     method.name: method
     for method in (
-        Method("SGD", 0.3, 0.1, {"optimizer.sgd.momentum": 0.9, "optimizer.sgd.nesterov": True,
+        Method("SGD", 0.3, 0.3, {"optimizer.sgd.momentum": 0.9, "optimizer.sgd.nesterov": True,
                                  "optimizer.weight_decay": 5e-4}),
-        Method("AdamW", 6e-3, 3e-3, {"optimizer.weight_decay": 0.1}),
+        Method("AdamW", 6e-3, 9e-3, {"optimizer.weight_decay": 0.1}),
         _blocks("Shampoo", "shampoo", eps_relative=1e-6),
         _blocks("SOAP", "soap"),
         _blocks("KLShampoo", "kl_shampoo"),
         _layers("Eva", "eva"),
         # Damping as in configs/transformer_debug_eva.toml; docs/eva.md has what led to it.
         _layers("EvaF", "eva_f", 0.3, scaling="kl_norm", damping_mode="relative", damping=0.03),
-        Method("EvaS", 0.1, 0.1, {}, text={**_TEXT_DECAY, **_own("eva_s", fallback_lr=1e-2)},
+        Method("EvaS", 0.1, 0.3, {}, text={**_TEXT_DECAY, **_own("eva_s", fallback_lr=1e-2)},
                images={"optimizer.weight_decay": 5e-4,
                        **_own("eva_s", fallback="sgd", fallback_lr=0.1)}),
         _layers("FOOF", "foof"),
