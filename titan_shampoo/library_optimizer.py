@@ -1,9 +1,10 @@
 """What all optimizers of the library share beyond torch's: names, gradients, saved state."""
 
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,14 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters of a group with their names."""
-        return named(group)
+        return self._as_given(group)
+
+    def _as_given(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters with the names that they were given, else with numbers in the optimizer."""
+        before = itertools.takewhile(lambda other: other is not group, self.param_groups)
+        first = sum(len(other["params"]) for other in before)
+        numbers = range(first, first + len(group["params"]))
+        return zip(group.get("param_names") or map(str, numbers), group["params"], strict=False)
 
     def _all_named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their names, group by group."""
@@ -70,7 +78,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """Complete the last parameter group, or raise ValueError."""
         group.setdefault("peak_lr", float(group["lr"]))
         self._check_options()
-        for name, param in named(group):
+        for name, param in self._as_given(group):
             if param.is_complex():
                 raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
                                  "pass torch.view_as_real of it")  # fmt: skip
@@ -266,6 +274,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def _meet(self) -> None:
         """Find out who holds which parameters, and who decides with whom."""
         params = list(self._all_named())
+        self._check_names(params)
         self._device = params[0][1].device if params else torch.device("cpu")
         if not hasattr(self, "_watch"):
             self._watch = Watch(self._device)
@@ -273,6 +282,14 @@ class LibraryOptimizer(torch.optim.Optimizer):
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
         self._presence = Presence([param for _, param in params], teams, self._device)
         self._judges = judges(teams, self._process_group, self._pipeline_group)
+
+    @staticmethod
+    def _check_names(params: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse a name of two parameters: state is saved by name, and one would be lost."""
+        found: dict[str, Tensor] = {}
+        for name, param in params:
+            if found.setdefault(name, param) is not param:
+                raise ValueError(f"{name}: is the name of two parameters; give each its own")
 
     def _check_dense(self) -> None:
         """Refuse sparse gradients."""
@@ -299,12 +316,6 @@ class LibraryOptimizer(torch.optim.Optimizer):
                 if other[key] != group[key]:
                     raise ValueError(f"{key}: the state has {other[key]!r}, got {group[key]!r}; "
                                      f"set {key} = {other[key]!r}")  # fmt: skip
-
-
-def named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a group with their names (``"0"``, ``"1"``, ... if they were given without)."""
-    names = group.get("param_names") or map(str, range(len(group["params"])))
-    return zip(names, group["params"], strict=False)
 
 
 def check_state(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -24,11 +24,7 @@ from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
-from titan_shampoo.library_optimizer import (
-    LibraryOptimizer,
-    named,
-    warn_without_names,
-)
+from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
 from titan_shampoo.options import check_alike, check_options, check_order
 from titan_shampoo.whole_model import Described, described, turns_in_model
 
@@ -150,7 +146,7 @@ class BlockOptimizer(LibraryOptimizer):
                 common = self._engine.common_state(number)
                 state[member.name] = common | self._engine.state.sharded(number)
         for group in self.param_groups:
-            for name, param in named(group):
+            for name, param in self._named(group):
                 if name not in state:
                     state[name] = dict(self.state[param])
         return state
@@ -177,7 +173,7 @@ class BlockOptimizer(LibraryOptimizer):
         self.state = defaultdict(dict)
         for group in self.param_groups:
             fallback = []
-            for name, param in named(group):
+            for name, param in self._named(group):
                 if falls_back(name, param, group):
                     fallback.append(param)
                     self.state[param] = empty_state(param)

@@ -22,11 +22,7 @@ from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
-from titan_shampoo.library_optimizer import (
-    LibraryOptimizer,
-    named,
-    warn_without_names,
-)
+from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
 from titan_shampoo.whole_model import described
 
 logger = logging.getLogger(__name__)
@@ -204,7 +200,7 @@ class LayerOptimizer(LibraryOptimizer):
         self._named_params = {
             param: (names.get(param, name) if "param_names" not in group else name)
             for group in self.param_groups
-            for name, param in named(group)
+            for name, param in self._as_given(group)
         }
         self._groups_of = {p: group for group in self.param_groups for p in group["params"]}
         self._meet()
