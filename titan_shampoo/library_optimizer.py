@@ -10,11 +10,14 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from titan_shampoo.distributed.agreement import Circle, Facts, Known, check_agreement
 from titan_shampoo.distributed.gradients import Grads, gradient_here, num_terms
 from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
+from titan_shampoo.options import check_alike
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     shape_options: ClassVar[tuple[str, ...]]
     """Options that give state its shape: a state with others cannot be loaded."""
+
+    step_options: ClassVar[tuple[str, ...]]
+    """Options that all groups share, as they are of the step and of no parameter."""
 
     damping_option: ClassVar[str]
     """What to raise if refreshes fail."""
@@ -78,6 +84,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """Complete the last parameter group, or raise ValueError."""
         group.setdefault("peak_lr", float(group["lr"]))
         self._check_options()
+        check_alike(self.param_groups, self.step_options)
         for name, param in self._as_given(group):
             if param.is_complex():
                 raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
@@ -276,12 +283,59 @@ class LibraryOptimizer(torch.optim.Optimizer):
         params = list(self._all_named())
         self._check_names(params)
         self._device = params[0][1].device if params else torch.device("cpu")
+        self._check_agreement(self._given_facts)
         if not hasattr(self, "_watch"):
             self._watch = Watch(self._device)
         self._norms_before = {}
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
         self._presence = Presence([param for _, param in params], teams, self._device)
         self._judges = judges(teams, self._process_group, self._pipeline_group)
+
+    def _check_agreement(self, facts: Callable[[], Mapping[Tensor, Facts]]) -> None:
+        """Raise ValueError on all ranks alike, if they know different things of what they share.
+
+        Args:
+            facts: Makes them of some parameters, in the order in which messages are made.
+        """
+        if self._device.type == "meta":  # planned only: there is nobody to compare with
+            return
+        found = facts()
+        known = {
+            param: Known(name, param, number, {
+                "method that steps it": group["method" if param in found else "fallback"],
+                **found.get(param, {}),
+            })
+            for number, group in enumerate(self.param_groups)
+            for name, param in self._named(group)
+        }  # fmt: skip
+        ordered = [known[param] for param in {**found, **known}]
+        check_agreement(ordered, self._replicas(), self._stages())
+
+    def _given_facts(self) -> dict[Tensor, Facts]:
+        """All that messages and iterates follow from: parameters, placements and options."""
+        stages = 1 if self._pipeline_group is None else self._pipeline_group.size()
+        keys = [*self.defaults, "peak_lr"]  # a group may have more, of others: schedules, users
+        return {
+            param: {
+                "shape": tuple(param.shape),
+                "dtype": param.dtype,
+                "placement": _placement(param),
+                "number of stages in pipeline_group": stages,
+                **{key: _plain(group[key]) for key in keys if key in group},
+            }
+            for group in self.param_groups
+            for param in group["params"]
+        }
+
+    def _stages(self) -> Circle | None:
+        """What the stages of a pipeline must all know, whatever parameters they have."""
+        if self._pipeline_group is None or self._pipeline_group.size() == 1:
+            return None
+        group = self.param_groups[0]
+        keys = [key for key in ("method", *self.step_options) if key in group]
+        facts = {key: _plain(group[key]) for key in keys}
+        known = {"pipeline_group": facts}
+        return Circle([self._pipeline_group], self._device, "give all stages the same", known)
 
     @staticmethod
     def _check_names(params: Iterable[tuple[str, Tensor]]) -> None:
@@ -316,6 +370,18 @@ class LibraryOptimizer(torch.optim.Optimizer):
                 if other[key] != group[key]:
                     raise ValueError(f"{key}: the state has {other[key]!r}, got {group[key]!r}; "
                                      f"set {key} = {other[key]!r}")  # fmt: skip
+
+
+def _placement(param: Tensor) -> object:
+    """How a parameter is placed, and on how many ranks along each axis; None for a plain one."""
+    if not isinstance(param, DTensor):
+        return None
+    return param.placements, tuple(param.device_mesh.shape)
+
+
+def _plain(value: object) -> object:
+    """The value of an option, which a tensor would not be written out as."""
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def check_state(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.blocks.state import Member, state_bytes
-from titan_shampoo.distributed.agreement import check_agreement
 from titan_shampoo.distributed.assignment import Claim
 from titan_shampoo.distributed.geometry import Grid, make_grid
 from titan_shampoo.distributed.gradients import Grads
@@ -25,14 +24,10 @@ from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
-from titan_shampoo.options import check_alike, check_options, check_order
+from titan_shampoo.options import check_options, check_order
 from titan_shampoo.whole_model import Described, described, turns_in_model
 
 logger = logging.getLogger(__name__)
-
-
-_OF_THE_WHOLE_STEP = ("max_skipped", "max_failures", "compile")
-"""Options that all groups share, as they are of the step and of no parameter."""
 
 
 class BlockOptimizer(LibraryOptimizer):
@@ -46,6 +41,7 @@ class BlockOptimizer(LibraryOptimizer):
     damping_option = "eps"
     shape_options = ("block_size", "merge", "batch_dims", "block_alignment")
     """Options that give state its shape: a state with others cannot be loaded."""
+    step_options = ("max_skipped", "max_failures", "compile")
 
     def __init__(
         self,
@@ -65,7 +61,6 @@ class BlockOptimizer(LibraryOptimizer):
 
     def _check_options(self) -> None:
         check_options(self.param_groups[-1])
-        check_alike(self.param_groups, _OF_THE_WHOLE_STEP)
 
     def _worst_failure(self) -> Tensor:
         if self._engine is None:
@@ -182,11 +177,12 @@ class BlockOptimizer(LibraryOptimizer):
             self._fallback_params.append(fallback)
         self._meet()
         self._engine = None
+        planned = [self._planned(member) for member in members]
+        claims = [param.claim for param in planned]
+        plan = make_plan(planned, turns_in_model(claims, self._model, self._claim))
+        params = [member.param for member in members]
+        self._check_agreement(lambda: dict(zip(params, plan.facts(), strict=True)))
         if members:
-            planned = [self._planned(member) for member in members]
-            claims = [param.claim for param in planned]
-            plan = make_plan(planned, turns_in_model(claims, self._model, self._claim))
-            check_agreement(plan, self._device)
             compiled = self.param_groups[0]["compile"]
             self._engine = engine = Engine(members, self.rule, plan, compiled=compiled)
             for number, member in enumerate(members):

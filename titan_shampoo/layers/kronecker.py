@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_shampoo.distributed.agreement import check_agreement
+from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
@@ -64,7 +64,6 @@ class KroneckerStep(LayerStep):
         numbers = {group: number for number, group in enumerate(groups)}
         planned = [self._planned(layer, numbers[id(layer.options)], replicas) for layer in layers]
         self.plan = make_plan(planned, inversion_turns(planned, whole_model))
-        check_agreement(self.plan, self.device)
         self.factors = Factors(self.layers, self.plan, two_sided=two_sided)
         self._scalars: Tensor | None = None
         self._workspace = Workspace(self.device)
@@ -203,6 +202,11 @@ class KroneckerStep(LayerStep):
         )
 
     # What others ask for
+
+    def facts(self) -> list[Facts]:
+        """Of each layer, what its ranks must know alike."""
+        planned = zip(super().facts(), self.plan.facts(), self.turns, strict=True)
+        return [{**own, **plan, "turn of its moments": turn} for own, plan, turn in planned]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, and the cursor."""

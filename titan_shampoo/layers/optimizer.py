@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.failure import norms_of
 from titan_shampoo.fallback import adamw_step, empty_state
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
-from titan_shampoo.layers.options import check_layer_options
+from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
@@ -45,6 +46,7 @@ class LayerOptimizer(LibraryOptimizer):
     """Whether taps sum the gradients at the outputs of layers."""
     shape_options: ClassVar[tuple[str, ...]] = ("bias",)
     """Options that give state its shape: a state with others cannot be loaded."""
+    step_options = OF_THE_WHOLE_STEP
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class LayerOptimizer(LibraryOptimizer):
         raise NotImplementedError
 
     def _check_options(self) -> None:
-        check_layer_options(self.param_groups)
+        check_layer_options(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
@@ -210,6 +212,7 @@ class LayerOptimizer(LibraryOptimizer):
         else:
             layers = search.tapped(self._models, self.moments, output_sums=self.output_sums)
         self._allocate_layers(layers)
+        self._check_agreement(self._layer_facts)
         self._fallback: dict[int, list[Tensor]] = {}
         self._buffers: dict[Tensor, Tensor] = {}
         for param in self._groups_of:
@@ -228,6 +231,12 @@ class LayerOptimizer(LibraryOptimizer):
             for param in (layer.weight, layer.bias):
                 if param in self._step.momentum:
                     self.state[param]["momentum"] = self._step.momentum[param]
+
+    def _layer_facts(self) -> dict[Tensor, Facts]:
+        if self._step is None:
+            return {}
+        weights = (layer.weight for layer in self._step.layers)
+        return dict(zip(weights, self._step.facts(), strict=True))
 
     def _names_in_models(self) -> dict[Tensor, str]:
         return {param: name for model in self._models for name, param in model.named_parameters()}
