@@ -18,6 +18,7 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
+from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,39 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     _process_group: dist.ProcessGroup | None
     _pipeline_group: dist.ProcessGroup | None
-    _is_complete: bool
+    _whole_model: list[Described] | None
+    """All parameters, where those here are of one stage of a pipeline."""
     _watch: Watch
     _norms_before: Grads
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        process_group: dist.ProcessGroup | None,
+        pipeline_group: dist.ProcessGroup | None,
+        all_params: Iterable[Any] | None,
+    ) -> None:
+        """Take parameters and options; :meth:`_build` is still to be called."""
+        self._whole_model = None if all_params is None else described(all_params, defaults)
+        self._process_group, self._pipeline_group = process_group, pipeline_group
+        self._is_complete = False
+        super().__init__(params, defaults)
+        self._is_complete = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch pickles, and what is known of the rest of the model; no process groups."""
+        return super().__getstate__() | {"_whole_model": self._whole_model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build anew after pickling or deepcopy, and put the state into its place."""
+        super().__setstate__(state)
+        for key in ("_whole_model", "_process_group", "_pipeline_group"):
+            self.__dict__.setdefault(key, None)
+        self._is_complete = True
+        before = dict(self.state)
+        self._build()
+        self._carry_over(before)
 
     def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters of a group with their names."""
@@ -98,14 +129,18 @@ class LibraryOptimizer(torch.optim.Optimizer):
             if _has_begun(before.get(param, {}))
             and before[param].keys() != self.state[param].keys()
         ]
-        count = torch.tensor(float(len(lost)), device=self._device)
-        for group in self._judges:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
-        if count:
-            which = lost[0] if lost else "a parameter of other ranks"
+        which = self._first_anywhere(lost, "a parameter of other ranks")
+        if which is not None:
             raise ValueError(f"{which}: its blocks would go to other ranks, without their state; "
                              "add groups before the first step, or save sharded_state() and load "
                              "it into an optimizer of all groups")  # fmt: skip
+
+    def _first_anywhere(self, names: Sequence[str], elsewhere: str) -> str | None:
+        """The first of ``names``; if this rank has none, but another has, ``elsewhere``."""
+        count = torch.tensor(float(len(names)), device=self._device)
+        for group in self._judges:
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+        return next(iter(names), elsewhere) if count else None
 
     def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Take over state that has begun."""

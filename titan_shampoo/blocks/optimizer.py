@@ -25,7 +25,7 @@ from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
 from titan_shampoo.options import check_options, check_order
-from titan_shampoo.whole_model import Described, described, turns_in_model
+from titan_shampoo.whole_model import Described, turns_in_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,8 @@ class BlockOptimizer(LibraryOptimizer):
         all_params: Iterable[Any] | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._model = None if all_params is None else described(all_params, defaults)
-        self._process_group, self._pipeline_group = process_group, pipeline_group
-        self._is_complete = False
-        super().__init__(params, defaults | {"method": self.rule.name})
-        self._is_complete = True
+        defaults = defaults | {"method": self.rule.name}
+        super().__init__(params, defaults, process_group, pipeline_group, all_params)
         warn_without_names(self.param_groups)
         self._build()
 
@@ -146,21 +143,6 @@ class BlockOptimizer(LibraryOptimizer):
                     state[name] = dict(self.state[param])
         return state
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What torch pickles, and what is known of the rest of the model."""
-        return super().__getstate__() | {"_model": self._model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the plan after pickling or deepcopy, and put the state into its stacks."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("_pipeline_group", None)
-        self.__dict__.setdefault("_model", None)
-        self._is_complete = True
-        before = dict(self.state)
-        self._build()
-        self._carry_over(before)
-
     def _build(self) -> None:
         """Plan the blocks and allocate all state."""
         members = []
@@ -179,7 +161,7 @@ class BlockOptimizer(LibraryOptimizer):
         self._engine = None
         planned = [self._planned(member) for member in members]
         claims = [param.claim for param in planned]
-        plan = make_plan(planned, turns_in_model(claims, self._model, self._claim))
+        plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
         params = [member.param for member in members]
         self._check_agreement(lambda: dict(zip(params, plan.facts(), strict=True)))
         if members:

@@ -24,7 +24,6 @@ from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
-from titan_shampoo.whole_model import described
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +57,8 @@ class LayerOptimizer(LibraryOptimizer):
         all_params: Iterable[Any] | None = None,
     ) -> None:
         self._models = _parts(model)
-        self._whole_model = None if all_params is None else described(all_params, defaults)
-        self._process_group, self._pipeline_group = process_group, pipeline_group
-        self._is_complete = False
-        super().__init__(params, defaults | {"method": self.method})
-        self._is_complete = True
+        defaults = defaults | {"method": self.method}
+        super().__init__(params, defaults, process_group, pipeline_group, all_params)
         if self.moments is None:  # else names are those of the model's layers
             warn_without_names(self.param_groups)
         self._build()
@@ -181,18 +177,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but process groups; the model is copied or pickled along."""
-        return super().__getstate__() | {
-            key: self.__dict__[key] for key in ("_models", "_whole_model")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tap the copied model and put the state into its place."""
-        super().__setstate__(state)
-        self._process_group = self._pipeline_group = None
-        self._is_complete = True
-        before = dict(self.state)
-        self._build()
-        self._carry_over(before)
+        return super().__getstate__() | {"_models": self._models}
 
     def _build(self) -> None:
         """Find the layers and allocate all state."""
@@ -310,11 +295,8 @@ class LayerOptimizer(LibraryOptimizer):
             return
         self._is_checked = True
         unseen = [] if self._step is None else self._trained_unseen(self._step, grads)
-        count = torch.tensor(float(len(unseen)), device=self._device)
-        for group in self._judges:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
-        if count:
-            which = unseen[0] if unseen else "a layer of another pipeline stage"
+        which = self._first_anywhere(unseen, "a layer of another pipeline stage")
+        if which is not None:
             raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
                                "the optimizer before the first forward pass")  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from titan_shampoo.options import CHOICES as SHARED_CHOICES
 from titan_shampoo.options import LIMITS as SHARED_LIMITS
-from titan_shampoo.options import Limit
+from titan_shampoo.options import Limit, check_alone, check_heavy_ball
 
 _POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
 _AVERAGING: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
@@ -53,20 +53,13 @@ def check_layer_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the option, what was got and what is wanted.
     """
-    for key, (holds, wanted) in _LIMITS.items():
-        if key in options and not holds(options[key]):
-            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
-    for key, choices in _CHOICES.items():
-        if key in options and options[key] not in choices:
-            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
+    check_alone(options, _LIMITS, _CHOICES)
+    check_heavy_ball(options)
     _check_pairs(options)
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
     """Options that are possible alone but not together."""
-    for key in ("nesterov", "dampening"):
-        if options[key] and options["momentum"] == 0:
-            raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
     if options.get("batch_dims") and "factor_frequency" in options:
         raise ValueError(f"batch_dims: got 1, wanted 0: {options['method']} takes no stacks of "
                          "matrices one by one; give them to Eva, EvaF or EvaS")  # fmt: skip
