@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
@@ -290,3 +292,16 @@ def added(method: str) -> tuple[str, int]:
     return refusal(optimizer.add_param_group, group).removesuffix(PLAIN), len(
         optimizer.param_groups
     )
+
+
+def communication(method: str) -> dict[str, int]:
+    model = model_of(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with CommDebugMode() as mode:
+        make(method, model)
+    return {str(kind): number for kind, number in mode.get_comm_counts().items()}
+
+
+@every_method
+def test_construction_compares_hashes_and_communicates_nothing_else(method: str) -> None:
+    assert run_on_ranks(2, communication, method) == [{"c10d.allreduce_": 2}] * 2

@@ -71,13 +71,12 @@ class KroneckerStep(LayerStep):
         periods = [layer.options["factor_frequency"] for layer in layers]
         self.turns = moment_turns(planned, periods, whole_model, two_sided=two_sided)
         """In which of ``factor_frequency`` steps moments of each layer are formed."""
-        self.prepare()
 
     def _planned(self, layer: Layer, group: int, replicas: dist.ProcessGroup | None) -> Parameter:
         """The joint matrix of weight and bias, cut like the weight."""
         team, sharding = layout_of(layer.weight, replicas, layer.name)
-        rows, columns = layer.weight.shape[0], layer.weight[0].numel()
         shape: tuple[int, ...] = tuple(layer.weight.shape)
+        rows, columns = shape[0], math.prod(shape[1:])
         if layer.bias is not None:
             if any(dim > 0 for _, dim in sharding.cuts):
                 raise ValueError(f"{layer.name}: its columns are cut, so that its bias cannot be "

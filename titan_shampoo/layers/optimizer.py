@@ -62,6 +62,7 @@ class LayerOptimizer(LibraryOptimizer):
         if self.moments is None:  # else names are those of the model's layers
             warn_without_names(self.param_groups)
         self._build()
+        self._prepare()
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         raise NotImplementedError
@@ -204,6 +205,15 @@ class LayerOptimizer(LibraryOptimizer):
             if param not in self._joined:
                 self._allocate_other(param)
 
+    def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        super()._carry_over(before)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have the next backward passes measure for the step that the state is at."""
+        if self._step is not None:
+            self._step.prepare()
+
     def _allocate_layers(self, layers: list[Layer]) -> None:
         """The step of the layers, and views of its state."""
         self._tapped = [layer.tapped for layer in layers if layer.tapped is not None]
@@ -315,8 +325,7 @@ class LayerOptimizer(LibraryOptimizer):
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""
         for tapped in self._tapped:
             tapped.reset()
-        if self._step is not None:
-            self._step.prepare()
+        self._prepare()
 
 
 def _parts(model: Model | None) -> list[nn.Module]:
