@@ -353,36 +353,3 @@ def test_messages_in_bfloat16_cost_little_and_leave_replicas_equal(ranks: int, l
     found = put_together([parts[layout, "Shampoo"] for parts in results])
     assert_equal(found, expected, 1e-2)
     assert not torch.equal(found["square"], expected["square"]), "the option does nothing"
-
-
-def different_parameters() -> str:
-    """The error of a rank whose matrix has another shape than its replica's."""
-    weight = torch.nn.Parameter(torch.zeros(4, 4 + dist.get_rank()))
-    try:
-        Shampoo([("w", weight)])
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def test_ranks_with_different_parameters_are_refused_at_construction() -> None:
-    for message in run_on_ranks(2, different_parameters):
-        assert "have different parameters or options" in message
-        assert "process_group" in message
-
-
-def different_options(key: str) -> str:
-    """The error where the second of two ranks sets an option on which messages depend."""
-    values = {"communication_dtype": torch.bfloat16, "factor_dtype": torch.float64}
-    options: dict[str, Any] = {key: values[key]} if dist.get_rank() else {}
-    try:
-        Shampoo([("w", torch.nn.Parameter(torch.ones(8, 8)))], block_size=4, **options)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize("key", ["communication_dtype", "factor_dtype"])
-def test_ranks_whose_messages_differ_are_refused_at_construction(key: str) -> None:
-    for message in run_on_ranks(2, different_options, key):
-        assert "have different parameters or options" in message

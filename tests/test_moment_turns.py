@@ -1,5 +1,6 @@
 """Second moments are formed in turns: every step costs the same, and a part of a network is one."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -134,3 +135,32 @@ def test_what_is_no_layer_takes_no_turn_from_layers_of_other_stages(method: str)
         plan = optimizer._step.plan
         turns.append((optimizer._step.turns, [block.turn for block in plan.blocks]))
     assert turns[0] == turns[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_measure_each_layer_in_its_turn(method: str) -> None:
+    network = Network()
+    optimizer = METHODS[method](network.named_parameters(), model=network, factor_frequency=3)
+    measured_in(optimizer, network, 2, lambda _: False)
+    copied, twin = copy.deepcopy((optimizer, network))
+    twin(torch.ones(3, 4)).sum().backward()
+    network(torch.ones(3, 4)).sum().backward()
+    for mine, other in zip(copied._step.layers, optimizer._step.layers, strict=True):
+        assert (mine.tapped.input_moment is None) == (other.tapped.input_moment is None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_added_before_a_step_leaves_what_was_measured_for_it(method: str) -> None:
+    found = []
+    for adds in (True, False):
+        torch.manual_seed(0)
+        network = Network()
+        optimizer = METHODS[method](network.named_parameters(), model=network, factor_frequency=3)
+        for number in range(5):
+            optimizer.zero_grad()
+            network(torch.ones(3, 4) + number).square().mean().backward()
+            if adds and number == 2:
+                optimizer.add_param_group({"params": [("extra", nn.Parameter(torch.ones(3)))]})
+            optimizer.step()
+        found.append([param.detach() for param in network.parameters()])
+    assert all(map(torch.equal, *found))

@@ -70,3 +70,22 @@ def test_parameters_without_names_are_warned_about_where_they_are_given(method: 
     with pytest.warns(UserWarning, match="without names") as warned:
         method([torch.zeros(2, 2, requires_grad=True)])
     assert [one.filename for one in warned] == [__file__]
+
+
+@pytest.mark.parametrize("method", [Shampoo, EvaS])
+def test_state_of_groups_without_names_has_a_name_for_each_parameter(method: Any) -> None:
+    groups = [{"params": [torch.zeros(2, 2, requires_grad=True)]} for _ in range(2)]
+    with pytest.warns(UserWarning, match="without names"):
+        optimizer = method(groups)
+    assert list(optimizer.sharded_state()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("method", [Shampoo, EvaS])
+def test_a_name_of_two_parameters_is_refused(method: Any) -> None:
+    both = [("w", torch.zeros(2, 2, requires_grad=True)) for _ in range(2)]
+    with pytest.raises(ValueError, match="w: is the name of two parameters"):
+        method(both)
+    optimizer = method(both[:1])
+    with pytest.raises(ValueError, match="w: is the name of two parameters"):
+        optimizer.add_param_group({"params": both[1:]})
+    assert len(optimizer.param_groups) == 1

@@ -1,19 +1,24 @@
 """What all optimizers of the library share beyond torch's: names, gradients, saved state."""
 
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from titan_shampoo.distributed.agreement import Circle, Facts, Known, check_agreement
 from titan_shampoo.distributed.gradients import Grads, gradient_here, num_terms
 from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
+from titan_shampoo.options import check_alike
+from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +32,58 @@ class LibraryOptimizer(torch.optim.Optimizer):
     shape_options: ClassVar[tuple[str, ...]]
     """Options that give state its shape: a state with others cannot be loaded."""
 
+    step_options: ClassVar[tuple[str, ...]]
+    """Options that all groups share, as they are of the step and of no parameter."""
+
     damping_option: ClassVar[str]
     """What to raise if refreshes fail."""
 
     _process_group: dist.ProcessGroup | None
     _pipeline_group: dist.ProcessGroup | None
-    _is_complete: bool
+    _whole_model: list[Described] | None
+    """All parameters, where those here are of one stage of a pipeline."""
     _watch: Watch
     _norms_before: Grads
 
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        process_group: dist.ProcessGroup | None,
+        pipeline_group: dist.ProcessGroup | None,
+        all_params: Iterable[Any] | None,
+    ) -> None:
+        """Take parameters and options; :meth:`_build` is still to be called."""
+        self._whole_model = None if all_params is None else described(all_params, defaults)
+        self._process_group, self._pipeline_group = process_group, pipeline_group
+        self._is_complete = False
+        super().__init__(params, defaults)
+        self._is_complete = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What torch pickles, and what is known of the rest of the model; no process groups."""
+        return super().__getstate__() | {"_whole_model": self._whole_model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build anew after pickling or deepcopy, and put the state into its place."""
+        super().__setstate__(state)
+        for key in ("_whole_model", "_process_group", "_pipeline_group"):
+            self.__dict__.setdefault(key, None)
+        self._is_complete = True
+        before = dict(self.state)
+        self._build()
+        self._carry_over(before)
+
     def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters of a group with their names."""
-        return named(group)
+        return self._as_given(group)
+
+    def _as_given(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters with the names that they were given, else with numbers in the optimizer."""
+        before = itertools.takewhile(lambda other: other is not group, self.param_groups)
+        first = sum(len(other["params"]) for other in before)
+        numbers = range(first, first + len(group["params"]))
+        return zip(group.get("param_names") or map(str, numbers), group["params"], strict=False)
 
     def _all_named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their names, group by group."""
@@ -70,7 +115,8 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """Complete the last parameter group, or raise ValueError."""
         group.setdefault("peak_lr", float(group["lr"]))
         self._check_options()
-        for name, param in named(group):
+        check_alike(self.param_groups, self.step_options)
+        for name, param in self._as_given(group):
             if param.is_complex():
                 raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
                                  "pass torch.view_as_real of it")  # fmt: skip
@@ -83,14 +129,18 @@ class LibraryOptimizer(torch.optim.Optimizer):
             if _has_begun(before.get(param, {}))
             and before[param].keys() != self.state[param].keys()
         ]
-        count = torch.tensor(float(len(lost)), device=self._device)
-        for group in self._judges:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
-        if count:
-            which = lost[0] if lost else "a parameter of other ranks"
+        which = self._first_anywhere(lost, "a parameter of other ranks")
+        if which is not None:
             raise ValueError(f"{which}: its blocks would go to other ranks, without their state; "
                              "add groups before the first step, or save sharded_state() and load "
                              "it into an optimizer of all groups")  # fmt: skip
+
+    def _first_anywhere(self, names: Sequence[str], elsewhere: str) -> str | None:
+        """The first of ``names``; if this rank has none, but another has, ``elsewhere``."""
+        count = torch.tensor(float(len(names)), device=self._device)
+        for group in self._judges:
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+        return next(iter(names), elsewhere) if count else None
 
     def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Take over state that has begun."""
@@ -266,13 +316,69 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def _meet(self) -> None:
         """Find out who holds which parameters, and who decides with whom."""
         params = list(self._all_named())
+        self._check_names(params)
         self._device = params[0][1].device if params else torch.device("cpu")
+        self._check_agreement(self._given_facts)
         if not hasattr(self, "_watch"):
             self._watch = Watch(self._device)
         self._norms_before = {}
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
         self._presence = Presence([param for _, param in params], teams, self._device)
         self._judges = judges(teams, self._process_group, self._pipeline_group)
+
+    def _check_agreement(self, facts: Callable[[], Mapping[Tensor, Facts]]) -> None:
+        """Raise ValueError on all ranks alike, if they know different things of what they share.
+
+        Args:
+            facts: Makes them of some parameters, in the order in which messages are made.
+        """
+        if self._device.type == "meta":  # planned only: there is nobody to compare with
+            return
+        found = facts()
+        known = {
+            param: Known(name, param, number, {
+                "method that steps it": group["method" if param in found else "fallback"],
+                **found.get(param, {}),
+            })
+            for number, group in enumerate(self.param_groups)
+            for name, param in self._named(group)
+        }  # fmt: skip
+        ordered = [known[param] for param in {**found, **known}]
+        check_agreement(ordered, self._replicas(), self._stages())
+
+    def _given_facts(self) -> dict[Tensor, Facts]:
+        """All that messages and iterates follow from: parameters, placements and options."""
+        stages = 1 if self._pipeline_group is None else self._pipeline_group.size()
+        keys = [*self.defaults, "peak_lr"]  # a group may have more, of others: schedules, users
+        return {
+            param: {
+                "shape": tuple(param.shape),
+                "dtype": param.dtype,
+                "placement": _placement(param),
+                "number of stages in pipeline_group": stages,
+                **{key: _plain(group[key]) for key in keys if key in group},
+            }
+            for group in self.param_groups
+            for param in group["params"]
+        }
+
+    def _stages(self) -> Circle | None:
+        """What the stages of a pipeline must all know, whatever parameters they have."""
+        if self._pipeline_group is None or self._pipeline_group.size() == 1:
+            return None
+        group = self.param_groups[0]
+        keys = [key for key in ("method", *self.step_options) if key in group]
+        facts = {key: _plain(group[key]) for key in keys}
+        known = {"pipeline_group": facts}
+        return Circle([self._pipeline_group], self._device, "give all stages the same", known)
+
+    @staticmethod
+    def _check_names(params: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse a name of two parameters: state is saved by name, and one would be lost."""
+        found: dict[str, Tensor] = {}
+        for name, param in params:
+            if found.setdefault(name, param) is not param:
+                raise ValueError(f"{name}: is the name of two parameters; give each its own")
 
     def _check_dense(self) -> None:
         """Refuse sparse gradients."""
@@ -301,10 +407,16 @@ class LibraryOptimizer(torch.optim.Optimizer):
                                      f"set {key} = {other[key]!r}")  # fmt: skip
 
 
-def named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of a group with their names (``"0"``, ``"1"``, ... if they were given without)."""
-    names = group.get("param_names") or map(str, range(len(group["params"])))
-    return zip(names, group["params"], strict=False)
+def _placement(param: Tensor) -> object:
+    """How a parameter is placed, and on how many ranks along each axis; None for a plain one."""
+    if not isinstance(param, DTensor):
+        return None
+    return param.placements, tuple(param.device_mesh.shape)
+
+
+def _plain(value: object) -> object:
+    """The value of an option, which a tensor would not be written out as."""
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def check_state(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -88,14 +88,35 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the option, what was got and what is wanted.
     """
-    for key, (holds, wanted) in LIMITS.items():
-        if key in options and not holds(options[key]):
-            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
-    for key, choices in CHOICES.items():
-        if key in options and options[key] not in choices:
-            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
+    check_alone(options, LIMITS, CHOICES)
+    check_heavy_ball(options)
     _check_pairs(options)
     _check_exponents(options)
+
+
+def check_alone(
+    options: Mapping[str, Any],
+    limits: Mapping[str, Limit],
+    choices: Mapping[str, Sequence[Any]],
+) -> None:
+    """Refuse what is impossible whatever the other options are.
+
+    Raises:
+        ValueError: Naming the option, what was got and what is wanted.
+    """
+    for key, (holds, wanted) in limits.items():
+        if key in options and not holds(options[key]):
+            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
+    for key, some in choices.items():
+        if key in options and options[key] not in some:
+            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {some}")
+
+
+def check_heavy_ball(options: Mapping[str, Any]) -> None:
+    """Refuse what says how the heavy ball rolls where there is none."""
+    for key in ("nesterov", "dampening"):
+        if options[key] and options["momentum"] == 0:
+            raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
 
 
 def check_alike(groups: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> None:
@@ -112,9 +133,6 @@ def check_alike(groups: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> Non
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
     """Options that are possible alone but not together."""
-    for key in ("nesterov", "dampening"):
-        if options[key] and options["momentum"] == 0:
-            raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
     size = options["block_size"]
     if options["merge"] == "paper" and not isinstance(size, int):
         raise ValueError(f"block_size: got {size!r}, wanted one number with merge='paper'")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.blocks.state import Member, state_bytes
-from titan_shampoo.distributed.agreement import check_agreement
 from titan_shampoo.distributed.assignment import Claim
 from titan_shampoo.distributed.geometry import Grid, make_grid
 from titan_shampoo.distributed.gradients import Grads
@@ -24,19 +23,11 @@ from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
-from titan_shampoo.library_optimizer import (
-    LibraryOptimizer,
-    named,
-    warn_without_names,
-)
-from titan_shampoo.options import check_alike, check_options, check_order
-from titan_shampoo.whole_model import Described, described, turns_in_model
+from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
+from titan_shampoo.options import check_options, check_order
+from titan_shampoo.whole_model import Described, turns_in_model
 
 logger = logging.getLogger(__name__)
-
-
-_OF_THE_WHOLE_STEP = ("max_skipped", "max_failures", "compile")
-"""Options that all groups share, as they are of the step and of no parameter."""
 
 
 class BlockOptimizer(LibraryOptimizer):
@@ -50,6 +41,7 @@ class BlockOptimizer(LibraryOptimizer):
     damping_option = "eps"
     shape_options = ("block_size", "merge", "batch_dims", "block_alignment")
     """Options that give state its shape: a state with others cannot be loaded."""
+    step_options = ("max_skipped", "max_failures", "compile")
 
     def __init__(
         self,
@@ -59,17 +51,13 @@ class BlockOptimizer(LibraryOptimizer):
         all_params: Iterable[Any] | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._model = None if all_params is None else described(all_params, defaults)
-        self._process_group, self._pipeline_group = process_group, pipeline_group
-        self._is_complete = False
-        super().__init__(params, defaults | {"method": self.rule.name})
-        self._is_complete = True
+        defaults = defaults | {"method": self.rule.name}
+        super().__init__(params, defaults, process_group, pipeline_group, all_params)
         warn_without_names(self.param_groups)
         self._build()
 
     def _check_options(self) -> None:
         check_options(self.param_groups[-1])
-        check_alike(self.param_groups, _OF_THE_WHOLE_STEP)
 
     def _worst_failure(self) -> Tensor:
         if self._engine is None:
@@ -150,25 +138,10 @@ class BlockOptimizer(LibraryOptimizer):
                 common = self._engine.common_state(number)
                 state[member.name] = common | self._engine.state.sharded(number)
         for group in self.param_groups:
-            for name, param in named(group):
+            for name, param in self._named(group):
                 if name not in state:
                     state[name] = dict(self.state[param])
         return state
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What torch pickles, and what is known of the rest of the model."""
-        return super().__getstate__() | {"_model": self._model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the plan after pickling or deepcopy, and put the state into its stacks."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("_pipeline_group", None)
-        self.__dict__.setdefault("_model", None)
-        self._is_complete = True
-        before = dict(self.state)
-        self._build()
-        self._carry_over(before)
 
     def _build(self) -> None:
         """Plan the blocks and allocate all state."""
@@ -177,7 +150,7 @@ class BlockOptimizer(LibraryOptimizer):
         self.state = defaultdict(dict)
         for group in self.param_groups:
             fallback = []
-            for name, param in named(group):
+            for name, param in self._named(group):
                 if falls_back(name, param, group):
                     fallback.append(param)
                     self.state[param] = empty_state(param)
@@ -186,11 +159,12 @@ class BlockOptimizer(LibraryOptimizer):
             self._fallback_params.append(fallback)
         self._meet()
         self._engine = None
+        planned = [self._planned(member) for member in members]
+        claims = [param.claim for param in planned]
+        plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
+        params = [member.param for member in members]
+        self._check_agreement(lambda: dict(zip(params, plan.facts(), strict=True)))
         if members:
-            planned = [self._planned(member) for member in members]
-            claims = [param.claim for param in planned]
-            plan = make_plan(planned, turns_in_model(claims, self._model, self._claim))
-            check_agreement(plan, self._device)
             compiled = self.param_groups[0]["compile"]
             self._engine = engine = Engine(members, self.rule, plan, compiled=compiled)
             for number, member in enumerate(members):

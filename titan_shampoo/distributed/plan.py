@@ -11,14 +11,11 @@ divide their blocks and share the directions.
     stack, outbox -> shelf -> all-gather over replicas -> direction shard
 """
 
-import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titan_shampoo.distributed.blocks import Block, Cost, Parameter, assigned_blocks
-from titan_shampoo.distributed.layout import Team
 from titan_shampoo.distributed.traffic import Bucket, Stack, Traffic, add_stacks
 
 __all__ = ["Block", "Bucket", "Cost", "Parameter", "Plan", "Stack", "bucket_members", "make_plan"]
@@ -36,20 +33,20 @@ class Plan:
     stacks: list[Stack]
     buckets: list[Bucket]
 
-    def digest(self, team: Team) -> int:
-        """Hash of all that the ranks of ``team`` must agree on, in [0, 2^62)."""
-        shared = [param.team.ranks == team.ranks for param in self.params]
-        groups: dict[int, int] = {}
-        params = [
-            (p.name, p.shape, p.grid, p.period, p.sharding, p.dtype, p.message_dtype,
-             groups.setdefault(p.group, len(groups)))
-            for p in itertools.compress(self.params, shared)
-        ]  # fmt: skip
-        blocks = [block for block in self.blocks if shared[block.param]]
-        # Numbers of parameters, as those of groups, may differ: other teams' come between.
-        places = [(b.index, b.turn, b.replica, b.shard) for b in blocks]
-        text = repr((params, places)).encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 2
+    def facts(self) -> list[dict[str, object]]:
+        """What the ranks of each parameter's team must know alike."""
+        found: list[dict[str, object]] = [
+            {
+                "block grid": param.grid,
+                "sharding": param.sharding,
+                "dtype of its blocks": param.dtype,
+                "dtype of its messages": param.message_dtype,
+            }
+            for param in self.params
+        ]
+        for b in self.blocks:
+            found[b.param][f"turn and owner of block {b.index}"] = (b.turn, b.replica, b.shard)
+        return found
 
 
 def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None = None) -> Plan:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_shampoo.distributed.agreement import check_agreement
+from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
@@ -64,7 +64,6 @@ class KroneckerStep(LayerStep):
         numbers = {group: number for number, group in enumerate(groups)}
         planned = [self._planned(layer, numbers[id(layer.options)], replicas) for layer in layers]
         self.plan = make_plan(planned, inversion_turns(planned, whole_model))
-        check_agreement(self.plan, self.device)
         self.factors = Factors(self.layers, self.plan, two_sided=two_sided)
         self._scalars: Tensor | None = None
         self._workspace = Workspace(self.device)
@@ -72,13 +71,12 @@ class KroneckerStep(LayerStep):
         periods = [layer.options["factor_frequency"] for layer in layers]
         self.turns = moment_turns(planned, periods, whole_model, two_sided=two_sided)
         """In which of ``factor_frequency`` steps moments of each layer are formed."""
-        self.prepare()
 
     def _planned(self, layer: Layer, group: int, replicas: dist.ProcessGroup | None) -> Parameter:
         """The joint matrix of weight and bias, cut like the weight."""
         team, sharding = layout_of(layer.weight, replicas, layer.name)
-        rows, columns = layer.weight.shape[0], layer.weight[0].numel()
         shape: tuple[int, ...] = tuple(layer.weight.shape)
+        rows, columns = shape[0], math.prod(shape[1:])
         if layer.bias is not None:
             if any(dim > 0 for _, dim in sharding.cuts):
                 raise ValueError(f"{layer.name}: its columns are cut, so that its bias cannot be "
@@ -203,6 +201,11 @@ class KroneckerStep(LayerStep):
         )
 
     # What others ask for
+
+    def facts(self) -> list[Facts]:
+        """Of each layer, what its ranks must know alike."""
+        planned = zip(super().facts(), self.plan.facts(), self.turns, strict=True)
+        return [{**own, **plan, "turn of its moments": turn} for own, plan, turn in planned]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, and the cursor."""

@@ -4,10 +4,9 @@ Every rank has formed moments of its own tokens. Those of the blocks of one owne
 the ranks that have different tokens; nobody else stores them.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,16 +17,6 @@ from titan_shampoo.layers.layer import Layer
 
 BlockKey = tuple[int, int]
 """Numbers of a layer and of its block."""
-
-
-class Sums(NamedTuple):
-    """The moments of some blocks on their way to their owner."""
-
-    blocks: Sequence[Block]
-    flat: Tensor
-    """All parts of all blocks."""
-    shapes: list[torch.Size]
-    """Of the parts."""
 
 
 class Moments:
@@ -57,7 +46,7 @@ class Moments:
     def of_owned_blocks(self, chosen: Sequence[int]) -> dict[BlockKey, list[Tensor]]:
         """For each block here of the chosen layers: number of rows, sums of right and left moment.
 
-        One sum of all blocks for each owner; all of them are on their way together.
+        One sum of all blocks for each owner, one owner after the other: nobody else keeps it.
         """
         wanted = set(chosen)
         by_owner: dict[Any, dict[int, list[Block]]] = defaultdict(lambda: defaultdict(list))
@@ -66,13 +55,15 @@ class Moments:
             owner = layer.tile.team.ranks[block.replica][block.shard]
             if block.param in wanted:
                 by_owner[layer.tile.token_group, layer.dtype][owner].append(block)
-        under_way: list[Sums] = []
+        found: dict[BlockKey, list[Tensor]] = {}
         for (group, _), owned in by_owner.items():
             for owner, blocks in sorted(owned.items()):
+                is_mine = self._is_mine(blocks[0])
                 # Elsewhere, another token group has the same moments and this owner.
-                if self._sums_up_for(group, owner, blocks):
-                    under_way.append(self._begun(group, owner, blocks))
-        return {key: parts for sums in under_way for key, parts in self._completed(sums)}
+                if is_mine or (group is not None and owner in dist.get_process_group_ranks(group)):
+                    sums = self._summed(group, owner, blocks)
+                    found.update(sums if is_mine else {})
+        return found
 
     def here(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
@@ -80,29 +71,24 @@ class Moments:
         both = [moment for one in tapped for moment in (one.input_moment, one.output_moment)]
         return [moment for moment in both if moment is not None]
 
-    def _sums_up_for(
-        self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]
-    ) -> bool:
-        if group is not None:
-            return owner in dist.get_process_group_ranks(group)
-        team = self.layers[blocks[0].param].tile.team
-        return (blocks[0].replica, blocks[0].shard) == (team.replica, team.shard)
+    def _is_mine(self, block: Block) -> bool:
+        """Whether this rank owns a block."""
+        team = self.layers[block.param].tile.team
+        return (block.replica, block.shard) == (team.replica, team.shard)
 
-    def _begun(self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]) -> Sums:
-        """Begin to sum up some blocks over ``group``."""
-        parts = [part for block in blocks for part in self._parts(block)]
-        flat = torch.cat([part.reshape(-1) for part in parts])
+    def _summed(
+        self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]
+    ) -> dict[BlockKey, list[Tensor]]:
+        """The sums of some blocks over ``group``; complete on their owner alone."""
+        own = [list(self._parts(block)) for block in blocks]
+        flat = torch.cat([part.reshape(-1) for parts in own for part in parts])
         if group is not None:
             dist.reduce(flat, dst=owner, group=group)
-        return Sums(blocks, flat, [part.shape for part in parts])
-
-    def _completed(self, sums: Sums) -> Iterator[tuple[BlockKey, list[Tensor]]]:
-        """The sums of each block, complete on its owner alone."""
-        parts = zip(sums.flat.split([s.numel() for s in sums.shapes]), sums.shapes, strict=True)
-        count = 3 if self.two_sided else 2
-        for block in sums.blocks:
-            own = [part.view(shape) for part, shape in itertools.islice(parts, count)]
-            yield (block.param, block.index), own
+        pieces = iter(flat.split([part.numel() for parts in own for part in parts]))
+        return {
+            (block.param, block.index): [next(pieces).view(part.shape) for part in parts]
+            for block, parts in zip(blocks, own, strict=True)
+        }
 
     def _parts(self, block: Block) -> Iterator[Tensor]:
         """What this rank has summed for one block: rows, right moment, left moment."""

@@ -13,21 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.failure import norms_of
 from titan_shampoo.fallback import adamw_step, empty_state
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
-from titan_shampoo.layers.options import check_layer_options
+from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
-from titan_shampoo.library_optimizer import (
-    LibraryOptimizer,
-    named,
-    warn_without_names,
-)
-from titan_shampoo.whole_model import described
+from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +45,7 @@ class LayerOptimizer(LibraryOptimizer):
     """Whether taps sum the gradients at the outputs of layers."""
     shape_options: ClassVar[tuple[str, ...]] = ("bias",)
     """Options that give state its shape: a state with others cannot be loaded."""
+    step_options = OF_THE_WHOLE_STEP
 
     def __init__(
         self,
@@ -60,20 +57,18 @@ class LayerOptimizer(LibraryOptimizer):
         all_params: Iterable[Any] | None = None,
     ) -> None:
         self._models = _parts(model)
-        self._whole_model = None if all_params is None else described(all_params, defaults)
-        self._process_group, self._pipeline_group = process_group, pipeline_group
-        self._is_complete = False
-        super().__init__(params, defaults | {"method": self.method})
-        self._is_complete = True
+        defaults = defaults | {"method": self.method}
+        super().__init__(params, defaults, process_group, pipeline_group, all_params)
         if self.moments is None:  # else names are those of the model's layers
             warn_without_names(self.param_groups)
         self._build()
+        self._prepare()
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         raise NotImplementedError
 
     def _check_options(self) -> None:
-        check_layer_options(self.param_groups)
+        check_layer_options(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
@@ -183,18 +178,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but process groups; the model is copied or pickled along."""
-        return super().__getstate__() | {
-            key: self.__dict__[key] for key in ("_models", "_whole_model")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tap the copied model and put the state into its place."""
-        super().__setstate__(state)
-        self._process_group = self._pipeline_group = None
-        self._is_complete = True
-        before = dict(self.state)
-        self._build()
-        self._carry_over(before)
+        return super().__getstate__() | {"_models": self._models}
 
     def _build(self) -> None:
         """Find the layers and allocate all state."""
@@ -204,7 +188,7 @@ class LayerOptimizer(LibraryOptimizer):
         self._named_params = {
             param: (names.get(param, name) if "param_names" not in group else name)
             for group in self.param_groups
-            for name, param in named(group)
+            for name, param in self._as_given(group)
         }
         self._groups_of = {p: group for group in self.param_groups for p in group["params"]}
         self._meet()
@@ -214,11 +198,21 @@ class LayerOptimizer(LibraryOptimizer):
         else:
             layers = search.tapped(self._models, self.moments, output_sums=self.output_sums)
         self._allocate_layers(layers)
+        self._check_agreement(self._layer_facts)
         self._fallback: dict[int, list[Tensor]] = {}
         self._buffers: dict[Tensor, Tensor] = {}
         for param in self._groups_of:
             if param not in self._joined:
                 self._allocate_other(param)
+
+    def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        super()._carry_over(before)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have the next backward passes measure for the step that the state is at."""
+        if self._step is not None:
+            self._step.prepare()
 
     def _allocate_layers(self, layers: list[Layer]) -> None:
         """The step of the layers, and views of its state."""
@@ -232,6 +226,12 @@ class LayerOptimizer(LibraryOptimizer):
             for param in (layer.weight, layer.bias):
                 if param in self._step.momentum:
                     self.state[param]["momentum"] = self._step.momentum[param]
+
+    def _layer_facts(self) -> dict[Tensor, Facts]:
+        if self._step is None:
+            return {}
+        weights = (layer.weight for layer in self._step.layers)
+        return dict(zip(weights, self._step.facts(), strict=True))
 
     def _names_in_models(self) -> dict[Tensor, str]:
         return {param: name for model in self._models for name, param in model.named_parameters()}
@@ -305,11 +305,8 @@ class LayerOptimizer(LibraryOptimizer):
             return
         self._is_checked = True
         unseen = [] if self._step is None else self._trained_unseen(self._step, grads)
-        count = torch.tensor(float(len(unseen)), device=self._device)
-        for group in self._judges:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
-        if count:
-            which = unseen[0] if unseen else "a layer of another pipeline stage"
+        which = self._first_anywhere(unseen, "a layer of another pipeline stage")
+        if which is not None:
             raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
                                "the optimizer before the first forward pass")  # fmt: skip
 
@@ -328,8 +325,7 @@ class LayerOptimizer(LibraryOptimizer):
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""
         for tapped in self._tapped:
             tapped.reset()
-        if self._step is not None:
-            self._step.prepare()
+        self._prepare()
 
 
 def _parts(model: Model | None) -> list[nn.Module]:

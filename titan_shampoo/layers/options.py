@@ -3,12 +3,12 @@
 Every rank has the same options, so every rank refuses the same ones, before any collective.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from titan_shampoo.options import CHOICES as SHARED_CHOICES
 from titan_shampoo.options import LIMITS as SHARED_LIMITS
-from titan_shampoo.options import Limit, check_alike
+from titan_shampoo.options import Limit, check_alone, check_heavy_ball
 
 _POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
 _AVERAGING: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
@@ -43,32 +43,23 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "factored_damping": (True, False),
 }
 
-_OF_THE_WHOLE_STEP = ("scaling", "kl_clip", "max_skipped", "max_failures")
+OF_THE_WHOLE_STEP = ("scaling", "kl_clip", "max_skipped", "max_failures")
 """Options that all groups share: one number is formed of all layers, and steps are counted once."""
 
 
-def check_layer_options(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what is impossible in the last of ``groups``, alone or beside the first.
+def check_layer_options(options: Mapping[str, Any]) -> None:
+    """Refuse what is impossible in a parameter group.
 
     Raises:
         ValueError: Naming the option, what was got and what is wanted.
     """
-    options = groups[-1]
-    for key, (holds, wanted) in _LIMITS.items():
-        if key in options and not holds(options[key]):
-            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
-    for key, choices in _CHOICES.items():
-        if key in options and options[key] not in choices:
-            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {choices}")
+    check_alone(options, _LIMITS, _CHOICES)
+    check_heavy_ball(options)
     _check_pairs(options)
-    check_alike(groups, _OF_THE_WHOLE_STEP)
 
 
 def _check_pairs(options: Mapping[str, Any]) -> None:
     """Options that are possible alone but not together."""
-    for key in ("nesterov", "dampening"):
-        if options[key] and options["momentum"] == 0:
-            raise ValueError(f"{key}: got {options[key]!r} with momentum 0; set momentum")
     if options.get("batch_dims") and "factor_frequency" in options:
         raise ValueError(f"batch_dims: got 1, wanted 0: {options['method']} takes no stacks of "
                          "matrices one by one; give them to Eva, EvaF or EvaS")  # fmt: skip

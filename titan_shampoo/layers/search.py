@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_shampoo.distributed.tiles import tile_of, vector_tile
-from titan_shampoo.fallback import NOT_MULTIPLIED
+from titan_shampoo.fallback import NOT_MULTIPLIED, falls_back
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.statistics import TappedLayer, tap, untapped
 from titan_shampoo.statistics.layers import Moments, unwrapped_name
@@ -71,9 +71,8 @@ class LayerSearch:
         """Every matrix that is multiplied, for methods that need gradients only."""
         return [
             self._layer(param, None)
-            for param in self.names
-            if self._is_multiplied(param)
-            and sum(size != 1 for size in param.shape[self._batch_dims(param) :]) >= 2
+            for param, name in self.names.items()
+            if not falls_back(name, param, self.groups[param])
         ]
 
     def _is_multiplied(self, param: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.tiles import all_reduce_together
@@ -76,6 +77,18 @@ class LayerStep:
     def repair(self) -> list[str]:
         """Repeat failed refreshes in float64; returns what is to be said, each block once."""
         return []
+
+    def facts(self) -> list[Facts]:
+        """Of each layer, what its ranks must know alike."""
+        return [
+            {
+                "number of its stacking dims": layer.batch_dims,
+                "whether its bias is joined to it": layer.bias is not None,
+                "divisor of its gradients": layer.gradient_divisor,
+                "sharding of its layer": None if layer.tapped is None else layer.tapped.sharding,
+            }
+            for layer in self.layers
+        ]
 
     def state(self, number: int) -> dict[str, Tensor]:
         """State of the weight of one layer on this rank, by names without ranks."""

@@ -113,7 +113,7 @@ def _joint_shape(param: Described, names: Collection[str]) -> tuple[int, int]:
     """
     has_bias = param.name.removesuffix("weight") + "bias" in names
     is_joint = has_bias and param.options["bias"] == "joint"
-    return param.tensor.shape[0], param.tensor[0].numel() + is_joint
+    return param.tensor.shape[0], math.prod(param.tensor.shape[1:]) + is_joint
 
 
 def block_edges(rows: int, columns: int, options: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
