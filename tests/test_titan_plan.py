@@ -49,6 +49,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "AdamW, ddp": {"optimizer__name": "AdamW", **DDP},
     "SGD, fsdp": {"optimizer__name": "SGD", "optimizer__sgd__momentum": 0.9},
+    "Eva, fsdp": {"optimizer__name": "Eva"},
+    "EvaF, fsdp x tp": {
+        "optimizer__name": "EvaF",
+        "parallelism__tensor_parallel_degree": 2,
+    },
+    "EvaS, hsdp": {"optimizer__name": "EvaS", "parallelism__data_parallel_replicate_degree": 2},
 }
 
 INTERLEAVED = {
