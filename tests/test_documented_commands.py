@@ -214,6 +214,16 @@ def test_the_documented_plan_is_printed():
 
 
 @pytest.mark.slow
+def test_the_documented_example_of_a_plan_is_what_the_planner_says():
+    page = (ROOT / "docs/planning.md").read_text()
+    (example,) = re.findall(r"```\n(llama3 8B.*?)```", page, re.DOTALL)
+    (settings,) = re.findall(r"\(`(configs/\S+)` with `(--\S+ \d+)`\)", page)
+    said = python("train.py", "--plan", "--world-size", "512", "--job.config_file", settings[0],
+                  *settings[1].split())  # fmt: skip
+    assert [line for line in example.splitlines() if line not in (*said.splitlines(), "...")] == []
+
+
+@pytest.mark.slow
 def test_the_documented_commands_for_checkpoints_work_one_after_the_other(tmp_path, monkeypatch):
     write_text(tmp_path)
     saving = {"checkpoint__enable": True, "checkpoint__interval": 10, "training__steps": 30}

@@ -56,8 +56,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "EvaS, hsdp": {"optimizer__name": "EvaS", "parallelism__data_parallel_replicate_degree": 2},
 }
-
-INTERLEAVED = {
+LAYOUTS["Shampoo, interleaved pp x fsdp"] = INTERLEAVED = {
     **LAYOUTS["Shampoo, pp x fsdp"],
     "parallelism__pipeline_parallel_layers_per_stage": 1,
     "parallelism__pipeline_parallel_schedule": "Interleaved1F1B",
