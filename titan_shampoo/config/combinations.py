@@ -14,6 +14,7 @@ from titan_shampoo.data.paths import (
 )
 
 # Degrees above 1 for which a model has no plan; only the mixture has experts, and is not cut else.
+# A model that is not named here is only sharded and replicated.
 _CUTS = ("context", "pipeline", "tensor")
 _NOT_PLANNED = {"resnet": (*_CUTS, "expert"), "llama3": ("expert",), "llama4": _CUTS}
 
@@ -59,7 +60,7 @@ def _check_data(settings: Settings) -> None:
 
 def _check_model(settings: Settings) -> None:
     model = settings["model.name"]
-    for kind in _NOT_PLANNED[model]:
+    for kind in _NOT_PLANNED.get(model, (*_CUTS, "expert")):
         key = f"parallelism.{kind}_parallel_degree"
         if settings[key] > 1:
             raise settings.error(key, f'got {settings[key]}, but model.name = "{model}" needs 1')
