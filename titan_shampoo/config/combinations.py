@@ -9,6 +9,7 @@ from titan_shampoo.config.unread import check_read
 from titan_shampoo.data.paths import (
     ALL_DIGITS,
     DEFAULT_IMAGE_SIZE,
+    DIGITS,
     PYTHON_STDLIB,
     missing_path,
 )
@@ -31,6 +32,7 @@ def check_combinations(settings: Settings) -> None:
     _check_folders(settings)
     _check_data(settings)
     _check_model(settings)
+    _check_kind_of_data(settings)
     _check_images(settings)
     _check_schedule(settings)
     _check_stream(settings)
@@ -56,6 +58,21 @@ def _check_data(settings: Settings) -> None:
         problem = missing_path(settings[key]) if settings[key] else None
         if problem is not None:
             raise settings.error(key, f'"{settings[key]}": {problem}')
+
+
+def _check_kind_of_data(settings: Settings) -> None:
+    """Images for a network that sees, text for one that reads, where the name tells which it is."""
+    sees = settings["model.name"] == "resnet"
+    foreign, remedy = (
+        ((PYTHON_STDLIB,), f'a folder of images, or "{DIGITS}"')
+        if sees
+        else (ALL_DIGITS, f'a text, or "{PYTHON_STDLIB}"')
+    )
+    for key in ("training.dataset", "validation.dataset"):
+        if settings[key] in foreign:
+            model, kind = settings["model.name"], "text" if sees else "images"
+            problem = f'"{settings[key]}" is {kind}, which model.name = "{model}" does not read'
+            raise settings.error(key, f"{problem}; set it to {remedy}")
 
 
 def _check_model(settings: Settings) -> None:
