@@ -28,7 +28,7 @@ from titan_shampoo.plot import main as plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python)\b|make\b|srun\b"
+PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python|pytest)\b|make\b|srun\b"
 
 
 def joined(text: str) -> str:
@@ -115,6 +115,14 @@ def check_checkpoint(words: list[str], folder: Path) -> None:
         checkpoint([*words[3:], "--help"])
 
 
+def check_tests(words: list[str], folder: Path) -> None:
+    """The tests are there, and the rest of the line is pytest's."""
+    files = [word for word in words if word.endswith(".py")]
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+    assert {*words} - {*files} <= {"pytest", "-m", "slow", "slow or not slow"}
+
+
 def check_reference(words: list[str], folder: Path) -> None:
     assert python(*words[1:4]) == (ROOT / "docs/reference.md").read_text()
 
@@ -134,6 +142,7 @@ RULES = [
     (r"(\.venv/bin/)?python -m titan_shampoo\.plot ", check_plot),
     (r"(\.venv/bin/)?python -m checkpoint \w+", check_checkpoint),
     (r"python -m titan_shampoo\.config --reference", check_reference),
+    (r"pytest ", check_tests),
 ]
 
 
