@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from titan_shampoo.config import (
     ConfigError,
+    check_dump_folder,
     check_launch,
     check_world,
     read_config,
@@ -50,6 +51,8 @@ def main(args: list[str], started_with: dict[str, str]) -> None:
     request, args = read_plan_request(args, started)
     settings = read_config(args)
     check_world(settings, request.world_size if request else started)
+    if not request:
+        check_dump_folder(settings)
 
     if os.environ["RANK"] == "0":
         for note in settings.notes:

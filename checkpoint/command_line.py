@@ -13,12 +13,18 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError
 from checkpoint.folders import step_folder, steps_in
-from checkpoint.manifest import Manifest
+from checkpoint.manifest import MANIFEST, Manifest
 from checkpoint.report import compared, described, lines_of_comparison, lines_of_description
 from checkpoint.verify import hash_problems, read_manifest
 from titan_shampoo.config.errors import ConfigError
 
 _DTYPES = ("float32", "float16", "bfloat16")
+
+_INSPECT = "what, when, which run, sizes by kind, block grids"
+_VERIFY = "read every byte; exit code 1 if one is not as written"
+
+_ALL = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with several: all of them"
+_NEWEST = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with several: the newest"
 
 
 def main(args: Sequence[str]) -> int:
@@ -34,20 +40,22 @@ def main(args: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoint",
-        description="PATH is a checkpoint (outputs/checkpoint/step-30), or a folder of them.",
+        description="Look at checkpoints, and turn them into other programs' formats and back.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, do: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, do: Callable[[Any], int], text: str, paths: str = _NEWEST
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(command=do)
-        made.add_argument("path", type=Path, metavar="PATH")
+        made.add_argument("path", type=Path, metavar="PATH", help=paths)
         return made
 
-    inspect = command("inspect", _inspect, "what, when, which run, sizes by kind, block grids")
-    verify = command("verify", _verify, "read every byte; exit code 1 if one is not as written")
+    inspect = command("inspect", _inspect, _INSPECT, _ALL)
+    verify = command("verify", _verify, _VERIFY, _ALL)
     diff = command("diff", _diff, "what differs between two checkpoints")
-    diff.add_argument("other", type=Path, metavar="OTHER")
+    diff.add_argument("other", type=Path, metavar="OTHER", help="what to compare it with")
     for made in (inspect, verify, diff):
         made.add_argument("--json", action="store_true", help="one JSON object on standard output")
     export = command("export", _export, "write weights, or all state, for other programs")
@@ -65,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         _convert,
         "make a checkpoint of weights in safetensors or torch.distributed.checkpoint's format, "
         "to begin a run from (checkpoint.initial_load_path)",
+        "a folder of safetensors files, or of torch's own format",
     )
     convert.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     convert.add_argument(
@@ -74,16 +83,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoint, or all checkpoints of a folder."""
+    """The checkpoint, or all checkpoints of a folder or of a run, where its settings put them."""
     try:
         steps = steps_in(path)
+        if not steps and not (path / MANIFEST).exists() and steps_in(path / "checkpoint"):
+            return _checkpoints(path / "checkpoint")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return [step_folder(path, step) for step in steps] or [path]
 
 
 def _one(path: Path) -> Path:
-    """The checkpoint, or the newest of a folder."""
+    """The checkpoint, or the newest of a folder or of a run."""
     return _checkpoints(path)[-1]
 
 

@@ -43,6 +43,12 @@ def test_looking_needs_no_torch(saved, command):
     assert "step-3" in done.stdout
 
 
+def test_a_run_is_looked_at_by_its_own_folder(saved, tmp_path, capsys):
+    (tmp_path / "checkpoint").symlink_to(saved)
+    assert main(["verify", str(tmp_path)]) == 0
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == ["good"] * 3
+
+
 def test_inspect_says_what_a_checkpoint_is(saved, capsys):
     assert main(["inspect", str(saved / "step-3")]) == 0
     said = capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 
 from titan_shampoo.config import (
     ConfigError,
+    check_dump_folder,
     check_world,
     nearest,
     read_config,
@@ -267,6 +268,20 @@ WRONG_ARGUMENTS = [
     (["--optimizer.groups", "x"], "optimizer.groups", ["set it in the TOML file"]),
     (["--optimizer.shampoo.block-size=64,x"], "optimizer.shampoo.block_size", ['"64,x"']),
     (["training.steps=3"], "training.steps=3", ["--table.key value"]),
+    (["configs/run.toml"], "configs/run.toml", ["write --job.config_file configs/run.toml"]),
+    (["--config", "run.toml"], "config", ["write --job.config_file"]),
+    (["--config_file=run.toml"], "config_file", ["write --job.config_file"]),
+    (
+        ["--optimizer.name=EvaF", "--optimizer.shampoo.block_size=64"],
+        "optimizer.shampoo.block_size",
+        ["is not read by EvaF", 'optimizer.name = "Shampoo"'],
+    ),
+    (
+        ["--model.name=resnet"],
+        "training.dataset",
+        ['"python_stdlib" is text', '"resnet" does not read', 'or "digits"'],
+    ),
+    (["--training.dataset=digits"], "training.dataset", ["is images", 'or "python_stdlib"']),
     (["--job.config_file", "/no/such.toml"], "job.config_file", ["no such file: /no/such.toml"]),
     (["--job.config_file", "/"], "job.config_file", ["cannot read /"]),
 ]
@@ -446,7 +461,11 @@ def test_every_config_in_the_repository_is_valid_with_every_method(file):
         (["--optimizer.shampoo.exponent", "0.5,0"], "optimizer.shampoo.exponent", [0.5, 0.0]),
         (["--optimizer.shampoo.grafting", "none"], "optimizer.shampoo.grafting", "none"),
         (["--optimizer.name", "SOAP"], "optimizer.name", "SOAP"),
-        (["--optimizer.kl-shampoo.merge=none"], "optimizer.kl_shampoo.merge", "none"),
+        (
+            ["--optimizer.name=KLShampoo", "--optimizer.kl-shampoo.merge=none"],
+            "optimizer.kl_shampoo.merge",
+            "none",
+        ),
         (["--optimizer.shampoo.eps", "none"], "optimizer.shampoo.eps", None),
         (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
         (["--checkpoint.enable"], "checkpoint.enable", True),
@@ -454,7 +473,11 @@ def test_every_config_in_the_repository_is_valid_with_every_method(file):
         (["--checkpoint.no_initial_load_model_only"], "checkpoint.initial_load_model_only", False),
         (["--optimizer.shampoo.compile"], "optimizer.shampoo.compile", True),
         (["--optimizer.shampoo.no-compile"], "optimizer.shampoo.compile", False),
-        (["--optimizer.kfac.no_factored-damping"], "optimizer.kfac.factored_damping", False),
+        (
+            ["--optimizer.name=KFAC", "--optimizer.kfac.no_factored-damping"],
+            "optimizer.kfac.factored_damping",
+            False,
+        ),
         (["--optimizer.shampoo.compile", "none"], "optimizer.shampoo.compile", None),
         (["--optimizer.shampoo.compile=none"], "optimizer.shampoo.compile", None),
         (["--checkpoint.load-step", "-1"], "checkpoint.load_step", -1),
@@ -467,6 +490,37 @@ def test_the_command_line_says_what_toml_can_say(args, key, value):
     assert settings[key] == value
     assert type(settings[key]) is type(value)
     assert settings.place(key) == "command line"
+
+
+def test_a_file_may_have_tables_of_methods_that_this_run_does_not_use(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[optimizer.soap]\nblock_size = 64\n[optimizer.eva_f]\ndamping = 0.1\n")
+    settings = read_config(["--job.config_file", str(file), "--optimizer.name", "SOAP"])
+    assert settings["optimizer.soap.block_size"] == 64
+
+
+def test_a_group_may_use_a_method_that_the_command_line_sets_up(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[[optimizer.groups]]\npattern = 'attention'\noptimizer = 'SOAP'\n")
+    args = ["--job.config_file", str(file), "--optimizer.soap.block_size", "64"]
+    assert read_config(args)["optimizer.soap.block_size"] == 64
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match=r"job\.dump_folder: .* cannot be written to; set"):
+        check_dump_folder(read_config(["--job.dump_folder", f"{tmp_path}/new/run"]))
+
+
+def test_a_run_folder_below_a_file_is_refused_unless_nothing_is_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    args = ["--job.dump_folder", f"{tmp_path}/file/run"]
+    with pytest.raises(ConfigError, match=r"job\.dump_folder: .*/file is a file; set another"):
+        check_dump_folder(read_config(args))
+    check_dump_folder(read_config([*args, "--dry-run"]))
+    check_dump_folder(read_config(["--job.dump_folder", f"{tmp_path}/new/run"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_command_line_beats_the_file_and_the_file_beats_the_default(tmp_path):

@@ -13,6 +13,7 @@ SOURCES = [
     for file in sorted((ROOT / folder).rglob("*.py"))
 ]
 REFERENCE = re.compile(r"`([\w/]+\.py): ([\w., ]+)`")
+README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -69,3 +70,23 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_mistake_that_the_readme_shows_is_that_of_its_line():
+    (shown,) = re.findall(r"^(configs/\S+):(\d+): (\S+): unknown key", README, re.MULTILINE)
+    file, line, _ = shown
+    key = (ROOT / file).read_text().splitlines()[int(line) - 1]
+    assert key.startswith("block_size = "), key
+
+
+def headings(page):
+    """What the headings of a page are called in links."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_to_headings_lead_to_one(page):
+    for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        assert heading in headings(page.parent / target if target else page), (target, heading)

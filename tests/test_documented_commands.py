@@ -28,7 +28,7 @@ from titan_shampoo.plot import main as plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python)\b|make\b|srun\b"
+PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python|pytest)\b|make\b|srun\b"
 
 
 def joined(text: str) -> str:
@@ -115,6 +115,14 @@ def check_checkpoint(words: list[str], folder: Path) -> None:
         checkpoint([*words[3:], "--help"])
 
 
+def check_tests(words: list[str], folder: Path) -> None:
+    """The tests are there, and the rest of the line is pytest's."""
+    files = [word for word in words if word.endswith(".py")]
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+    assert {*words} - {*files} <= {"pytest", "-m", "slow", "slow or not slow"}
+
+
 def check_reference(words: list[str], folder: Path) -> None:
     assert python(*words[1:4]) == (ROOT / "docs/reference.md").read_text()
 
@@ -125,6 +133,7 @@ def check_nothing(words: list[str], folder: Path) -> None:
 
 RULES = [
     (r".*\.\.\.$", check_nothing),
+    (r".* window\.toml$", check_nothing),  # tests/test_own_recipe.py
     (r"torchrun --max-restarts=3$", check_nothing),
     (r"make ", check_make),
     (r"(srun .*|\.venv/bin/)?torchrun .*train\.py ", check_run),
@@ -133,6 +142,7 @@ RULES = [
     (r"(\.venv/bin/)?python -m titan_shampoo\.plot ", check_plot),
     (r"(\.venv/bin/)?python -m checkpoint \w+", check_checkpoint),
     (r"python -m titan_shampoo\.config --reference", check_reference),
+    (r"pytest ", check_tests),
 ]
 
 
@@ -211,6 +221,16 @@ def test_the_documented_plan_is_printed():
     (command,) = [c for _, c in COMMANDS if c.startswith(".venv/bin/python train.py --plan")]
     shown = python(*shlex.split(command)[1:])
     assert shown.startswith("llama3 8B, 8,030,261,248 parameters, on 64 ranks")
+
+
+@pytest.mark.slow
+def test_the_documented_example_of_a_plan_is_what_the_planner_says():
+    page = (ROOT / "docs/planning.md").read_text()
+    (example,) = re.findall(r"```\n(llama3 8B.*?)```", page, re.DOTALL)
+    (settings,) = re.findall(r"\(`(configs/\S+)` with `(--\S+ \d+)`\)", page)
+    said = python("train.py", "--plan", "--world-size", "512", "--job.config_file", settings[0],
+                  *settings[1].split())  # fmt: skip
+    assert [line for line in example.splitlines() if line not in (*said.splitlines(), "...")] == []
 
 
 @pytest.mark.slow

@@ -25,14 +25,17 @@ def run_of(folder, name, ranks, settings):
     shared = {
         "model__name": "llama4",
         "model__flavor": "byte_moe_debug",
+        "training__local_batch_size": GLOBAL_BATCH // ranks,
+        "training__steps": 4,
+    }
+    shampoo = {
         "optimizer__name": "Shampoo",
         "optimizer__shampoo__block_size": 64,
         "optimizer__shampoo__precondition_frequency": 2,
         "optimizer__shampoo__eps_relative": 1e-4,
-        "training__local_batch_size": GLOBAL_BATCH // ranks,
-        "training__steps": 4,
     }
-    return text_run(folder, name, **{**shared, **settings})
+    method = {} if "optimizer__name" in settings else shampoo
+    return text_run(folder, name, **{**shared, **method, **settings})
 
 
 def factors_by_expert(args):

@@ -127,7 +127,6 @@ def options_of(container: OptimizersContainer) -> dict[str, tuple[type, float, f
 def test_a_parameter_belongs_to_the_first_group_that_matches_and_else_to_the_method():
     groups = (
         Group(r"bias$|norm", "AdamW", lr=1.0),
-        Group("norm", "SGD"),
         Group(r"layers\.1", "SOAP", weight_decay=0.5),
         Group("layers", weight_decay=0.0),
     )
@@ -162,6 +161,20 @@ def test_the_shared_epsilon_is_that_of_second_moments_and_never_the_damping(meth
     options = container_of(Model(), config).optimizers[0].defaults
     assert options[key] == 0.25
     assert options.get("eps") == {"Shampoo": 1e-12, "SOAP": 0.25, "KLShampoo": None}[method]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["layer$"], r'groups\[0\].pattern = "layer\$": matches .* no trained .*"layers"\?'),
+        (["attention"], r'groups\[0\].pattern = "attention": .* parameter; one is '),
+        (["layers", "bias", r"layers\.1"], r'groups\[2\].pattern = "layers.*: all .*; move it up'),
+    ],
+)
+def test_a_group_that_no_parameter_belongs_to_is_refused(patterns, message):
+    groups = tuple(Group(pattern=pattern, lr=0.2) for pattern in patterns)
+    with pytest.raises(ConfigError, match=message):
+        container_of(Model(), optimizer_config("Shampoo", groups))
 
 
 def test_an_option_that_no_parameter_can_have_names_its_table():

@@ -49,9 +49,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "AdamW, ddp": {"optimizer__name": "AdamW", **DDP},
     "SGD, fsdp": {"optimizer__name": "SGD", "optimizer__sgd__momentum": 0.9},
+    "Eva, fsdp": {"optimizer__name": "Eva"},
+    "EvaF, fsdp x tp": {
+        "optimizer__name": "EvaF",
+        "parallelism__tensor_parallel_degree": 2,
+    },
+    "EvaS, hsdp": {"optimizer__name": "EvaS", "parallelism__data_parallel_replicate_degree": 2},
 }
-
-INTERLEAVED = {
+LAYOUTS["Shampoo, interleaved pp x fsdp"] = INTERLEAVED = {
     **LAYOUTS["Shampoo, pp x fsdp"],
     "parallelism__pipeline_parallel_layers_per_stage": 1,
     "parallelism__pipeline_parallel_schedule": "Interleaved1F1B",

@@ -48,6 +48,17 @@ def test_small_and_large_stems_exist_at_every_depth():
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet50_small"} <= RESNETS.keys()
 
 
+@pytest.mark.parametrize(("num_steps", "said"), [(20, 1), (50, 0)])
+def test_a_warmup_that_is_never_over_is_said_once_by_its_key(num_steps, said, caplog):
+    parameter = nn.Parameter(torch.zeros(1))
+    config = JobConfig().lr_scheduler
+    config.warmup_steps = 50
+    build_learning_rates([torch.optim.SGD([parameter], lr=1.0)], config, num_steps)
+    ours = [record for record in caplog.records if record.name.startswith("titan_shampoo")]
+    assert len(ours) == said
+    assert all("warmup_steps = 50 is more than all 20 steps" in r.getMessage() for r in ours)
+
+
 def num_samples(args):
     """How many samples a run has to train on."""
     job_config = load_job_config(args)

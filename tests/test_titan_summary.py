@@ -41,7 +41,7 @@ def test_what_a_method_for_layers_leaves_to_its_fallback_is_said(
     network = model()
     optimizer = EvaF(network.named_parameters(), lr=0.3, model=network, **options)
     assert line_of(optimizer) == (
-        f"{fallback} (fallback) on 3 tensors ({EMBEDDING + NORM}), EvaF on 4 tensors ({LAYERS}); "
+        f"EvaF on 4 tensors ({LAYERS}), {fallback} (fallback) on 3 tensors ({EMBEDDING + NORM}); "
         f"learning rate {rates}"
     )
 
@@ -49,8 +49,8 @@ def test_what_a_method_for_layers_leaves_to_its_fallback_is_said(
 def test_what_a_method_for_blocks_leaves_to_adamw_is_said() -> None:
     biases = 9 + 6
     assert line_of(Shampoo(model().named_parameters(), lr=0.006)) == (
-        f"AdamW (fallback) on 5 tensors ({EMBEDDING + NORM + biases}), "
-        f"Shampoo on 2 tensors ({LAYERS - biases}); learning rate 0.006"
+        f"Shampoo on 2 tensors ({LAYERS - biases}), "
+        f"AdamW (fallback) on 5 tensors ({EMBEDDING + NORM + biases}); learning rate 0.006"
     )
 
 

@@ -240,8 +240,9 @@ MISTAKES = [
     (
         "a file for a folder",
         {**TEXT, "checkpoint.enable": "true", "job.dump_folder": "{}/words.txt"},
-        "words.txt/checkpoint: cannot be written to: .*; set",
+        "job.dump_folder: {}/words.txt is a file; set another folder",
     ),
+    ("text for images", {**IMAGES, "training.dataset": "python_stdlib"}, "folder of images, or"),
 ]
 
 

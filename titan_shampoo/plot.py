@@ -75,9 +75,21 @@ def main(args: Sequence[str]) -> None:
     Raises:
         SystemExit: With 2 if a run has no records, naming it.
     """
-    parser = argparse.ArgumentParser(prog="titan_shampoo.plot", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's dump folder")
-    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="a PNG file")
+    parser = argparse.ArgumentParser(
+        prog="python -m titan_shampoo.plot",
+        description="Draw runs side by side: training and validation loss, against steps and "
+        "against the seconds spent, restarts included.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="the job.dump_folder of a run"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("comparison.png"),
+        metavar="FILE",
+        help="the picture, in PNG; default: comparison.png in the current folder",
+    )
     chosen = parser.parse_args(args)
     runs = {}
     for folder, name in zip(chosen.runs, _names(chosen.runs), strict=True):

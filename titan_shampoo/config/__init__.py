@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from titan_shampoo.config.combinations import check_combinations
 from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.config.errors import ConfigError, nearest
+from titan_shampoo.config.folder import check_dump_folder
 from titan_shampoo.config.help import help_text
 from titan_shampoo.config.launch import check_launch, started_ranks
 from titan_shampoo.config.planning import PlanRequest, read_plan_request
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "PlanRequest",
     "Settings",
+    "check_dump_folder",
     "check_launch",
     "check_world",
     "nearest",

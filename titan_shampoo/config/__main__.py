@@ -8,7 +8,13 @@ of all settings instead.
 import os
 import sys
 
-from titan_shampoo.config import ConfigError, check_world, read_config, started_ranks
+from titan_shampoo.config import (
+    ConfigError,
+    check_dump_folder,
+    check_world,
+    read_config,
+    started_ranks,
+)
 from titan_shampoo.config.reference import reference_page
 
 if __name__ == "__main__":
@@ -16,7 +22,9 @@ if __name__ == "__main__":
         sys.stdout.write(reference_page())
         sys.exit(0)
     try:
-        check_world(read_config(sys.argv[1:]), started_ranks(os.environ))
+        settings = read_config(sys.argv[1:])
+        check_world(settings, started_ranks(os.environ))
+        check_dump_folder(settings)
     except ConfigError as mistake:
         sys.stderr.write(f"{mistake}\n")
         sys.exit(2)

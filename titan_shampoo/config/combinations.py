@@ -9,11 +9,13 @@ from titan_shampoo.config.unread import check_read
 from titan_shampoo.data.paths import (
     ALL_DIGITS,
     DEFAULT_IMAGE_SIZE,
+    DIGITS,
     PYTHON_STDLIB,
     missing_path,
 )
 
 # Degrees above 1 for which a model has no plan; only the mixture has experts, and is not cut else.
+# A model that is not named here is only sharded and replicated.
 _CUTS = ("context", "pipeline", "tensor")
 _NOT_PLANNED = {"resnet": (*_CUTS, "expert"), "llama3": ("expert",), "llama4": _CUTS}
 
@@ -30,6 +32,7 @@ def check_combinations(settings: Settings) -> None:
     _check_folders(settings)
     _check_data(settings)
     _check_model(settings)
+    _check_kind_of_data(settings)
     _check_images(settings)
     _check_schedule(settings)
     _check_stream(settings)
@@ -57,9 +60,24 @@ def _check_data(settings: Settings) -> None:
             raise settings.error(key, f'"{settings[key]}": {problem}')
 
 
+def _check_kind_of_data(settings: Settings) -> None:
+    """Images for a network that sees, text for one that reads, where the name tells which it is."""
+    sees = settings["model.name"] == "resnet"
+    foreign, remedy = (
+        ((PYTHON_STDLIB,), f'a folder of images, or "{DIGITS}"')
+        if sees
+        else (ALL_DIGITS, f'a text, or "{PYTHON_STDLIB}"')
+    )
+    for key in ("training.dataset", "validation.dataset"):
+        if settings[key] in foreign:
+            model, kind = settings["model.name"], "text" if sees else "images"
+            problem = f'"{settings[key]}" is {kind}, which model.name = "{model}" does not read'
+            raise settings.error(key, f"{problem}; set it to {remedy}")
+
+
 def _check_model(settings: Settings) -> None:
     model = settings["model.name"]
-    for kind in _NOT_PLANNED[model]:
+    for kind in _NOT_PLANNED.get(model, (*_CUTS, "expert")):
         key = f"parallelism.{kind}_parallel_degree"
         if settings[key] > 1:
             raise settings.error(key, f'got {settings[key]}, but model.name = "{model}" needs 1')

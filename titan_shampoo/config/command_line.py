@@ -19,6 +19,9 @@ _FLAGS = (bool, bool | None)
 _SHORT = {"dry_run": "job.dry_run"}
 """Settings that may be written without their table."""
 
+_CONFIG_FILE = ("config", "config_file")
+"""What other programs call ``--job.config_file``."""
+
 
 def read_command_line(args: Sequence[str]) -> dict[str, Setting]:
     """The settings by dotted name; a later one beats an earlier one.
@@ -32,7 +35,7 @@ def read_command_line(args: Sequence[str]) -> dict[str, Setting]:
         argument = remaining.pop(0)
         option, equals, text = argument.partition("=")
         if not option.startswith("--"):
-            raise ConfigError(f"{PLACE}: {argument}: settings are written --table.key value")
+            raise ConfigError(f"{PLACE}: {argument}: {_instead_of(argument)}")
         name, key, negated = _find(option.removeprefix("--").replace("-", "_"))
         if key.type in _FLAGS and not equals:
             text = _flag(remaining, negated)
@@ -45,9 +48,18 @@ def read_command_line(args: Sequence[str]) -> dict[str, Setting]:
     return settings
 
 
+def _instead_of(argument: str) -> str:
+    """How to write what was given without the name of a setting."""
+    if argument.endswith(".toml"):
+        return f"write --job.config_file {argument}"
+    return "settings are written --table.key value"
+
+
 def _find(name: str) -> tuple[str, Key, bool]:
     """The setting of that name, and whether it was written with ``no_``."""
     name = _SHORT.get(name, name)
+    if name in _CONFIG_FILE:
+        raise ConfigError(f"{PLACE}: {name}: write --job.config_file")
     table, prefix = job_schema(), ""
     *outer, last = name.split(".")
     for part in outer:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from titan_shampoo.config.command_line import PLACE
 from titan_shampoo.config.limits import Limit
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.values import show
@@ -13,6 +14,15 @@ _TAPPED = {"Eva": "eva", "EvaF": "eva_f", "FOOF": "foof", "KFAC": "kfac"}
 """Methods that look into layers, with their tables."""
 
 _LAYERS = {**_TAPPED, "EvaS": "eva_s"}
+
+_TABLES = {
+    "Shampoo": "shampoo",
+    "SOAP": "soap",
+    "KLShampoo": "kl_shampoo",
+    "SGD": "sgd",
+    **_LAYERS,
+}
+"""Methods with a table of their own, by that table."""
 
 # The layers' averages are of their AdamW fallback.
 _ADAPTIVE = {"Shampoo", "SOAP", "KLShampoo", "AdamW", *_LAYERS}
@@ -61,6 +71,7 @@ def check_methods(settings: Settings) -> None:
     _check_roots(settings)
     _check_nesterov_of_sgd(settings)
     _check_offload(settings)
+    _check_own_tables(settings)
 
 
 def _check_offload(settings: Settings) -> None:
@@ -76,6 +87,20 @@ def _check_read_by_a_method(settings: Settings) -> None:
     """A shared key is refused if neither the method nor that of a group reads it."""
     for name, problem in unread_by_methods(settings):
         raise settings.error(name, problem)
+
+
+def _check_own_tables(settings: Settings) -> None:
+    """A file may have tables for several methods; on the command line one of another is a mistake.
+
+    It would be ignored, and the person who wrote it means this one run.
+    """
+    used = methods_in_use(settings)
+    for method, table in _TABLES.items():
+        for name, setting in settings.explicit.items():
+            is_own = name.startswith(f"optimizer.{table}.") and setting.place == PLACE
+            if is_own and method not in used:
+                problem = f"is not read by {', '.join(used)}; remove it"
+                raise settings.error(name, f'{problem} or set optimizer.name = "{method}"')
 
 
 def unread_by_methods(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,9 @@ from titan_shampoo.distributed.plan import bucket_members
 Figures = NDArray[np.float64]
 """One number per rank."""
 
+MESSAGES = "in a step: messages"
+"""The row of :meth:`Summary.rows` with memory that one optimizer after the other takes."""
+
 
 @dataclass(slots=True)
 class Summary:

@@ -135,8 +135,10 @@ class LayerStep:
         if key not in self._constants:
             if len(self._constants) >= MAX_KEPT:
                 self._constants.clear()
-            # From pinned memory: the host does not wait until an accelerator has read it.
-            on_host = torch.tensor(key, dtype=self.dtype, pin_memory=self.device.type != "cpu")
+            # From pinned memory: the host does not wait until an accelerator has read it. Meta
+            # tensors are those of a plan, on a machine that need not have one.
+            pinned = self.device.type not in ("cpu", "meta")
+            on_host = torch.tensor(key, dtype=self.dtype, pin_memory=pinned)
             self._constants[key] = on_host.to(self.device, non_blocking=True)
         return self._constants[key]
 

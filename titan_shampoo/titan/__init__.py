@@ -22,7 +22,7 @@ from titan_shampoo.titan.console import log_plainly
 from titan_shampoo.titan.initialization import initialize_alike
 from titan_shampoo.titan.leaving import wait_for_others
 from titan_shampoo.titan.planning import plan_run
-from titan_shampoo.titan.recipes import mixture, resnet, transformer
+from titan_shampoo.titan.recipes import mixture, resnet, text_recipe, transformer
 from titan_shampoo.titan.seed import run_seed
 from titan_shampoo.titan.trainer import Trainer
 from titan_shampoo.titan.weights import weights_adapter
@@ -43,6 +43,7 @@ __all__ = [
     "plan_run",
     "resnet",
     "run_seed",
+    "text_recipe",
     "transformer",
     "wait_for_others",
     "weights_adapter",

@@ -13,8 +13,8 @@ import torch.distributed as dist
 _OURS = ("titan_shampoo", "parallel", "checkpoint", "train")
 
 # Each is about a feature of torchtitan that this project does not show (utilisation of a GPU's
-# peak, its launch script), a default that only nccl reads, or an attempt to read a checkpoint whose
-# failure is raised afterwards.
+# peak, its launch script), a default that only nccl reads, an attempt to read a checkpoint whose
+# failure is raised afterwards, or said by learning_rates.py, once and with its keys.
 _ABOUT_NOTHING = (
     "Peak flops undefined for",
     "Error running lspci",
@@ -22,6 +22,7 @@ _ABOUT_NOTHING = (
     "ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING]",
     "Global metadata is not found",
     "Rank local metadata is not found",
+    "Warmup steps (",
 )
 
 # Weights are drawn by titan_shampoo.titan.initialization; groups whose timeout cannot be set are

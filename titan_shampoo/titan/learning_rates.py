@@ -5,13 +5,17 @@ all: several optimizers would come back with the first one's rate, and a changed
 file would be undone. Milestones are ours.
 """
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import LRScheduler
+
+_logger = logging.getLogger(__name__)
 
 
 class LearningRates(LRSchedulersContainer):
@@ -46,6 +50,14 @@ def build_learning_rates(
     """Return the schedule of every optimizer: torchtitan's, or warmup and milestones."""
     if config.milestones:
         return LearningRates(LRSchedulersContainer(optimizers, _falling_at_milestones(config)))
+    last = num_steps if config.total_steps is None else config.total_steps
+    if config.warmup_steps > last and (not dist.is_initialized() or dist.get_rank() == 0):
+        _logger.warning(
+            "lr_scheduler.warmup_steps = %s is more than all %s steps: the learning rate rises "
+            "until the end",
+            config.warmup_steps,
+            last,
+        )
     return LearningRates(build_lr_schedulers(optimizers, config, num_steps))
 
 

@@ -23,7 +23,7 @@ from torchtitan.models.moe.moe import GroupedExperts
 
 from titan_shampoo.blocks.methods import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
-from titan_shampoo.config import ConfigError, tables
+from titan_shampoo.config import ConfigError, nearest, tables
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
@@ -93,12 +93,14 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         self.optimizers = []
         self._step_seconds = 0.0
         self._stages = _stage_group(parallel_dims)
+        everyone = list(itertools.chain.from_iterable(map(members, model_parts)))
+        _check_patterns(whole_model or everyone, config)
         by_part = [_grouped(members(part), config) for part in model_parts]
         if not all(by_part):
             raise ConfigError("the model has no parameter that is trained; see optimizer.groups")
         if self._stages is not None:
             _check_stages(by_part, self._stages)
-        whole = _grouped(itertools.chain.from_iterable(map(members, model_parts)), config)
+        whole = _grouped(everyone, config)
         everywhere = {} if whole_model is None else _grouped(whole_model, config)
         common = {
             "process_group": replica_group(parallel_dims),
@@ -240,6 +242,28 @@ def _check_stages(by_part: Sequence[Mapping[str, object]], stages: dist.ProcessG
             "optimizer.groups: got stages of the pipeline with different methods "
             f"({told}), wanted the same in all; set a pattern that matches in every stage"
         )
+
+
+def _check_patterns(
+    whole_model: Members,
+    config: Any,  # noqa: ANN401 - merged dataclass
+) -> None:
+    """Refuse a group that no parameter of the whole model belongs to: nothing would read it.
+
+    Raises:
+        ConfigError: The same on all ranks.
+    """
+    names = [unwrapped_name(name) for name, param, _ in whole_model if param.requires_grad]
+    left = names
+    for index, group in enumerate(config.groups):
+        if not any(re.search(group.pattern, name) for name in left):
+            problem = "all parameters that it matches belong to groups above it; move it up"
+            if not any(re.search(group.pattern, name) for name in names):
+                parts = {part for name in names for part in name.split(".")}
+                hint = nearest(group.pattern, parts) or f"; one is {names[len(names) // 2]}"
+                problem = f"matches the name of no trained parameter{hint}"
+            raise ConfigError(f'optimizer.groups[{index}].pattern = "{group.pattern}": {problem}')
+        left = [name for name in left if not re.search(group.pattern, name)]
 
 
 def members(model: nn.Module) -> Members:

@@ -25,7 +25,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.distributed.memory import bytes_by_rank
-from titan_shampoo.distributed.summary import Figures, Summary, readable, table
+from titan_shampoo.distributed.summary import MESSAGES, Figures, Summary, readable, table
 from titan_shampoo.titan.optimizers import OptimizersContainer, members, replica_group
 from titan_shampoo.titan.own_process import in_own_process
 
@@ -233,13 +233,21 @@ def _stage_plan(shapes: Shapes) -> StagePlan:
         size = sum(buffer.numel() * buffer.dtype.itemsize for buffer in buffers)
         rows.append(("buffers", np.full(len(ranks), float(size)), "B"))
     summaries: dict[str, Summary] = {}
+    # Optimizers step one after the other and let go of their messages: the largest count.
+    messages = np.zeros(len(ranks))
     for label, optimizer in _labelled(optimizers.optimizers).items():
         if isinstance(optimizer, BlockOptimizer):
             summary = summaries[label] = optimizer.plan_summary()
-            rows += [(f"{label}: {what}", _at(ranks, summary, figures), unit)
-                     for what, figures, unit in summary.rows()]  # fmt: skip
+            for what, figures, unit in summary.rows():
+                here = _at(ranks, summary, figures)
+                if what == MESSAGES:
+                    messages = np.maximum(messages, here)
+                else:
+                    rows.append((f"{label}: {what}", here, unit))
         else:
             rows += [row(f"{label}: {key}", tensors) for key, tensors in _by_key(optimizer)]
+    if messages.any():
+        rows.append((MESSAGES, messages, "B"))
     memory = [figures for what, figures, unit in rows if unit == "B" and "sent in" not in what]
     total = sum(memory, np.zeros(len(ranks)))
     return StagePlan(ranks, rows, total, summaries, len(shapes.tensors()))

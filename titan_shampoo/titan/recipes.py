@@ -5,12 +5,13 @@ How a model is sharded is handed in (``parallel/``). Flavours without a vocabula
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
@@ -64,6 +65,37 @@ TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
 }
 
 
+def text_recipe(
+    model_cls: Callable[[Any], nn.Module],
+    flavors: Mapping[str, Any],
+    parallelize: ParallelizeFunction,
+    pipeline: PipeliningFunction | None = None,
+) -> TrainSpec:
+    """Return the recipe of a model that predicts the next token of a text.
+
+    Args:
+        model_cls: Makes the model of one of ``flavors``: ``(batch, length)`` tokens to
+            ``(batch, length, vocab_size)`` logits; has ``init_weights``.
+        flavors: By ``model.flavor``; each has a ``vocab_size``, and torchtitan's
+            ``update_from_config`` and ``get_nparams_and_flops``.
+        parallelize: Shards a model, or a part of a pipeline.
+        pipeline: Cuts a model into the parts of a pipeline; None if it is never cut.
+    """
+    return TrainSpec(
+        model_cls=model_cls,
+        model_args=copy.deepcopy(flavors),  # torchtitan writes the sequence length into it
+        parallelize_fn=parallelize,
+        pipelining_fn=pipeline,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_learning_rates,
+        build_dataloader_fn=_text_loader,
+        build_tokenizer_fn=partial(build_tokenizer, flavors=flavors),
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=_text_validator,
+        build_metrics_processor_fn=partial(_progress, unit="tokens"),
+    )
+
+
 def transformer(parallelize: ParallelizeFunction, pipeline: PipeliningFunction | None) -> TrainSpec:
     """Return the recipe of a Llama-style transformer on text.
 
@@ -71,20 +103,8 @@ def transformer(parallelize: ParallelizeFunction, pipeline: PipeliningFunction |
         parallelize: Shards a model, or a part of a pipeline.
         pipeline: Cuts a model into the parts of a pipeline; None if it is never cut.
     """
-    return TrainSpec(
-        model_cls=Transformer,
-        model_args=copy.deepcopy(TRANSFORMERS),  # torchtitan writes the sequence length into it
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_learning_rates,
-        build_dataloader_fn=_text_loader,
-        build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
-        build_validator_fn=_text_validator,
-        build_metrics_processor_fn=partial(_progress, unit="tokens"),
-        state_dict_adapter=Llama3StateDictAdapter,
-    )
+    recipe = text_recipe(Transformer, TRANSFORMERS, parallelize, pipeline)
+    return replace(recipe, state_dict_adapter=Llama3StateDictAdapter)
 
 
 def mixture(parallelize: ParallelizeFunction) -> TrainSpec:
@@ -94,13 +114,8 @@ def mixture(parallelize: ParallelizeFunction) -> TrainSpec:
         parallelize: Shards a model.
     """
     install_cpu_experts()
-    return replace(
-        transformer(parallelize, None),
-        model_cls=MixtureTransformer,
-        model_args=copy.deepcopy(MIXTURES),
-        build_optimizers_fn=build_balanced_optimizers,
-        state_dict_adapter=None,
-    )
+    recipe = text_recipe(MixtureTransformer, MIXTURES, parallelize)
+    return replace(recipe, build_optimizers_fn=build_balanced_optimizers)
 
 
 RESNETS: Mapping[str, ImageModelArgs] = {
@@ -131,14 +146,17 @@ def resnet(parallelize: ParallelizeFunction) -> TrainSpec:
     )
 
 
-def build_tokenizer(job_config: JobConfig) -> Tokenizer:
+def build_tokenizer(job_config: JobConfig, flavors: Mapping[str, Any] = TRANSFORMERS) -> Tokenizer:
     """Return the tokenizer in ``model.hf_assets_path``, or the byte-level one if that is empty.
+
+    Args:
+        job_config: Names the folder and the flavour.
+        flavors: Those of the model, each with its ``vocab_size``.
 
     Raises:
         ConfigError: If the folder has no tokenizer, or one that does not fit the model.
     """
     folder, flavor = job_config.model.hf_assets_path, job_config.model.flavor
-    flavors = MIXTURES if job_config.model.name == "llama4" else TRANSFORMERS
     vocab_size = flavors[flavor].vocab_size
     model = f'model.flavor = "{flavor}" has a vocabulary of {vocab_size}'
     if not folder:

@@ -13,13 +13,13 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from titan_shampoo.blocks.optimizer import BlockOptimizer
+from titan_shampoo.distributed.summary import readable
 from titan_shampoo.fallback import falls_back
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.titan.optimizers import OptimizersContainer
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 _DIAGONAL = {"adamw": "AdamW", "sgd": "SGD"}
-_GIB = 2**30
 _MOST_DECAY = 0.01
 """Of the weights per step, before a person is warned."""
 
@@ -87,7 +87,8 @@ def optimizer_line(optimizer: Optimizer) -> str:
             numbers[label] += param.numel()
             own = group.get("fallback_lr") if fallback else None
             rates[bool(fallback)].add(float(group["initial_lr"] if own is None else own))
-    parts = [f"{label} on {tensors[label]} tensors ({numbers[label]:,})" for label in tensors]
+    labels = sorted(tensors, key=lambda label: "(fallback)" in label)
+    parts = [f"{label} on {tensors[label]} tensors ({numbers[label]:,})" for label in labels]
     return f"{', '.join(parts)}; learning rate {_rates(rates[False], rates[True])}"
 
 
@@ -130,8 +131,8 @@ def _memory(parts: list[nn.Module], optimizers: OptimizersContainer) -> str:
     weights = _bytes(param for part in parts for param in part.parameters())
     state = _bytes(optimizers.state_dict().values())
     return (
-        f"on this rank: weights {weights / _GIB:.3f} GiB, gradients as many, "
-        f"optimizer {state / _GIB:.3f} GiB"
+        f"on this rank: weights {readable(weights, 'B')}, gradients as many, "
+        f"optimizer {readable(state, 'B')}"
     )
 
 
