@@ -1,6 +1,6 @@
 """Ranks that are given different things are told so at construction, all of them, by one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -28,8 +28,6 @@ METHODS: dict[str, Any] = {
 WITH_MODEL = ("Eva", "EvaF", "FOOF", "KFAC")
 PLAIN = "; give all ranks the same, or pass process_group: the ranks that hold plain tensors as "
 PLAIN += "replicas"
-
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
 class Matrix(nn.Module):
@@ -107,20 +105,22 @@ def refusal(mistake: Callable[..., object], *args: Any) -> str:
     return "no error"
 
 
-def refusals(mistakes: list[Callable[[str], None]], method: str) -> list[str]:
-    return [refusal(mistake, method) for mistake in mistakes]
+def refusals(mistakes: Iterable[Callable[[str], None]], methods: Iterable[str]) -> dict[str, Any]:
+    """The errors of some mistakes by method: ranks take longer to start than to make them."""
+    return {method: [refusal(mistake, method) for mistake in mistakes] for method in methods}
 
 
-@every_method
-def test_ranks_with_different_parameters_are_refused(method: str) -> None:
+def test_ranks_with_different_parameters_are_refused() -> None:
     sentences = [sentence + PLAIN for sentence in MISTAKES.values()]
-    assert run_on_ranks(2, refusals, list(MISTAKES), method) == [sentences] * 2
+    for found in run_on_ranks(2, refusals, list(MISTAKES), list(METHODS)):
+        assert found == dict.fromkeys(METHODS, sentences)
 
 
-@pytest.mark.parametrize("method", WITH_MODEL)
-def test_ranks_with_different_layers_are_refused(method: str) -> None:
-    sentence = f"0.weight: method that steps it is '{method}' on rank 0 and 'adamw' on rank 1"
-    assert run_on_ranks(2, refusal, no_layer, method) == [sentence + PLAIN] * 2
+def test_ranks_with_different_layers_are_refused() -> None:
+    for found in run_on_ranks(2, refusals, [no_layer], WITH_MODEL):
+        for method, (error,) in found.items():
+            differing = f"'{method}' on rank 0 and 'adamw' on rank 1"
+            assert error == f"0.weight: method that steps it is {differing}{PLAIN}"
 
 
 @pytest.mark.parametrize("method", ["Shampoo", "EvaS"])
@@ -141,25 +141,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def different_options(method: str) -> dict[str, str]:
-    """The error for each option that the second rank alone sets."""
-    model = model_of(4)
-    return {
-        key: refusal(
-            lambda options: make(method, model, **options), {key: value} if second() else {}
-        )
-        for key, value in OPTIONS[method].items()
-    }
+def different_options() -> dict[tuple[str, str], str]:
+    """The error for each option of each method that the second rank alone sets."""
+    found = {}
+    for method, options in OPTIONS.items():
+        for key, value in options.items():
+            own = {key: value} if second() else {}
+            found[method, key] = refusal(lambda m, o: make(m, model_of(4), **o), method, own)
+    return found
 
 
-@every_method
-def test_ranks_with_different_options_are_refused(method: str) -> None:
-    first, other = run_on_ranks(2, different_options, method)
+def test_ranks_with_different_options_are_refused() -> None:
+    first, other = run_on_ranks(2, different_options)
     assert first == other
-    for key, value in OPTIONS[method].items():
+    for (method, key), error in first.items():
         usual = METHODS[method].__init__.__kwdefaults__ | {"lr": 0.1, "damping": 0.3, "eps": 1e-12}
-        wanted = f"0.weight: {key} is {usual[key]!r} on rank 0 and {value!r} on rank 1"
-        assert first[key] == wanted + PLAIN
+        both = f"{usual[key]!r} on rank 0 and {OPTIONS[method][key]!r} on rank 1"
+        assert error == f"0.weight: {key} is {both}{PLAIN}"
 
 
 def rates_in_tensors(method: str) -> None:
@@ -294,14 +292,18 @@ def added(method: str) -> tuple[str, int]:
     )
 
 
-def communication(method: str) -> dict[str, int]:
-    model = model_of(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    with CommDebugMode() as mode:
-        make(method, model)
-    return {str(kind): number for kind, number in mode.get_comm_counts().items()}
+def communication() -> dict[str, dict[str, int]]:
+    """Collectives of the construction of each method, by kind."""
+    found = {}
+    for method in METHODS:
+        model = model_of(4, 4)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with CommDebugMode() as mode:
+            make(method, model)
+        found[method] = {str(kind): number for kind, number in mode.get_comm_counts().items()}
+    return found
 
 
-@every_method
-def test_construction_compares_hashes_and_communicates_nothing_else(method: str) -> None:
-    assert run_on_ranks(2, communication, method) == [{"c10d.allreduce_": 2}] * 2
+def test_construction_compares_hashes_and_communicates_nothing_else() -> None:
+    for found in run_on_ranks(2, communication):
+        assert found == {method: {"c10d.allreduce_": 2} for method in METHODS}
