@@ -40,7 +40,8 @@ def test_a_function_beside_an_equation_exists(path, functions):
 
 def test_every_module_of_mathematics_has_its_equations():
     named = {path for path, _ in references()}
-    without = {"functional/__init__.py", "functional/symmetric.py"}  # storage, no equation
+    # Storage and threads, no equation.
+    without = {f"functional/{name}.py" for name in ("__init__", "symmetric", "side_by_side")}
     modules = {f"functional/{file.name}" for file in (ROOT / "titan_shampoo/functional").iterdir()}
     assert {path for path in modules if path.endswith(".py")} - without <= named
 
