@@ -24,6 +24,7 @@ from tests.ranks import run_on_ranks
 from tests.starts import start_on_ranks
 from tests.titan_runs import text_run, train_all, write_text
 from titan_shampoo.config import check_world, read_config, read_plan_request
+from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.plot import main as plot
 
 ROOT = Path(__file__).parents[1]
@@ -92,11 +93,13 @@ def check_plan(words: list[str], folder: Path) -> None:
 
 
 def check_help(words: list[str], folder: Path) -> None:
-    """The module has all these options."""
+    """The module has all these options; what follows ``--`` are those of train.py."""
     if words[2] != "tests.soak.crashes":  # which takes none
         shown = python(*words[1:3], "--help")
-        for word in words[3:]:
+        end = words.index("--") if "--" in words else len(words)
+        for word in words[3:end]:
             assert not word.startswith("--") or f"{word} " in shown
+        read_command_line(words[end + 1 :])
 
 
 def check_plot(words: list[str], folder: Path) -> None:
