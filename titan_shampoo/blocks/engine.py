@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from titan_shampoo.blocks.ready import Ready
-from titan_shampoo.blocks.schedule import Mask, schedule, start_step
+from titan_shampoo.blocks.schedule import Mask, Schedule, Times, schedule, start_step
 from titan_shampoo.blocks.state import REFRESHES, BlockState, Member
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.layout import local_tensor
@@ -111,13 +111,31 @@ class Engine:
         self, number: int, grad: Tensor, present: Mask, taken: Tensor | None
     ) -> None:
         """Gradients of one stack become directions; zero for parameters without a gradient."""
-        state = self.state.stacks[number]
         here = present[self._members_of[number]]
         if not here.all():
             grad[self._on_device(np.flatnonzero(~here))] = 0
+        if taken is not None:
+            grad.copy_(grad.where(taken, 0.0))
+        due = here & self._schedule(number, slice(None)).due
+        work = self._plain_work()
+        if due.any():
+            for state, part, clock, options in self._parts(number, grad, here, taken):
+                self.rule.accumulate_(state, part, clock, options)
+            # All at once, as small matrices are decomposed side by side.
+            self._refresh(number, np.flatnonzero(due), taken)
+            work = type(self.rule).direction
+        for state, part, clock, options in self._parts(number, grad, here, taken):
+            direction = work(self.rule, state, part, clock, options)
+            part.copy_(direction if taken is None else direction.where(taken, 0.0))
+
+    def _parts(
+        self, number: int, grad: Tensor, here: Mask, taken: Tensor | None
+    ) -> Iterator[tuple[State, Tensor, Clock, Mapping[str, Any]]]:
+        """State, gradient, time and options of the blocks that are worked on together."""
         for tile in self._tiles(grad, here):
-            part = {name: value[tile] for name, value in state.items()}
-            grad[tile] = self._work(number, part, grad[tile], tile, taken)
+            state = {name: value[tile] for name, value in self.state.stacks[number].items()}
+            clock = self._clock(number, tile, self._ready_blocks(number, state), taken)
+            yield state, grad[tile], clock, self._options(number)
 
     def _tiles(self, grad: Tensor, here: Mask) -> Iterator[slice]:
         """Runs of blocks that are ``here`` and worked on together, in place.
@@ -133,43 +151,41 @@ class Engine:
             for start in range(first, last, count):
                 yield slice(start, min(start + count, last))
 
-    def _work(
-        self, number: int, state: State, grad: Tensor, blocks: slice, taken: Tensor | None
-    ) -> Tensor:
-        """Accumulate, refresh what is due, and return the directions of the chosen blocks."""
-        members = self._members_of[number][blocks]
-        options = self.members[members[0]].options
-        time = self.cursor.numpy()[members]
-        first, due, measured = schedule(time, self._turns_of[number][blocks], options)
-        if taken is not None:
-            grad = grad.where(taken, 0.0)
-        clock = Clock(
-            step=self.step_count[self._on_device(members)],
-            ready=self._ready_blocks(number, state),
+    def _options(self, number: int) -> Mapping[str, Any]:
+        """Those of the one group that the blocks of a stack belong to."""
+        return self.members[self._members_of[number][0]].options
+
+    def _schedule(self, number: int, blocks: slice | Times) -> Schedule:
+        time = self.cursor.numpy()[self._members_of[number][blocks]]
+        return schedule(time, self._turns_of[number][blocks], self._options(number))
+
+    def _clock(
+        self,
+        number: int,
+        blocks: slice | Times,
+        ready: Tensor | bool,
+        taken: Tensor | None,
+    ) -> Clock:
+        first, _, measured = self._schedule(number, blocks)
+        return Clock(
+            step=self.step_count[self._on_device(self._members_of[number][blocks])],
+            ready=ready,
             starts_at_one=self._on_device(first == 1),
             measured=None if measured.all() else self._on_device(np.flatnonzero(measured)),
             taken=taken,
         )
-        if due.any():
-            self.rule.accumulate_(state, grad, clock, options)
-            self._refresh(number, state, self._on_device(np.flatnonzero(due)), clock, options)
-            clock = clock._replace(ready=self._ready_blocks(number, state))
-            direction = self.rule.direction(state, grad, clock, options)
-        else:
-            direction = self._plain_work()(self.rule, state, grad, clock, options)
-        return direction if taken is None else direction.where(taken, 0.0)
 
     def _plain_work(self) -> Callable[..., Tensor]:
         return _compiled(plain_work) if self._compiled else plain_work
 
-    def _refresh(
-        self, number: int, state: State, due: Tensor, clock: Clock, options: Mapping[str, Any]
-    ) -> None:
+    def _refresh(self, number: int, due: Times, taken: Tensor | None) -> None:
         """New roots or bases for the blocks at ``due``, where they are finite."""
-        ready = True if clock.ready is True else state[REFRESHES.name][due] > 0
-        before = Clock(clock.step[due], ready, clock.starts_at_one[due])
-        new = self.rule.refresh(state, due, before, self.plan.stacks[number].shape, options)
-        self.failed_refreshes += take_(state, due, new, clock.taken)
+        state, positions = self.state.stacks[number], self._on_device(due)
+        ready = self._ready_blocks(number, state) is True or state[REFRESHES.name][positions] > 0
+        clock = self._clock(number, due, ready, None)._replace(measured=None)
+        shape = self.plan.stacks[number].shape
+        new = self.rule.refresh(state, positions, clock, shape, self._options(number))
+        self.failed_refreshes += take_(state, positions, new, taken)
 
     def _decayed_gradients(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The gradients with coupled weight decay added, never in place."""
