@@ -55,6 +55,7 @@ VARIANTS: dict[str, Settings] = {
     "left side only": changed(exponent="[0.5,0]"),
     "right side only": changed(exponent="[0,0.5]"),
     "cut at shards": changed(block_alignment="shard"),
+    "cheaper": changed(root_dtype="bfloat16", factor_frequency=2, root_method="qr"),
 }
 OWN_SCALE = ("grafted to SGD", "grafted to AdaGrad", "no graft")
 """Whose steps have a length of their own: three more rates are tried, a factor 10 apart."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from titan_shampoo.functional.roots import eigh
-from titan_shampoo.functional.side_by_side import MAX_EXTENT, side_by_side
+from titan_shampoo.functional.side_by_side import SMALL_EXTENT, side_by_side
 
 
 @pytest.fixture
@@ -44,16 +44,19 @@ def test_threads_that_begin_later_have_the_number_that_was_set(three_threads):
     assert numbers == [3]
 
 
-def test_large_matrices_and_other_devices_are_left_to_torch(three_threads):
+def test_few_large_matrices_and_other_devices_are_left_to_torch(three_threads):
     asked = []
 
     def function(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
         asked.append(part.shape)
         return (part,)
 
-    side_by_side(function, torch.empty(3, MAX_EXTENT + 1, MAX_EXTENT + 1))
+    large = SMALL_EXTENT + 1
+    side_by_side(function, torch.empty(2, large, large))
     side_by_side(function, torch.empty(3, 8, 8, device="meta"))
-    assert asked == [(3, MAX_EXTENT + 1, MAX_EXTENT + 1), (3, 8, 8)]
+    assert asked == [(2, large, large), (3, 8, 8)]
+    side_by_side(function, torch.empty(3, large, large))
+    assert asked[2:] == [(1, large, large)] * 3
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])

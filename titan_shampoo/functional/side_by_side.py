@@ -1,4 +1,4 @@
-"""Decompositions of stacks of small matrices on a CPU: as many at a time as torch has threads.
+"""Decompositions of stacks of matrices on a CPU: as many at a time as torch has threads.
 
 LAPACK takes the matrices of a stack one after the other and divides each over all threads, which
 small ones do not repay: two threads decompose a matrix of 256 rows no faster than one, but two such
@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-MAX_EXTENT = 512
-"""Rows up to which matrices are taken side by side; larger ones repay all threads."""
+SMALL_EXTENT = 512
+"""Rows up to which a matrix does not repay more than one thread, even where others have no work."""
 
 Decomposition = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -27,7 +27,8 @@ def side_by_side(function: Decomposition, matrices: Tensor) -> tuple[Tensor, ...
         matrices: ``(n, d, d)``.
     """
     threads = torch.get_num_threads()
-    if matrices.device.type != "cpu" or matrices.shape[-1] > MAX_EXTENT or threads < 2:
+    is_enough = matrices.shape[-1] <= SMALL_EXTENT or len(matrices) >= threads
+    if matrices.device.type != "cpu" or threads < 2 or not is_enough:
         return tuple(function(matrices))
     pool = _pool(threads, os.getpid())
     parts = matrices.tensor_split(min(threads, len(matrices)))
