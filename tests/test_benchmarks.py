@@ -173,23 +173,23 @@ def test_time_to_target_says_when_each_method_reached_the_better_reference(
 ) -> None:
     file = tmp_path / "results.json"
     runs = [
-        made_up(name, lr, 0, [3.0, 2.0 if lr == 3e-3 else 2.5])
+        made_up(name, lr, 0, [3.0, 2.0 if lr == 9e-3 else 2.5])
         for name in ("AdamW", "Shampoo", "SOAP")
-        for lr in (1e-3, 3e-3, 9e-3)
+        for lr in (3e-3, 9e-3, 2.7e-2)
     ]
     for seed in (1, 2):
-        runs.append(made_up("AdamW", 3e-3, seed, [2.0, 1.0]))
-        runs.append(made_up("Shampoo", 3e-3, seed, [1.5, 0.5], speed=0.2))
-        runs.append(made_up("SOAP", 3e-3, seed, [1.5, 1.25 - 0.5 * (seed == 1)]))
+        runs.append(made_up("AdamW", 9e-3, seed, [2.0, 1.0]))
+        runs.append(made_up("Shampoo", 9e-3, seed, [1.5, 0.5], speed=0.2))
+        runs.append(made_up("SOAP", 9e-3, seed, [1.5, 1.25 - 0.5 * (seed == 1)]))
     file.write_text(json.dumps(runs))
     time_to_target.main(["--task", "digits", "--results", str(file), "--seeds", "2",
                          "--methods", "AdamW", "Shampoo", "SOAP"])  # fmt: skip
     lines = printed()
     assert json.loads(file.read_text()) == runs, "what is there is not run again"
     assert lines[1] == "target: 1.0000, of AdamW"
-    assert row_of(lines, "AdamW") == "0.003 1.0000 ±0.0000 0.9000 20.0 ±0.0 2.0 ±0.0 0.1000"
-    assert row_of(lines, "Shampoo") == "0.003 0.5000 ±0.0000 0.9500 15.0 ±0.0 3.0 ±0.0 0.2000"
-    assert row_of(lines, "SOAP") == "0.003 1.0000 ±0.3536 0.9000 1 of 2 1 of 2 0.1000"
+    assert row_of(lines, "AdamW") == "0.009 1.0000 ±0.0000 0.9000 20.0 ±0.0 2.0 ±0.0 0.1000"
+    assert row_of(lines, "Shampoo") == "0.009 0.5000 ±0.0000 0.9500 15.0 ±0.0 3.0 ±0.0 0.2000"
+    assert row_of(lines, "SOAP") == "0.009 1.0000 ±0.3536 0.9000 1 of 2 1 of 2 0.1000"
 
 
 def test_ablation_takes_the_runs_that_are_missing(tmp_path: Path, printed: Printed) -> None:

@@ -78,6 +78,7 @@ def test_checkpoints_that_cannot_be_used_are_one_line_on_every_rank(whole):
     (whole / "file" / "checkpoint").write_text("a file")
     distracted = interrupted(whole, "distracted") / "checkpoint"
     shutil.copytree(distracted / "step-3", distracted / "step-30.bad")
+    as_soap = {key.replace("shampoo", "soap"): value for key, value in SAVING.items()}
     commands = [
         text_run(whole, "broken", **SAVING),
         text_run(whole, "missing", **SAVING),
@@ -85,7 +86,7 @@ def test_checkpoints_that_cannot_be_used_are_one_line_on_every_rank(whole):
         text_run(whole, "whole", **SAVING, checkpoint__load_step=4),
         text_run(whole, "distracted", **SAVING),
         text_run(whole, "whole", **SAVING | {"optimizer__shampoo.block_size": 32}),
-        text_run(whole, "whole", **SAVING | {"optimizer__name": "SOAP"}),
+        text_run(whole, "whole", **as_soap | {"optimizer__name": "SOAP"}),
     ]
     first, second = run_on_ranks(2, loading_errors, commands, timeout=120)
     assert first == second
