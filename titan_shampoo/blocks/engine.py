@@ -116,26 +116,37 @@ class Engine:
             grad[self._on_device(np.flatnonzero(~here))] = 0
         if taken is not None:
             grad.copy_(grad.where(taken, 0.0))
-        due = here & self._schedule(number, slice(None)).due
+        options = self.members[self._members_of[number][0]].options
+        time = self.cursor.numpy()[self._members_of[number]]
+        now = schedule(time, self._turns_of[number], options)
+        due = here & now.due
         work = self._plain_work()
         if due.any():
-            for state, part, clock, options in self._parts(number, grad, here, taken):
+            for state, part, clock in self._parts(number, grad, here, now, taken):
                 self.rule.accumulate_(state, part, clock, options)
             # All at once, as small matrices are decomposed side by side.
-            self._refresh(number, np.flatnonzero(due), taken)
+            self._refresh(number, np.flatnonzero(due), now, taken, options)
             work = type(self.rule).direction
-        for state, part, clock, options in self._parts(number, grad, here, taken):
+        for state, part, clock in self._parts(number, grad, here, now, taken):
             direction = work(self.rule, state, part, clock, options)
             part.copy_(direction if taken is None else direction.where(taken, 0.0))
 
     def _parts(
-        self, number: int, grad: Tensor, here: Mask, taken: Tensor | None
-    ) -> Iterator[tuple[State, Tensor, Clock, Mapping[str, Any]]]:
-        """State, gradient, time and options of the blocks that are worked on together."""
+        self, number: int, grad: Tensor, here: Mask, now: Schedule, taken: Tensor | None
+    ) -> Iterator[tuple[State, Tensor, Clock]]:
+        """State, gradient and time of the blocks that are worked on together."""
         for tile in self._tiles(grad, here):
             state = {name: value[tile] for name, value in self.state.stacks[number].items()}
-            clock = self._clock(number, tile, self._ready_blocks(number, state), taken)
-            yield state, grad[tile], clock, self._options(number)
+            measured = now.measured[tile]
+            clock = self._clock(number, tile, now, self._ready_blocks(number, state))
+            yield (
+                state,
+                grad[tile],
+                clock._replace(
+                    measured=None if measured.all() else self._on_device(np.flatnonzero(measured)),
+                    taken=taken,
+                ),
+            )
 
     def _tiles(self, grad: Tensor, here: Mask) -> Iterator[slice]:
         """Runs of blocks that are ``here`` and worked on together, in place.
@@ -151,40 +162,29 @@ class Engine:
             for start in range(first, last, count):
                 yield slice(start, min(start + count, last))
 
-    def _options(self, number: int) -> Mapping[str, Any]:
-        """Those of the one group that the blocks of a stack belong to."""
-        return self.members[self._members_of[number][0]].options
-
-    def _schedule(self, number: int, blocks: slice | Times) -> Schedule:
-        time = self.cursor.numpy()[self._members_of[number][blocks]]
-        return schedule(time, self._turns_of[number][blocks], self._options(number))
-
     def _clock(
-        self,
-        number: int,
-        blocks: slice | Times,
-        ready: Tensor | bool,
-        taken: Tensor | None,
+        self, number: int, blocks: slice | Times, now: Schedule, ready: Tensor | bool
     ) -> Clock:
-        first, _, measured = self._schedule(number, blocks)
-        return Clock(
-            step=self.step_count[self._on_device(self._members_of[number][blocks])],
-            ready=ready,
-            starts_at_one=self._on_device(first == 1),
-            measured=None if measured.all() else self._on_device(np.flatnonzero(measured)),
-            taken=taken,
-        )
+        members = self._members_of[number][blocks]
+        step = self.step_count[self._on_device(members)]
+        return Clock(step, ready, self._on_device(now.first[blocks] == 1))
 
     def _plain_work(self) -> Callable[..., Tensor]:
         return _compiled(plain_work) if self._compiled else plain_work
 
-    def _refresh(self, number: int, due: Times, taken: Tensor | None) -> None:
+    def _refresh(
+        self,
+        number: int,
+        due: Times,
+        now: Schedule,
+        taken: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> None:
         """New roots or bases for the blocks at ``due``, where they are finite."""
         state, positions = self.state.stacks[number], self._on_device(due)
         ready = self._ready_blocks(number, state) is True or state[REFRESHES.name][positions] > 0
-        clock = self._clock(number, due, ready, None)._replace(measured=None)
-        shape = self.plan.stacks[number].shape
-        new = self.rule.refresh(state, positions, clock, shape, self._options(number))
+        clock = self._clock(number, due, now, ready)
+        new = self.rule.refresh(state, positions, clock, self.plan.stacks[number].shape, options)
         self.failed_refreshes += take_(state, positions, new, taken)
 
     def _decayed_gradients(self, grads: Mapping[int, Tensor]) -> dict[int, Tensor]:
