@@ -15,9 +15,10 @@ from titan_shampoo.data.paths import (
 )
 
 # Degrees above 1 for which a model has no plan; only the mixture has experts, and is not cut else.
-# A model that is not named here is only sharded and replicated.
+# A model that is not named here is only sharded and replicated, as the ResNet is.
 _CUTS = ("context", "pipeline", "tensor")
-_NOT_PLANNED = {"resnet": (*_CUTS, "expert"), "llama3": ("expert",), "llama4": _CUTS}
+_ALL = (*_CUTS, "expert")
+_NOT_PLANNED = {"resnet": _ALL, "llama3": ("expert",), "llama4": _CUTS}
 
 
 def check_combinations(settings: Settings) -> None:
@@ -77,7 +78,7 @@ def _check_kind_of_data(settings: Settings) -> None:
 
 def _check_model(settings: Settings) -> None:
     model = settings["model.name"]
-    for kind in _NOT_PLANNED.get(model, (*_CUTS, "expert")):
+    for kind in _NOT_PLANNED.get(model, _ALL):
         key = f"parallelism.{kind}_parallel_degree"
         if settings[key] > 1:
             raise settings.error(key, f'got {settings[key]}, but model.name = "{model}" needs 1')

@@ -22,7 +22,7 @@ _TABLES = {
     "SGD": "sgd",
     **_LAYERS,
 }
-"""Methods with a table of their own, by that table."""
+"""The own table of each method that has one."""
 
 # The layers' averages are of their AdamW fallback.
 _ADAPTIVE = {"Shampoo", "SOAP", "KLShampoo", "AdamW", *_LAYERS}
@@ -42,7 +42,7 @@ _READ_BY = {
 }
 
 _SHAMPOO, _SOAP, _KL_SHAMPOO, _SGD = (
-    f"optimizer.{table}" for table in ("shampoo", "soap", "kl_shampoo", "sgd")
+    f"optimizer.{_TABLES[method]}" for method in ("Shampoo", "SOAP", "KLShampoo", "SGD")
 )
 
 _WITH_SECOND_MOMENT = ("rmsprop", "adam")
