@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from tests.ranks import run_on_ranks
 from titan_shampoo import KFAC, Shampoo
@@ -80,3 +81,22 @@ def test_a_group_may_be_added_before_the_first_step(method: str) -> None:
     for found in run_on_ranks(2, added_at_first, method):
         for mine, other in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def added_after_an_evaluation() -> list[str]:
+    """Which layers KFAC has; the root is evaluated, and FSDP2 leaves it gathered."""
+    model = model_of()
+    fully_shard(model)
+    optimizer = made("KFAC", model, GROUPS[0])
+    added = model[2].weight
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.float64))
+    optimizer.add_param_group({"params": [("2.weight", added)]})
+    assert isinstance(optimizer, KFAC)
+    assert optimizer._step is not None
+    return [layer.name for layer in optimizer._step.layers]
+
+
+def test_a_group_may_be_added_after_an_evaluation() -> None:
+    for names in run_on_ranks(2, added_after_an_evaluation):
+        assert names == ["0.weight", "1.weight", "2.weight"]

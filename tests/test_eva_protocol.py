@@ -120,6 +120,16 @@ def test_schedulers_set_the_rate_of_each_step(method: str) -> None:
 
 
 @every_method
+def test_momentum_is_refused_where_there_is_no_memory_for_it(method: str) -> None:
+    model, optimizer = trained(method, steps=1, momentum=0.0)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    before = values(model)
+    with pytest.raises(ValueError, match=r"momentum: got 0\.9 in an optimizer that was"):
+        advance(optimizer, model, [1])
+    assert_same(values(model), before)
+
+
+@every_method
 @pytest.mark.parametrize("scaling", ["norm", None])
 def test_rates_are_not_sent_to_the_device_where_no_scale_depends_on_them(
     method: str, scaling: str | None

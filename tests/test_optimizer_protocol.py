@@ -295,6 +295,16 @@ def test_momentum_does_not_depend_on_the_rate(method: str, nesterov: bool) -> No
 
 
 @every_method
+def test_momentum_is_refused_where_there_is_no_memory_for_it(method: str) -> None:
+    params, optimizer = trained(method, momentum=0.0)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    before = values(params)
+    with pytest.raises(ValueError, match=r"momentum: got 0\.9 in an optimizer that was"):
+        advance(optimizer, params, [5])
+    assert_same(values(params), before)
+
+
+@every_method
 @pytest.mark.parametrize("replace", [False, True], ids=["in place", "other memory"])
 def test_parameters_may_be_changed_between_steps(method: str, replace: bool) -> None:
     moved, still = parameters(), parameters()

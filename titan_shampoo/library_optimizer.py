@@ -18,12 +18,10 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
+from titan_shampoo.saved_state import check_groups, check_state, copy_state, has_begun, load_options
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
-
-_FIXED_KEYS = ("params", "param_names", "method", "compile")
-"""Keys of a parameter group that a loaded state does not change."""
 
 
 class LibraryOptimizer(torch.optim.Optimizer):
@@ -126,8 +124,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         lost = [
             name
             for name, param in self._all_named()
-            if _has_begun(before.get(param, {}))
-            and before[param].keys() != self.state[param].keys()
+            if has_begun(before.get(param, {})) and before[param].keys() != self.state[param].keys()
         ]
         which = self._first_anywhere(lost, "a parameter of other ranks")
         if which is not None:
@@ -145,7 +142,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Take over state that has begun."""
         for param, state in before.items():
-            if _has_begun(state):
+            if has_begun(state):
                 copy_state(self.state[param], state)
 
     def _check_options(self) -> None:
@@ -175,6 +172,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_dense()
+        self._check_momentum()
         here = self._presence.codes()
         norms = self._norms(here)
         verdict = verdict_of(
@@ -197,6 +195,13 @@ class LibraryOptimizer(torch.optim.Optimizer):
         else:
             self._pass_time(grads)
         return loss
+
+    def _check_momentum(self) -> None:
+        """Refuse a heavy ball that a group has no memory for."""
+        for group in self._without_momentum:
+            if group["momentum"]:
+                raise ValueError(f"momentum: got {group['momentum']} in an optimizer that was made "
+                                 "without; make it with momentum > 0, and then set 0")  # fmt: skip
 
     def _worst_failure(self) -> Tensor:
         """How many refreshes of any block here failed in a row, 0-dim."""
@@ -292,7 +297,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         groups, saved = state_dict["param_groups"], state_dict["state"]
-        self._check_groups(groups)
+        check_groups(self.param_groups, groups, self.shape_options)
         pairs = [
             (name, self.state[param], saved.get(index, {}))
             for group, old in zip(self.param_groups, groups, strict=True)
@@ -302,8 +307,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
             check_state(name, mine, other)
         for _, mine, other in pairs:
             copy_state(mine, other)
-        for group, old in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in old.items() if key not in _FIXED_KEYS})
+        load_options(self.param_groups, groups)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -321,6 +325,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._check_agreement(self._given_facts)
         if not hasattr(self, "_watch"):
             self._watch = Watch(self._device)
+        self._without_momentum = [group for group in self.param_groups if not group["momentum"]]
         self._norms_before = {}
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
         self._presence = Presence([param for _, param in params], teams, self._device)
@@ -387,25 +392,6 @@ class LibraryOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: got a sparse gradient, wanted a dense one; "
                                  "set sparse=False in its module")  # fmt: skip
 
-    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise ValueError if saved parameter groups do not fit these."""
-        counts = [len(group["params"]) for group in self.param_groups]
-        others = [len(group["params"]) for group in groups]
-        if counts != others:
-            raise ValueError(f"param_groups: the state has {others} parameters, wanted {counts}")
-        for group, other in zip(self.param_groups, groups, strict=True):
-            names = zip(group.get("param_names", ()), other.get("param_names", ()), strict=False)
-            for mine, theirs in names:
-                if mine != theirs:
-                    raise ValueError(f"{mine}: the state has {theirs!r} in its place")
-            method, wanted = other.get("method"), group["method"]
-            if method != wanted:
-                raise ValueError(f"the state is of method {method!r}, wanted {wanted!r}")
-            for key in self.shape_options:
-                if other[key] != group[key]:
-                    raise ValueError(f"{key}: the state has {other[key]!r}, got {group[key]!r}; "
-                                     f"set {key} = {other[key]!r}")  # fmt: skip
-
 
 def _placement(param: Tensor) -> object:
     """How a parameter is placed, and on how many ranks along each axis; None for a plain one."""
@@ -417,30 +403,6 @@ def _placement(param: Tensor) -> object:
 def _plain(value: object) -> object:
     """The value of an option, which a tensor would not be written out as."""
     return value.tolist() if isinstance(value, Tensor) else value
-
-
-def check_state(name: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raise ValueError if saved state does not fit a parameter."""
-    if mine.keys() != other.keys():
-        differing = sorted(mine.keys() ^ other.keys())
-        raise ValueError(f"{name}: the state has {len(other)} entries, wanted {len(mine)}; "
-                         f"differing: {', '.join(differing[:5])}")  # fmt: skip
-    for key, value in mine.items():
-        if value.shape != other[key].shape:
-            raise ValueError(f"{name}: {key} of the state has shape {tuple(other[key].shape)}, "
-                             f"wanted {tuple(value.shape)}")  # fmt: skip
-
-
-def copy_state(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Copy saved state into live memory."""
-    with torch.no_grad():
-        for key, value in other.items():
-            mine[key].copy_(value)
-
-
-def _has_begun(state: Mapping[str, Tensor]) -> bool:
-    """Whether a parameter has state that is not what it is made with, for all that is known."""
-    return bool(state.get("cursor", len(state)))
 
 
 def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -211,7 +211,8 @@ class Engine:
             steps = [directions[n].view(p.shape) for n, p in zip(numbers, params, strict=True)]
             buffers = []
             if options["momentum"] > 0:
-                buffers = [local_tensor(self._momentum_of(number)) for number in numbers]
+                held = (self.momentum[number] for number in numbers)
+                buffers = [local_tensor(buffer) for buffer in held if buffer is not None]
             speed = rates(options, rests=rests)
             if taken is not None or self._compiled:
                 speed = as_tensors(speed, taken, steps[0])
@@ -227,12 +228,6 @@ class Engine:
         options = self.members[number].options
         is_first = self.cursor.numpy()[number] == 1
         return self.rule.rests_at_first and start_step(options) == 1 and bool(is_first)
-
-    def _momentum_of(self, number: int) -> Tensor:
-        buffer = self.momentum[number]
-        if buffer is None:
-            buffer = self.momentum[number] = self._empty_momentum(number)
-        return buffer
 
     def _empty_momentum(self, number: int) -> Tensor:
         dtype = self.plan.params[number].dtype

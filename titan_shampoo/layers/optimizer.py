@@ -24,6 +24,7 @@ from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
+from titan_shampoo.statistics import reshard
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class LayerOptimizer(LibraryOptimizer):
     def _build(self) -> None:
         """Find the layers and allocate all state."""
         self._is_checked = False
+        reshard(self._models)  # a root that is gathered would have no parameters of ours
         self.state = defaultdict(dict)
         names = self._names_in_models()
         self._named_params = {

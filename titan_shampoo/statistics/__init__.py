@@ -10,7 +10,7 @@ from titan_shampoo.statistics.checks import (
     untapped,
 )
 from titan_shampoo.statistics.layers import TappedLayer, TappedStack, tap
-from titan_shampoo.statistics.sharding import LayerSharding
+from titan_shampoo.statistics.sharding import LayerSharding, reshard
 
 __all__ = [
     "SPLIT_BACKWARD_SCHEDULES",
@@ -19,6 +19,7 @@ __all__ = [
     "TappedStack",
     "check_counts",
     "check_schedule",
+    "reshard",
     "tap",
     "untapped",
 ]

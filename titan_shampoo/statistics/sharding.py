@@ -5,7 +5,7 @@ parallelism the ranks share the rows and cut the weight: column-wise its outputs
 inputs. Both meet in one DTensor, whose placements alone do not say which axis is which.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,17 @@ def layer_sharding(weight: Tensor, data: DataParallelism, *, batch_dims: int = 0
         expert_axes=tuple(axis for axis, dim in cut_dims.items() if dim < batch_dims),
         gradient_divisor=data.gradient_divisor,
     )
+
+
+def reshard(models: Iterable[nn.Module]) -> None:
+    """Have all modules hold the parameters that ranks store.
+
+    FSDP2 leaves the root of a model with gathered ones after a forward pass.
+    """
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def data_parallelism(model: nn.Module) -> dict[ParameterKey, DataParallelism]:

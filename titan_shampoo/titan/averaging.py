@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from titan_shampoo.statistics import reshard
 from titan_shampoo.titan.initialization import unwrapped_name
 
 KEY = "average"
@@ -60,11 +60,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # FSDP2 keeps the root's parameters gathered after a forward pass, as they were.
-        for part in self._model_parts:
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        reshard(self._model_parts)  # else a root that is gathered keeps computing with the others
         for average, weight in zip(_locals(self._averages), _locals(self._weights), strict=True):
             kept = weight.clone()
             weight.copy_(average)
