@@ -1,6 +1,6 @@
 """What a checkpoint consists of: the content of ``manifest.json``, and nothing that needs torch.
 
-    {"format": "titan-shampoo checkpoint", "version": 2, "step": 30, "run": "3f2a90c1b6d4", ...
+    {"format": "titan-shampoo checkpoint", "version": 3, "step": 30, "run": "3f2a90c1b6d4", ...
      "files": {"rank-00000.safetensors": {"bytes": 1840, "xxh128": "9b1e..."}},
      "tensors": {"model.norm.weight": {"dtype": "F32", "shape": [256],
                                        "boxes": [[[0], [128], "rank-00000.safetensors"], ...]}}}
@@ -22,7 +22,7 @@ import xxhash
 from checkpoint.errors import CheckpointError
 
 FORMAT = "titan-shampoo checkpoint"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 SUMS = "XXH128SUMS"
 

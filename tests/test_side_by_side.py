@@ -24,7 +24,7 @@ def stack(count: int, extent: int) -> torch.Tensor:
     return (rows @ rows.mT).double()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [2, 3, 8])
 def test_every_matrix_gets_the_result_that_it_gets_alone_on_one_thread(three_threads, count):
     matrices = stack(count, 96)
     values, vectors = eigh(matrices)
@@ -57,6 +57,22 @@ def test_few_large_matrices_and_other_devices_are_left_to_torch(three_threads):
     assert asked == [(2, large, large), (3, 8, 8)]
     side_by_side(function, torch.empty(3, large, large))
     assert asked[2:] == [(1, large, large)] * 3
+
+
+def test_one_matrix_that_is_left_over_has_all_threads(three_threads):
+    asked = []
+
+    def function(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        asked.append((len(part), torch.get_num_threads()))
+        return (part,)
+
+    for count in (1, 2, 7):
+        matrices = stack(count, 8)
+        (found,) = side_by_side(function, matrices)
+        assert torch.equal(found, matrices)
+    assert sorted(asked[1:3]) == [(1, 1), (1, 1)]
+    assert asked[:1] == asked[-1:] == [(1, 3)]
+    assert sorted(asked[3:-1]) == [(2, 1)] * 3
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])

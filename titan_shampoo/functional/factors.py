@@ -51,9 +51,14 @@ def average_squares_(
     rate = clock.rate(beta2, factor)
     chosen = measured(factor, clock)
     for slab, (start, stop) in zip(slab_views(chosen, extent), slabs(extent), strict=True):
+        left, right = rows[:, start:], rows[:, start:stop].mT
+        if len(rows) == 1 and isinstance(rate, float):
+            kept, added = (1.0, scale) if beta2 == 1.0 else (1 - rate, rate * scale)
+            slab[0].addmm_(left[0], right[0], beta=kept, alpha=added)
+            continue
         # Not baddbmm: of a slab, whose matrices do not follow each other in memory, a CPU would
         # make one small product after the other.
-        squares = rows[:, start:] @ rows[:, start:stop].mT
+        squares = left @ right
         if beta2 == 1.0:
             slab.add_(squares, alpha=scale)
         else:
@@ -100,10 +105,13 @@ def root_exponents(shape: Sequence[int], options: Mapping[str, Any]) -> list[flo
 
 
 def unfold(grad: Tensor, dim: int) -> Tensor:
-    """Blocks as matrices with ``dim`` as rows: ``(n, d_dim, product of the others)``."""
-    if grad.ndim == 2:
-        return grad.unsqueeze(-1)
-    return grad.movedim(dim + 1, 1).flatten(2)
+    """Blocks as matrices with ``dim`` as rows: ``(n, d_dim, product of the others)``.
+
+    A view, but for dims in between, for which elements have to be moved.
+    """
+    if grad.ndim > 2 and dim == grad.ndim - 2:
+        return grad.flatten(1, -2).mT
+    return _as_matrices(grad.movedim(dim + 1, 1))
 
 
 def contract(blocks: Tensor, matrices: Iterable[tuple[int, Tensor]]) -> Tensor:
@@ -115,15 +123,20 @@ def contract(blocks: Tensor, matrices: Iterable[tuple[int, Tensor]]) -> Tensor:
         blocks: ``(n, *block)``.
         matrices: Pairs (dim of the block, ``(n, d_new, d_dim)``).
     """
-    product = blocks
+    product, order = blocks, list(range(blocks.ndim - 1))
     for dim, matrix in matrices:
-        product = _contract_one(product.to(matrix.dtype), matrix, dim)
-    return product.to(blocks.dtype)
+        product, place = product.to(matrix.dtype), order.index(dim)
+        if 0 < place == len(order) - 1:
+            product = (product.flatten(1, -2) @ matrix.mT).unflatten(1, product.shape[1:-1])
+        else:  # a dim in between goes to the front, which moves elements
+            order.insert(0, order.pop(place))
+            moved = product.movedim(place + 1, 1)
+            product = matrix @ _as_matrices(moved)
+            product = product.reshape(*product.shape[:2], *moved.shape[2:])
+    natural = [1 + order.index(dim) for dim in range(len(order))]
+    return product.permute(0, *natural).to(blocks.dtype)
 
 
-def _contract_one(blocks: Tensor, matrices: Tensor, dim: int) -> Tensor:
-    if blocks.ndim == 3 and dim == 1:
-        return blocks @ matrices.mT
-    product = matrices @ unfold(blocks, dim)
-    rest = [size for d, size in enumerate(blocks.shape[1:]) if d != dim]
-    return product.reshape(*product.shape[:2], *rest).movedim(1, dim + 1)
+def _as_matrices(blocks: Tensor) -> Tensor:
+    """The first dim of each block as rows, ``(n, d_0, product of the others)``."""
+    return blocks.unsqueeze(-1) if blocks.ndim == 2 else blocks.flatten(2)

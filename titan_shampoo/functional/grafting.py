@@ -50,8 +50,8 @@ def grafted_direction(
     *,
     method: Grafting,
     eps: float,
-) -> Tensor:
-    """Direction of the grafted method, ``(n, *block)``.
+) -> tuple[Tensor, Tensor]:
+    """Direction of the grafted method, ``(n, *block)``, but for a factor, ``(n, 1, ...)``.
 
     Args:
         filtered: Filtered gradient, ``(n, *block)``.
@@ -60,9 +60,9 @@ def grafted_direction(
         method: Whose direction.
         eps: Added to the root of the second moments.
     """
+    one = torch.ones_like(correction)
     if squares is None:
-        return filtered
-    denominator = squares.sqrt()
-    if method == "adam":
-        denominator.div_(correction.sqrt())
-    return torch.div(filtered, denominator.add_(eps), out=denominator)
+        return filtered, one
+    factor = correction.sqrt() if method == "adam" else one
+    denominator = squares.sqrt().add_(eps * factor)
+    return torch.div(filtered, denominator, out=denominator), factor

@@ -156,21 +156,20 @@ class ShampooRule:
             options: Parameter group.
         """
         average, scale = self._filtered(state, grad, clock, options)
-        graft = self._graft(state, grad, average, clock, options)
-        fallback = average if graft is None else graft
+        graft, graft_scale = self._graft(state, grad, average, scale, clock, options)
         if clock.ready is False:
-            return self._matched(fallback * scale, options)
+            return self._matched(graft * graft_scale, options)
         dims = active_factors(grad.shape[1:], options)
         roots = [(dim, state[f"{name}_root"]) for dim, name in dims]
         # Symmetric: on the right the transpose of the transpose saves a slower kind of product.
         direction = contract(average, [(dim, root.mT if dim else root) for dim, root in roots])
         length = scale
-        if graft is not None:
-            length = scale * (scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
+        if options["grafting"] is not None:
+            length = scale * (graft_scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
         if clock.ready is True:
             return self._matched(direction * length, options)
         ready = per_block(clock.ready, grad)
-        mixed = torch.where(ready, direction * length, fallback * scale)
+        mixed = torch.where(ready, direction * length, graft * graft_scale)
         return self._matched(mixed, options)
 
     @staticmethod
@@ -208,20 +207,23 @@ class ShampooRule:
         state: State,
         grad: Tensor,
         filtered: Tensor,
+        scale: Tensor,
         clock: Clock,
         options: Mapping[str, Any],
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Tensor]:
+        """The grafted method's direction, without grafting the filtered gradient; its factor."""
         method = options["grafting"]
         if method is None:
-            return None
+            return filtered, scale
         beta2 = diagonal_beta2(options)
         squares = state.get("exp_avg_sq")
         if squares is not None:
             squares = accumulate_squares_(squares, grad, method, beta2, clock)
         correction = bias_correction(beta2, clock.step, grad)
-        return grafted_direction(
+        graft, factor = grafted_direction(
             filtered, squares, correction, method=method, eps=options["grafting_eps"]
         )
+        return graft, scale * factor
 
 
 def _norms(blocks: Tensor) -> Tensor:

@@ -1,19 +1,22 @@
-"""Symmetric matrices of which a staircase is kept: columns in four slabs, from the diagonal down.
+"""Symmetric matrices of which a staircase is kept: columns in slabs, from the diagonal down.
 
     1 . . .
     1 2 . .
     1 2 3 .
     1 2 3 4
 
-That is 5/8 of the matrix, in memory as well as in the arithmetic of adding products ``U U^T``: each
-slab takes one dense product, and nothing is packed or unpacked in a step. Triangles packed element
-by element would take 1/2, and a pass over all of them in every step.
+Four slabs are 5/8 of the matrix, and eight of 1024 rows 9/16, in memory as well as in the
+arithmetic of adding products ``U U^T``: each slab takes one dense product, and nothing is packed or
+unpacked in a step. Triangles packed element by element would take 1/2, and a pass over all of them
+in every step.
 """
 
 import torch
 from torch import Tensor
 
-NUM_SLABS = 4
+MIN_SLABS = 4
+MAX_WIDTH = 128
+"""Columns of a slab; as products of wider ones are no faster, there are more of these."""
 MIN_EXTENT = 128
 """Smaller matrices are kept whole: four small products take longer than a whole one."""
 ALIGNMENT = 16
@@ -30,7 +33,7 @@ def slabs(extent: int) -> tuple[tuple[int, int], ...]:
     """
     if extent < MIN_EXTENT:
         return ((0, extent),)
-    width = -(-extent // (NUM_SLABS * ALIGNMENT)) * ALIGNMENT
+    width = min(-(-extent // (MIN_SLABS * ALIGNMENT)) * ALIGNMENT, MAX_WIDTH)
     return tuple((start, min(start + width, extent)) for start in range(0, extent, width))
 
 
