@@ -62,7 +62,7 @@ def test_a_batch_larger_than_the_data_is_refused_with_the_numbers():
 
 
 def test_settings_are_chosen_on_images_that_are_no_test():
-    parts = [Digits(source="digits_tuning", part=part) for part in ("train", "validation")]
+    parts = [Digits(source="digits_tuning", part=part) for part in ("validation", "train")]
     labels = [data[index][1] for data in parts for index in range(len(data))]
     assert labels == load_digits().target[:1438].tolist()
-    assert [len(part) for part in parts] == [1151, 287]
+    assert [len(part) for part in parts] == [575, 863]

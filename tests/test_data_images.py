@@ -12,7 +12,14 @@ from titan_shampoo.data import DataError, UnreadableSampleError, sources
 from titan_shampoo.data.images import TransformedImages, open_images
 from titan_shampoo.data.loader import EvaluationLoader, PositionedLoader
 from titan_shampoo.data.mixup import mix_pairs, pair_weights
-from titan_shampoo.data.transforms import CentreView, Chain, RandomErasing, RandomShift, RandomView
+from titan_shampoo.data.transforms import (
+    CentreView,
+    Chain,
+    RandomErasing,
+    RandomShift,
+    RandomView,
+    RandomWarp,
+)
 
 KEY = "training.dataset"
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -231,10 +238,34 @@ def test_shifted_pixels_keep_their_neighbours_and_repeat_the_edge():
     assert seen == {-2, -1, 0, 1, 2}
 
 
+def plane(size=20):
+    """Each pixel is its place: column and row in two channels, from -1 to 1."""
+    places = (torch.arange(size) + 0.5) * 2 / size - 1
+    return torch.stack([places.expand(size, size), places.view(-1, 1).expand(size, size)])
+
+
+@pytest.mark.parametrize(("degrees", "stretch"), [(0.0, 0.0), (30.0, 0.0), (0.0, 0.2), (10.0, 0.1)])
+def test_warped_pixels_come_from_turned_and_stretched_places(degrees, stretch):
+    before, inner = plane(), slice(8, 12)  # whose places do not leave the image
+    angles, sizes = [], []
+    for seed in range(200):
+        after = RandomWarp(degrees, stretch)(before, torch.Generator().manual_seed(seed))
+        rows = before[:, inner, inner].flatten(1).T
+        found = torch.linalg.lstsq(rows, after[:, inner, inner].flatten(1).T)
+        assert (rows @ found.solution - after[:, inner, inner].flatten(1).T).abs().max() < 1e-5
+        matrix = found.solution.T
+        angles.append(torch.atan2(matrix[1, 0], matrix[0, 0]).rad2deg().item())
+        sizes.append(matrix[:, 0].norm().log().item())
+    for values, most in ((angles, degrees), (sizes, stretch)):
+        assert max(map(abs, values)) <= most + 1e-3
+        assert min(values) <= -0.9 * most
+        assert max(values) >= 0.9 * most
+
+
 def batches(folder, world_size, num_batches=6, **options):
     """Global batches as some number of ranks makes them."""
     images = open_images(str(folder), part="train", key=KEY)
-    view = random_view(finish=Chain([RandomShift(2), RandomErasing(0.3)]))
+    view = random_view(finish=Chain([RandomWarp(5, 0.1), RandomShift(2), RandomErasing(0.3)]))
     loaders = [
         iter(
             PositionedLoader(

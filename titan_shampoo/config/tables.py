@@ -448,6 +448,15 @@ class Images:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Standard deviation of red, green and blue, by which images are divided"""
 
+    rotate: float = 0.0
+    """Training images are turned by up to so many degrees either way, their edges repeated"""
+
+    stretch: float = 0.0
+    """
+    The axes of training images are stretched, shrunk and sheared by up to this share, their edges
+    repeated
+    """
+
     shift: int = 0
     """Training images are moved by up to so many pixels, their edges repeated"""
 

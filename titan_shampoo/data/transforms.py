@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["CentreView", "Chain", "RandomErasing", "RandomShift", "RandomView"]
+__all__ = ["CentreView", "Chain", "RandomErasing", "RandomShift", "RandomView", "RandomWarp"]
 
 Box = tuple[float, float, float, float]
 
@@ -52,6 +52,37 @@ class RandomErasing:
 
 
 @dataclass(frozen=True, slots=True)
+class RandomWarp:
+    """Turns, stretches and shears pixels about the centre; the edge is repeated behind them.
+
+    As for handwriting, where every writer has a slant and proportions of their own (Simard et al.
+    2003).
+    """
+
+    degrees: float
+    """Largest angle in either direction, at least zero."""
+    stretch: float
+    """Axes are scaled by ``exp(u)``, and sheared by ``u``, ``u`` in ``[-stretch, stretch]``."""
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """``pixels``, ``(3, h, w)``, warped."""
+        if not self.degrees and not self.stretch:
+            return pixels
+        angle = math.radians(_uniform(generator, -self.degrees, self.degrees))
+        wide, high, shear = (_uniform(generator, -self.stretch, self.stretch) for _ in range(3))
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle)],
+                             [math.sin(angle), math.cos(angle)]])  # fmt: skip
+        form = torch.tensor([[math.exp(wide), shear], [0.0, math.exp(high)]])
+        places = nn.functional.affine_grid(
+            torch.cat([turn @ form, torch.zeros(2, 1)], 1)[None], [1, *pixels.shape],
+            align_corners=False,
+        )  # fmt: skip
+        return nn.functional.grid_sample(
+            pixels[None], places, padding_mode="border", align_corners=False
+        )[0]
+
+
+@dataclass(frozen=True, slots=True)
 class RandomShift:
     """Moves pixels by up to so many rows and columns; the edge is repeated behind them."""
 
@@ -73,7 +104,7 @@ class RandomShift:
 class Chain:
     """One random change of pixels after another."""
 
-    parts: Sequence[RandomShift | RandomErasing]
+    parts: Sequence[RandomWarp | RandomShift | RandomErasing]
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """``pixels``, ``(3, h, w)``, changed by all parts in order."""

@@ -22,6 +22,7 @@ from titan_shampoo.data.transforms import (
     RandomErasing,
     RandomShift,
     RandomView,
+    RandomWarp,
 )
 from titan_shampoo.models.resnet import ResNetArgs, flops_per_image, num_parameters
 from titan_shampoo.titan.loaders import evaluation_loader, training_loader
@@ -66,7 +67,13 @@ def image_loader(
         dp_rank=dp_rank,
         mixup=images.mixup,
     )
-    finish = Chain([RandomShift(images.shift), RandomErasing(images.random_erasing)])
+    finish = Chain(
+        [
+            RandomWarp(images.rotate, images.stretch),
+            RandomShift(images.shift),
+            RandomErasing(images.random_erasing),
+        ]
+    )
     if source in ALL_DIGITS:
         return load(Digits(source=source, size=_size(job_config)), augment=finish)
     view = RandomView(
