@@ -102,17 +102,18 @@ def _tensors(value: object) -> list[Tensor]:
     return []
 
 
-CHEAP: dict[str, Any] = {
-    "merge": "paper",
-    "root_dtype": torch.bfloat16,
-    "factor_frequency": 2,
-    "root_method": "qr",
-}
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "paper": (Shampoo, {"merge": "paper"}),
     "bfloat16": (Shampoo, {"merge": "paper", "root_dtype": torch.bfloat16}),
-    "cheap": (Shampoo, CHEAP),
-    "compiled": (Shampoo, CHEAP | {"compile": True}),
+    "cheap": (
+        Shampoo,
+        {
+            "merge": "paper",
+            "root_dtype": torch.bfloat16,
+            "factor_frequency": 2,
+            "root_method": "qr",
+        },
+    ),
     "SOAP": (SOAP, {}),
 }
 """Contestants of ours beside Shampoo with its defaults; methods for layers need a forward pass, and
