@@ -90,7 +90,7 @@ class Rule(Protocol):
         clock: Clock,
         options: Mapping[str, Any],
     ) -> Tensor:
-        """Direction of each block, ``(n, *block)``."""
+        """Direction of each block, ``(n, *block)``; may be written into the gradient."""
 
 
 def worst(conditions: Sequence[Tensor]) -> State:

@@ -126,7 +126,7 @@ class ShampooRule:
         for dim, name in active_factors(shape, options):
             factor, exponent = unpack(state[name][due], shape[dim]), exponents[dim]
             if options["bias_correction"] and beta2 < 1:
-                factor = factor / bias_correction(beta2, count, factor)
+                factor.div_(bias_correction(beta2, count, factor))
             if options["root_method"] == "qr":
                 old = state[f"{name}_basis"][due]
                 basis, _ = next_basis(factor, old, clock.ready, method="qr")
@@ -151,7 +151,7 @@ class ShampooRule:
 
         Args:
             state: As for :meth:`accumulate_`; filtered gradient and moments are updated in place.
-            grad: ``(n, *block)``.
+            grad: ``(n, *block)``; may become the direction.
             clock: Steps, and which blocks have roots.
             options: Parameter group.
         """
@@ -167,7 +167,7 @@ class ShampooRule:
         if options["grafting"] is not None:
             length = scale * (graft_scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
         if clock.ready is True:
-            return self._matched(direction * length, options)
+            return self._matched(torch.mul(direction, length, out=grad), options)
         ready = per_block(clock.ready, grad)
         mixed = torch.where(ready, direction * length, graft * graft_scale)
         return self._matched(mixed, options)
