@@ -1,6 +1,4 @@
-"""A step without refresh launches as many operations for a hundred blocks as for two.
-
-A single block takes fewer: its products add to what is there.
+"""A step without refresh launches as many operations for a hundred blocks as for one.
 
 Operations are those that a profiler sees on the CPU; blocks are small, as tiles that fit in caches
 are worked on one after the other.
@@ -73,13 +71,12 @@ def counted_step(
 def test_number_of_blocks_does_not_change_the_number_of_operations(
     method: str, variant: str
 ) -> None:
-    one, two, ten, hundred = (
+    one, ten, hundred = (
         counted_step(method, [(4 * rows, 4 * columns)], VARIANTS[variant])
-        for rows, columns in ((1, 1), (2, 1), (2, 5), (10, 10))
+        for rows, columns in ((1, 1), (2, 5), (10, 10))
     )
-    assert two["aten::copy_"] > 0
-    assert one.total() <= two.total()
-    assert two == ten
+    assert one["aten::copy_"] > 0
+    assert one == ten
     assert ten == hundred
 
 

@@ -51,14 +51,10 @@ def average_squares_(
     rate = clock.rate(beta2, factor)
     chosen = measured(factor, clock)
     for slab, (start, stop) in zip(slab_views(chosen, extent), slabs(extent), strict=True):
-        left, right = rows[:, start:], rows[:, start:stop].mT
-        if len(rows) == 1 and isinstance(rate, float):
-            kept, added = (1.0, scale) if beta2 == 1.0 else (1 - rate, rate * scale)
-            slab[0].addmm_(left[0], right[0], beta=kept, alpha=added)
-            continue
         # Not baddbmm: of a slab, whose matrices do not follow each other in memory, a CPU would
-        # make one small product after the other.
-        squares = left @ right
+        # make one small product after the other. Nor addmm for one block alone: which blocks are
+        # together depends on the layout, and results must not, where eigenvalues are equal.
+        squares = rows[:, start:] @ rows[:, start:stop].mT
         if beta2 == 1.0:
             slab.add_(squares, alpha=scale)
         else:
