@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SMALL_EXTENT = 512
-"""Rows up to which a matrix has one thread, even where there are fewer matrices than threads."""
+"""Rows up to which several matrices are taken side by side even by more threads than that."""
 
 Decomposition = Callable[[Tensor], tuple[Tensor, ...]]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 MIN_SLABS = 4
 MAX_WIDTH = 128
-"""Columns of a slab; as products of wider ones are no faster, there are more of these."""
+"""Most columns of a slab: products of wider ones are no faster, and more of the matrix is kept."""
 MIN_EXTENT = 128
 """Smaller matrices are kept whole: four small products take longer than a whole one."""
 ALIGNMENT = 16
