@@ -5,6 +5,7 @@ what to do with a stack of blocks.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from titan_shampoo.block_memory import as_blocks
 from titan_shampoo.blocks.ready import Ready
 from titan_shampoo.blocks.schedule import Mask, Schedule, Times, schedule, start_step
 from titan_shampoo.blocks.state import REFRESHES, BlockState, Member
@@ -92,7 +94,8 @@ class Engine:
         directions = dict(zip(grads, self._workspace.tensors("direction", sizes), strict=True))
 
         def replace(number: int) -> None:
-            self._replace_by_directions(number, stacks[number], present, taken)
+            blocks = as_blocks(stacks[number], self.plan.stacks[number].shape)
+            self._replace_by_directions(number, blocks, present, taken)
 
         exchange_in_turn(self.plan.buckets, self.device, grads, stacks, directions, replace)
         self._apply(directions, taken)
@@ -234,7 +237,7 @@ class Engine:
         return torch.zeros_like(self.members[number].param, dtype=dtype)
 
     def _stack_size(self, stack: Stack) -> tuple[torch.Size, torch.dtype]:
-        size = torch.Size((len(stack.blocks), *stack.shape))
+        size = torch.Size((len(stack.blocks) * math.prod(stack.shape),))
         return size, self.plan.params[stack.blocks[0].param].dtype
 
     def _ready_blocks(self, number: int, state: State) -> Tensor | bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_shampoo.block_memory import as_blocks
 from titan_shampoo.distributed.plan import Block, Plan
 from titan_shampoo.distributed.reports import told_by_owners
 from titan_shampoo.distributed.state import BlockTensor
@@ -115,8 +116,9 @@ class BlockState:
         param = stack.blocks[0].param
         state = {}
         for shape in self._shapes(stack.shape, param):
-            size = (len(stack.blocks), *shape.shape)
-            value = torch.zeros(size, dtype=self._dtype(shape, param), device=self._device)
+            size = len(stack.blocks) * math.prod(shape.shape)
+            memory = torch.zeros(size, dtype=self._dtype(shape, param), device=self._device)
+            value = as_blocks(memory, shape.shape)
             if shape.starts_as_identity:
                 identity = torch.eye(shape.extent, dtype=value.dtype, device=self._device)
                 value.copy_(identity if len(shape.shape) == 2 else pack(identity))

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from typing import NamedTuple
 
+from titan_shampoo.block_memory import memory_stride
 from titan_shampoo.distributed.layout import Region
 
 Memory = tuple[str, int]
@@ -68,7 +69,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 def pieces(region: Region, start: tuple[int, ...], extent: tuple[int, ...]) -> list[Piece]:
     """The overlaps of the block at ``start`` with a shard that holds ``region``, row-major."""
     shard_shape = tuple(sum(b - a for a, b in intervals) for intervals in region)
-    shard_stride, block_stride = contiguous_stride(shard_shape), contiguous_stride(extent)
+    shard_stride, block_stride = contiguous_stride(shard_shape), memory_stride(extent)
     overlaps = [
         _overlaps(intervals, first, first + length)
         for intervals, first, length in zip(region, start, extent, strict=True)

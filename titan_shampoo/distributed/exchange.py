@@ -34,7 +34,7 @@ def exchange_in_turn(
         buckets: Of the plan, in order: all ranks make the same collectives in the same order.
         device: Where everything lies.
         grads: This rank's shards of the gradients, flat, by parameter number.
-        stacks: Memory for the blocks that this rank owns, by number of the stack.
+        stacks: Memory for the blocks that this rank owns, flat, by number of the stack.
         directions: Memory for this rank's shards of the directions, flat, by parameter number.
         replace: Turns the gradients in a stack into directions.
     """
@@ -111,7 +111,7 @@ class Exchange:
         memory = {("inbox", 0): self._inbox, ("outbox", 0): self._outbox}
         memory |= {("shelf", replica): part for replica, part in enumerate(self._shelf)}
         memory |= {("param", number): shard for number, shard in shards.items()}
-        memory |= {("stack", number): stacks[number].view(-1) for number in self.bucket.stacks}
+        memory |= {("stack", number): stacks[number] for number in self.bucket.stacks}
         return memory
 
     def _all_to_all(self, output: Tensor, source: Tensor, *, forth: bool) -> dist.Work | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from titan_shampoo.block_memory import from_memory_order, in_memory_order, memory_order
 from titan_shampoo.functional.rule import Clock, State, StateShape
 from titan_shampoo.functional.symmetric import packed_numel, slab_views, slabs
 
@@ -42,19 +43,22 @@ def average_squares_(
 
     Args:
         factor: Packed, ``(n, packed_numel(d))``.
-        rows: ``U`` of the measured blocks, ``(k, d, m)``; zero in a step that is not taken.
+        rows: ``U`` of the measured blocks, ``(k, d, m)``, or several, ``(k, s, d, m)``, whose
+            squares are added; zero in a step that is not taken.
         beta2: In (0, 1].
         clock: Which blocks are measured, and whether the step is taken.
         scale: Greater than zero.
     """
-    extent = rows.shape[1]
+    extent = rows.shape[-2]
     rate = clock.rate(beta2, factor)
     chosen = measured(factor, clock)
     for slab, (start, stop) in zip(slab_views(chosen, extent), slabs(extent), strict=True):
         # Not baddbmm: of a slab, whose matrices do not follow each other in memory, a CPU would
         # make one small product after the other. Nor addmm for one block alone: which blocks are
         # together depends on the layout, and results must not, where eigenvalues are equal.
-        squares = rows[:, start:] @ rows[:, start:stop].mT
+        squares = rows[..., start:, :] @ rows[..., start:stop, :].mT
+        if squares.ndim > 3:
+            squares = squares.sum(1)
         if beta2 == 1.0:
             slab.add_(squares, alpha=scale)
         else:
@@ -101,14 +105,13 @@ def root_exponents(shape: Sequence[int], options: Mapping[str, Any]) -> list[flo
 
 
 def unfold(grad: Tensor, dim: int) -> Tensor:
-    """Blocks as matrices with ``dim`` as rows: ``(n, d_dim, product of the others)``.
+    """Matrices with ``dim`` as rows whose squares make up that of a block, all of them views.
 
-    Of matrices, views. Of other blocks, rows follow each other in memory: products of short and
-    long ones take half the time then.
+    ``(n, d_dim, product of the others)``, or of a dim between others in memory
+    ``(n, product of the outer ones, d_dim, product of the inner ones)``.
     """
-    if grad.ndim == 3:
-        return grad.mT if dim else grad
-    return _as_matrices(grad.movedim(dim + 1, 1)).contiguous()
+    parts, is_last = _around(in_memory_order(grad), memory_order(grad.shape[1:]).index(dim))
+    return parts.mT if is_last else parts
 
 
 def contract(blocks: Tensor, matrices: Iterable[tuple[int, Tensor]]) -> Tensor:
@@ -118,22 +121,29 @@ def contract(blocks: Tensor, matrices: Iterable[tuple[int, Tensor]]) -> Tensor:
 
     Args:
         blocks: ``(n, *block)``.
-        matrices: Pairs (dim of the block, ``(n, d_new, d_dim)``).
+        matrices: Pairs (dim of the block, ``(n, d_dim, d_dim)``).
     """
-    product, order = blocks, list(range(blocks.ndim - 1))
+    order = memory_order(blocks.shape[1:])
+    product = in_memory_order(blocks)
+    shape = product.shape
     for dim, matrix in matrices:
-        product, place = product.to(matrix.dtype), order.index(dim)
-        if place and len(order) == 2:
-            product = product @ matrix.mT
-        else:  # the dim goes to the front; only one in between moves elements
-            order.insert(0, order.pop(place))
-            moved = product.movedim(place + 1, 1)
-            product = matrix @ _as_matrices(moved)
-            product = product.reshape(*product.shape[:2], *moved.shape[2:])
-    natural = [1 + order.index(dim) for dim in range(len(order))]
-    return product.permute(0, *natural).to(blocks.dtype)
+        parts, is_last = _around(product.view(shape).to(matrix.dtype), order.index(dim))
+        if is_last:
+            product = parts @ matrix.mT
+        else:
+            product = (matrix if parts.ndim == 3 else matrix.unsqueeze(1)) @ parts
+    return from_memory_order(product.view(shape), order).to(blocks.dtype)
 
 
-def _as_matrices(blocks: Tensor) -> Tensor:
-    """The first dim of each block as rows, ``(n, d_0, product of the others)``."""
-    return blocks.unsqueeze(-1) if blocks.ndim == 2 else blocks.flatten(2)
+def _around(lying: Tensor, place: int) -> tuple[Tensor, bool]:
+    """Blocks as matrices around the dim at ``place`` in memory, and whether it is the columns.
+
+    Where it is first, ``(n, d, inner)``; last, ``(n, outer, d)``; else ``(n, outer, d, inner)``.
+    """
+    if lying.ndim == 2:
+        return lying.unsqueeze(-1), False
+    if place == 0:
+        return lying.flatten(2), False
+    if place == lying.ndim - 2:
+        return lying.flatten(1, -2), True
+    return lying.flatten(place + 2).flatten(1, place), False

@@ -56,5 +56,5 @@ def dithered(values: Tensor, step: Tensor) -> Tensor:
     places = torch.arange(count, device=values.device).mul_(GOLDEN).bitwise_right_shift_(7)
     turns = (step * GOLDEN).bitwise_right_shift(16)
     thresholds = (places + turns.unsqueeze(-1)).bitwise_and_(LOW_BITS).to(torch.int32)
-    bits = values.contiguous().view(torch.int32) + thresholds.view(values.shape)
+    bits = values.view(torch.int32) + thresholds.view(values.shape)
     return bits.bitwise_and_(~LOW_BITS).view(torch.float32)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_shampoo.block_memory import memory_order
 from titan_shampoo.functional.factors import (
     accumulate_factors_,
     active_factors,
@@ -162,7 +163,10 @@ class ShampooRule:
         dims = active_factors(grad.shape[1:], options)
         roots = [(dim, state[f"{name}_root"]) for dim, name in dims]
         # Symmetric: on the right the transpose of the transpose saves a slower kind of product.
-        direction = contract(average, [(dim, root.mT if dim else root) for dim, root in roots])
+        right = memory_order(grad.shape[1:])[-1]
+        direction = contract(
+            average, [(dim, root.mT if dim == right else root) for dim, root in roots]
+        )
         length = scale
         if options["grafting"] is not None:
             length = scale * (graft_scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)
