@@ -130,6 +130,26 @@ def test_momentum_is_refused_where_there_is_no_memory_for_it(method: str) -> Non
 
 
 @every_method
+@pytest.mark.parametrize("fallback", ["adamw", "sgd"])
+def test_momentum_is_nothing_to_a_group_that_adamw_steps(method: str, fallback: str) -> None:
+    moved = []
+    for momentum in (0.0, 0.9):
+        model = made(Mixed)
+        norm = [(n, p) for n, p in model.named_parameters() if n.startswith("norm")]
+        rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("norm")]
+        groups = [{"params": rest}, {"params": norm, "momentum": 0.0}]
+        optimizer = make(method, model, groups, fallback=fallback)
+        optimizer.param_groups[1]["momentum"] = momentum
+        if fallback == "sgd" and momentum:
+            with pytest.raises(ValueError, match=r"momentum: got 0\.9"):
+                advance(optimizer, model, [0])
+            return
+        advance(optimizer, model, range(3))
+        moved.append(values(model))
+    assert_same(*moved)
+
+
+@every_method
 @pytest.mark.parametrize("scaling", ["norm", None])
 def test_rates_are_not_sent_to_the_device_where_no_scale_depends_on_them(
     method: str, scaling: str | None

@@ -305,6 +305,18 @@ def test_momentum_is_refused_where_there_is_no_memory_for_it(method: str) -> Non
 
 
 @every_method
+def test_momentum_is_nothing_to_a_group_that_adamw_steps(method: str) -> None:
+    moved = []
+    for momentum in (0.0, 0.9):
+        params = parameters(["bias"])
+        optimizer = make(method, params, momentum=0.0)
+        optimizer.param_groups[0]["momentum"] = momentum
+        advance(optimizer, params, range(3))
+        moved.append(values(params))
+    assert_same(*moved)
+
+
+@every_method
 @pytest.mark.parametrize("replace", [False, True], ids=["in place", "other memory"])
 def test_parameters_may_be_changed_between_steps(method: str, replace: bool) -> None:
     moved, still = parameters(), parameters()

@@ -199,9 +199,15 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def _check_momentum(self) -> None:
         """Refuse a heavy ball that a group has no memory for."""
         for group in self._without_momentum:
-            if group["momentum"]:
+            if group["momentum"] and any(
+                self._has_momentum(name, param, group) for name, param in self._named(group)
+            ):
                 raise ValueError(f"momentum: got {group['momentum']} in an optimizer that was made "
                                  "without; make it with momentum > 0, and then set 0")  # fmt: skip
+
+    def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter is moved by a heavy ball, if the group has one, and not by AdamW."""
+        raise NotImplementedError
 
     def _worst_failure(self) -> Tensor:
         """How many refreshes of any block here failed in a row, 0-dim."""

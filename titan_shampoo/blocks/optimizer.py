@@ -171,6 +171,9 @@ class BlockOptimizer(LibraryOptimizer):
                 common = engine.common_state(number)
                 self.state[member.param] = common | engine.state.of_blocks(number)
 
+    def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
+        return not falls_back(name, param, group)
+
     def _planned(self, member: Member) -> Parameter:
         param, options = member.param, member.options
         grid = _grid(member.name, param, options)

@@ -229,6 +229,9 @@ class LayerOptimizer(LibraryOptimizer):
                 if param in self._step.momentum:
                     self.state[param]["momentum"] = self._step.momentum[param]
 
+    def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
+        return param in self._joined or group["fallback"] == "sgd"
+
     def _layer_facts(self) -> dict[Tensor, Facts]:
         if self._step is None:
             return {}
