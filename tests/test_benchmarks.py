@@ -14,6 +14,7 @@ from benchmarks import (
     ablation,
     asynchronous_saving,
     autoencoder,
+    basis_drift,
     checkpoint_cost,
     checkpoint_planning,
     optimizer_step,
@@ -49,7 +50,7 @@ def test_every_benchmark_has_a_test_here() -> None:
         for file in (ROOT / "benchmarks").glob("*.py")
         if "\ndef main(" in file.read_text(encoding="utf-8")
     ]
-    assert len(programs) == 9
+    assert len(programs) == 10
     for program in programs:
         assert any(name.startswith(f"test_{program}_") for name in globals()), program
 
@@ -213,6 +214,27 @@ def test_ablation_takes_the_runs_that_are_missing(tmp_path: Path, printed: Print
     last = made["curve"][-1]["validation_loss"]
     (table_row,) = (line for line in lines if line.startswith("grafted to Adam") and "±" in line)
     assert f"{last:.4f} ±0.0000" in table_row
+
+
+def test_basis_drift_tells_how_many_bases_still_hold(printed: Printed) -> None:
+    basis_drift.main(["--task", "digits", "--threads", "1", "--period", "2", "--",
+                      "--training.steps=8", "--training.local_batch_size=8",
+                      "--validation.enable=false"])  # fmt: skip
+    table = [line.split() for line in printed()[-3:]]
+    assert [int(row[0]) for row in table] == [1, 2, 3]
+    for _, refreshes, median, *held in table:
+        assert int(refreshes) > 0
+        assert 0 < float(median) < 1
+        assert held == sorted(held)
+
+
+def test_the_share_off_the_diagonal_is_that_of_the_definition() -> None:
+    matrix = torch.tensor([[3.0, 4.0], [4.0, 3.0]])
+    basis = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+    shares = basis_drift.off_diagonal_share(
+        torch.stack([matrix, matrix, 0 * matrix]), torch.stack([torch.eye(2), basis, basis])
+    )
+    assert torch.allclose(shares, torch.tensor([0.8, 0.0, 0.0]), atol=1e-3)
 
 
 # Checkpoints
