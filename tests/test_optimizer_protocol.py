@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tests.ranks import run_on_ranks
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.functional import kl_shampoo, shampoo, soap
@@ -488,6 +490,27 @@ def test_copies_continue_bit_equal(method: str, duplicate: Callable[[Any], Any])
     advance(optimizer, params, range(5, 10))
     assert_same(values(others), values(params))
     assert_same(states(twin), states(optimizer))
+
+
+def copied_in_groups_of_one() -> None:
+    """Ranks that have nothing to do with each other, as they say, and gradients of their own."""
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    alone = [dist.new_group([other]) for other in range(dist.get_world_size())][rank]
+    params = parameters()
+    optimizer = make("Shampoo", params, process_group=alone)
+    advance(optimizer, params, range(10 * rank, 10 * rank + 5))
+    others, twin = copy.deepcopy((params, optimizer))
+    with pytest.raises(ValueError, match="process_group, pipeline_group: a group stays in its"):
+        pickle.dumps(optimizer)
+    for one, moved in ((optimizer, params), (twin, others)):
+        advance(one, moved, range(10 * rank + 5, 10 * rank + 10))
+    assert_same(values(others), values(params))
+    assert_same(states(twin), states(optimizer))
+
+
+def test_copies_share_the_process_group_which_cannot_be_pickled() -> None:
+    run_on_ranks(2, copied_in_groups_of_one)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -24,6 +24,21 @@ from titan_shampoo.whole_model import Described, described
 logger = logging.getLogger(__name__)
 
 
+class _Shared:
+    """A process group, which copies of an optimizer share and which stays in its process."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+    def __reduce__(self) -> str:
+        raise ValueError("process_group, pipeline_group: a group stays in its process and cannot "
+                         "be pickled; save state_dict() or sharded_state(), and load it into an "
+                         "optimizer with groups of its own")  # fmt: skip
+
+
 class LibraryOptimizer(torch.optim.Optimizer):
     """An optimizer whose state is allocated when it is made, and loaded in place."""
 
@@ -59,14 +74,17 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._is_complete = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """What torch pickles, and what is known of the rest of the model; no process groups."""
-        return super().__getstate__() | {"_whole_model": self._whole_model}
+        """What torch pickles, what is known of the rest of the model, and given process groups."""
+        groups = {"_process_group": self._process_group, "_pipeline_group": self._pipeline_group}
+        given = {key: _Shared(group) for key, group in groups.items() if group is not None}
+        return super().__getstate__() | {"_whole_model": self._whole_model} | given
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build anew after pickling or deepcopy, and put the state into its place."""
         super().__setstate__(state)
-        for key in ("_whole_model", "_process_group", "_pipeline_group"):
-            self.__dict__.setdefault(key, None)
+        self.__dict__.setdefault("_whole_model", None)
+        for key in ("_process_group", "_pipeline_group"):
+            self.__dict__[key] = state[key].group if key in state else None
         self._is_complete = True
         before = dict(self.state)
         self._build()
