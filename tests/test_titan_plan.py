@@ -19,6 +19,9 @@ from tests.titan_runs import image_run, text_run, trainer_of, write_text
 from titan_shampoo import titan
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, check_world, read_config, read_plan_request
+from titan_shampoo.layers.kronecker import KroneckerStep
+from titan_shampoo.layers.methods import KroneckerOptimizer
+from titan_shampoo.layers.moments import Moments
 from titan_shampoo.titan.config import make_job_config
 from titan_shampoo.titan.planning import RunPlan
 
@@ -55,6 +58,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallelism__tensor_parallel_degree": 2,
     },
     "EvaS, hsdp": {"optimizer__name": "EvaS", "parallelism__data_parallel_replicate_degree": 2},
+    "FOOF, hsdp": {"optimizer__name": "FOOF", "parallelism__data_parallel_replicate_degree": 2},
+    "KFAC, fsdp x tp": {
+        "optimizer__name": "KFAC",
+        "optimizer__kfac__max_factor_dim": 64,
+        "parallelism__tensor_parallel_degree": 2,
+    },
+    "KFAC, pp x fsdp": {
+        "optimizer__name": "KFAC",
+        "optimizer__kfac__factored_damping": False,
+        "parallelism__pipeline_parallel_degree": 2,
+        "parallelism__pipeline_parallel_microbatch_size": 2,
+    },
 }
 LAYOUTS["Shampoo, interleaved pp x fsdp"] = INTERLEAVED = {
     **LAYOUTS["Shampoo, pp x fsdp"],
@@ -70,6 +85,28 @@ def bytes_of(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in local)
 
 
+class MomentsOfABatch:
+    """Bytes of second moments on this rank, and of their largest sum for one owner."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.most_bytes = 0
+        observe, summed = KroneckerStep.observe, Moments._summed
+        sums = [0]
+
+        def observed(own: KroneckerStep, taken: Any) -> None:
+            formed = bytes_of(own.statistics())
+            observe(own, taken)
+            self.most_bytes = max(self.most_bytes, formed + max(sums))
+
+        def counted(own: Moments, group: Any, owner: int, blocks: Any) -> Any:
+            found = summed(own, group, owner, blocks)
+            sums.append(sum(bytes_of(parts) for parts in found.values()))
+            return found
+
+        patch.setattr(KroneckerStep, "observe", observed)
+        patch.setattr(Moments, "_summed", counted)
+
+
 def measured(runs: list[list[str]]) -> list[dict[str, int]]:
     """Bytes on this rank after one step of each run."""
     return [_measured(args) for args in runs]
@@ -77,7 +114,7 @@ def measured(runs: list[list[str]]) -> list[dict[str, int]]:
 
 def _measured(args: list[str]) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch, trainer_of(args) as trainer:
-        buffers = Buffers(patch)
+        buffers, moments = Buffers(patch), MomentsOfABatch(patch)
         trainer.train()
         params = [param for part in trainer.model_parts for param in part.parameters()]
         found = Counter({
@@ -90,8 +127,12 @@ def _measured(args: list[str]) -> dict[str, int]:
             if isinstance(optimizer, BlockOptimizer) and optimizer._engine is not None:
                 for tensors in optimizer._engine._workspace._kept.values():
                     found["in a step"] += bytes_of(tensors)
-        if buffers.most_bytes:
-            found["in a step"] += buffers.most_bytes
+            if isinstance(optimizer, KroneckerOptimizer):
+                assert isinstance(optimizer._step, KroneckerStep)
+                for tensors in optimizer._step._workspace._kept.values():
+                    found["in a step"] += bytes_of(tensors)
+        if buffers.most_bytes + moments.most_bytes:
+            found["in a step"] += buffers.most_bytes + moments.most_bytes
         return dict(found)
 
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from titan_shampoo.distributed.plan import Block, Plan, Stack
 from titan_shampoo.distributed.state import BlockTensor
-from titan_shampoo.functional.kfac import State, bounded, direction, refreshed, state_shapes
+from titan_shampoo.functional.kfac import (
+    Damping,
+    State,
+    bounded,
+    direction,
+    refreshed,
+    state_shapes,
+)
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import BlockKey
 from titan_shampoo.repair import Repairs, put_, take_, worst_failure
@@ -40,9 +47,10 @@ class Factors:
     def _empty_state(self, stack: Stack) -> State:
         """Zero, but for inverses: until the first refresh, a direction is its gradient."""
         layer = self.layers[stack.blocks[0].param]
+        shapes = state_of_block(stack.shape, layer.options, two_sided=self.two_sided)
         state = {
             name: torch.zeros((len(stack.blocks), *shape), dtype=layer.dtype, device=self.device)
-            for name, shape in self._state_shapes(stack.blocks[0]).items()
+            for name, shape in shapes.items()
         }
         for name, value in state.items():
             if name.endswith(("inverse", "basis")):
@@ -50,17 +58,6 @@ class Factors:
             elif name == "damping":
                 value.fill_(1.0)
         return state
-
-    def _state_shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
-        rows, columns = block.shape
-        options = self.layers[block.param].options
-        kind = None
-        shapes: dict[str, tuple[int, ...]] = {"batches": (), "refreshes": (), "failures": ()}
-        if self.two_sided:
-            kind = "factored" if options["factored_damping"] else "exact"
-            shapes["left"] = (rows, rows)
-        shapes["right"] = (columns, columns)
-        return shapes | state_shapes((rows, columns), kind)  # type: ignore[arg-type]  # a Literal
 
     def average_(
         self, chosen: Sequence[int], sums: Mapping[BlockKey, Sequence[Tensor]], taken: Tensor | None
@@ -190,7 +187,8 @@ class Factors:
         for block in (block for block in self.plan.blocks if block.param == number):
             places[block.index] = counts[block.shape]
             counts[block.shape] += 1
-            sizes[block.shape] = self._state_shapes(block)
+            options = self.layers[number].options
+            sizes[block.shape] = state_of_block(block.shape, options, two_sided=self.two_sided)
         chunks: dict[str, dict[tuple[int, ...], Tensor]] = defaultdict(dict)
         for block, values in self._owned(number):
             for name, value in values.items():
@@ -210,6 +208,20 @@ class Factors:
             for position, block in enumerate(stack.blocks):
                 if block.param == number:
                     yield block, {name: value[position] for name, value in state.items()}
+
+
+def state_of_block(
+    shape: tuple[int, ...], options: Mapping[str, Any], *, two_sided: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state of a block of ``shape``, by name."""
+    rows, columns = shape
+    kind: Damping | None = None
+    shapes: dict[str, tuple[int, ...]] = {"batches": (), "refreshes": (), "failures": ()}
+    if two_sided:
+        kind = "factored" if options["factored_damping"] else "exact"
+        shapes["left"] = (rows, rows)
+    shapes["right"] = (columns, columns)
+    return shapes | state_shapes((rows, columns), kind)
 
 
 def _global_key(name: str, shape: tuple[int, ...]) -> str:

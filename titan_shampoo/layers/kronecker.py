@@ -6,8 +6,9 @@ factors and inverses.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,8 +19,9 @@ from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import Sharding, layout_of
 from titan_shampoo.distributed.plan import Cost, Parameter, Stack, make_plan
+from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.functional.scaling import scaling_sums
-from titan_shampoo.layers.factors import Factors
+from titan_shampoo.layers.factors import Factors, state_of_block
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import Moments
 from titan_shampoo.layers.step import LayerStep, Moves, moves_of
@@ -96,6 +98,12 @@ class KroneckerStep(LayerStep):
             period=layer.options["precondition_frequency"],
             is_staggered=layer.options["refresh"] == "staggered",
             cost=lambda extent: Cost(2.0 * math.prod(extent) * sum(extent), inversion_cost(extent)),
+            state=lambda extent: {
+                name: math.prod(shape) * layer.dtype.itemsize
+                for name, shape in state_of_block(
+                    extent, layer.options, two_sided=self.two_sided
+                ).items()
+            },
         )
 
     # Schedule and statistics
@@ -167,6 +175,7 @@ class KroneckerStep(LayerStep):
         flat = {number: matrix.view(-1) for number, matrix in matrices.items()}
         sizes = [self._stack_size(stack) for stack in self.plan.stacks]
         stacks = dict(enumerate(self._workspace.tensors("stack", sizes)))
+        in_stacks = {number: stack.view(-1) for number, stack in stacks.items()}
         sizes = [(matrix.shape, matrix.dtype) for matrix in matrices.values()]
         directions = dict(zip(matrices, self._workspace.tensors("direction", sizes), strict=True))
         shards = {number: found.view(-1) for number, found in directions.items()}
@@ -174,7 +183,7 @@ class KroneckerStep(LayerStep):
         def replace(number: int) -> None:
             stacks[number].copy_(self.factors.direction(number, stacks[number]))
 
-        exchange_in_turn(self.plan.buckets, self.device, flat, stacks, shards, replace)
+        exchange_in_turn(self.plan.buckets, self.device, flat, in_stacks, shards, replace)
         return directions
 
     def _stack_size(self, stack: Stack) -> tuple[torch.Size, torch.dtype]:
@@ -206,6 +215,27 @@ class KroneckerStep(LayerStep):
         """Of each layer, what its ranks must know alike."""
         planned = zip(super().facts(), self.plan.facts(), self.turns, strict=True)
         return [{**own, **plan, "turn of its moments": turn} for own, plan, turn in planned]
+
+    def summary(self, like_parameters: Mapping[str, Mapping[int, int]]) -> Summary:
+        """The plan in figures for every rank.
+
+        Moments are sent once in ``factor_frequency`` steps: their bytes are the mean, their
+        collectives those of a step that forms the moments of all layers.
+
+        Args:
+            like_parameters: Bytes on each rank of state that lies like its parameter, by kind.
+        """
+        summary = summarize(self.plan.params, self.plan.blocks, like_parameters)
+        sums = self._moments.sum_bytes()
+        # All ranks see all layers, and all of their inputs. In the first step, all have moments.
+        most = self._moments.formed_bytes() + max(map(sum, sums))
+        summary.working["moments of a batch"] = np.full(len(summary.ranks), float(most))
+        if any(layer.tile.token_group is not None for layer in self.layers):
+            periods = [layer.options["factor_frequency"] for layer in self.layers]
+            by_layer = np.sum(sums, axis=0)
+            summary.sent += float(np.sum(by_layer / periods))
+            summary.collectives += len(sums)
+        return summary
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, and the cursor."""

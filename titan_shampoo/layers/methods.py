@@ -5,11 +5,15 @@ gradient itself. Eva and its two relatives invert it in closed form: a step cost
 SGD's.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch import Tensor
 
+from titan_shampoo.distributed.memory import bytes_by_rank
+from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.functional.scaling import Scaling
 from titan_shampoo.layers.kronecker import KroneckerStep
 from titan_shampoo.layers.layer import Layer
@@ -206,7 +210,34 @@ class EvaS(LayerOptimizer):
         return RankOneStep(layers, "gradient", self._pipeline_group)
 
 
-class FOOF(LayerOptimizer):
+class KroneckerOptimizer(LayerOptimizer):
+    """What FOOF and K-FAC share: factors of blocks, which live with their owners."""
+
+    _step: KroneckerStep | None
+
+    def _make_step(self, layers: list[Layer]) -> LayerStep:
+        return KroneckerStep(
+            layers,
+            two_sided=self.moments == "both",
+            replicas=self._replicas(),
+            whole_model=self._whole_model,
+            pipeline_group=self._pipeline_group,
+        )
+
+    def plan_summary(self) -> Summary:
+        """What every rank owns, computes, keeps and sends in a step; readable by ``print``."""
+        like_parameters: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for param, group in self._groups_of.items():
+            for key, value in self.state[param].items():
+                if param not in self._joined:
+                    like_parameters[f"{group['fallback']} {key}"].append((value, param))
+                elif key in ("momentum", "cursor"):  # the rest lies with the owners of blocks
+                    like_parameters[key].append((value, param))
+        held = {k: bytes_by_rank(pairs, self._replicas()) for k, pairs in like_parameters.items()}
+        return summarize([], [], held) if self._step is None else self._step.summary(held)
+
+
+class FOOF(KroneckerOptimizer):
     """FOOF (Benzing 2022, arXiv 2201.12250): gradients times the inverse second moment of inputs.
 
     Args:
@@ -264,17 +295,8 @@ class FOOF(LayerOptimizer):
         options = options_among(locals())
         super().__init__(params, options, model, process_group, pipeline_group, all_params)
 
-    def _make_step(self, layers: list[Layer]) -> LayerStep:
-        return KroneckerStep(
-            layers,
-            two_sided=False,
-            replicas=self._replicas(),
-            whole_model=self._whole_model,
-            pipeline_group=self._pipeline_group,
-        )
 
-
-class KFAC(LayerOptimizer):
+class KFAC(KroneckerOptimizer):
     """K-FAC (Martens & Grosse 2015): second moments of inputs and of output gradients.
 
     Args:
@@ -327,12 +349,3 @@ class KFAC(LayerOptimizer):
     ) -> None:
         options = options_among(locals())
         super().__init__(params, options, model, process_group, pipeline_group, all_params)
-
-    def _make_step(self, layers: list[Layer]) -> LayerStep:
-        return KroneckerStep(
-            layers,
-            two_sided=True,
-            replicas=self._replicas(),
-            whole_model=self._whole_model,
-            pipeline_group=self._pipeline_group,
-        )

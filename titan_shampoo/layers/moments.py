@@ -52,9 +52,8 @@ class Moments:
         by_owner: dict[Any, dict[int, list[Block]]] = defaultdict(lambda: defaultdict(list))
         for block in self.plan.blocks:
             layer = self.layers[block.param]
-            owner = layer.tile.team.ranks[block.replica][block.shard]
             if block.param in wanted:
-                by_owner[layer.tile.token_group, layer.dtype][owner].append(block)
+                by_owner[layer.tile.token_group, layer.dtype][self._owner(block)].append(block)
         found: dict[BlockKey, list[Tensor]] = {}
         for (group, _), owned in by_owner.items():
             for owner, blocks in sorted(owned.items()):
@@ -70,6 +69,29 @@ class Moments:
         tapped = [layer.tapped for layer in self.layers if layer.tapped is not None]
         both = [moment for one in tapped for moment in (one.input_moment, one.output_moment)]
         return [moment for moment in both if moment is not None]
+
+    def formed_bytes(self) -> int:
+        """Bytes of the moments of all layers on this rank."""
+        return sum(
+            leaf.numel() * leaf.dtype.itemsize
+            for layer in self.layers
+            if layer.tapped is not None
+            for leaf in (layer.tapped.leaves.input_moment, layer.tapped.leaves.output_moment)
+            if leaf is not None
+        )
+
+    def sum_bytes(self) -> list[list[int]]:
+        """Bytes of each layer's moments in the sum for each owner, ``[sum][layer]``."""
+        sums: dict[Any, list[int]] = defaultdict(lambda: [0] * len(self.layers))
+        for block in self.plan.blocks:
+            layer, (height, width) = self.layers[block.param], block.extent
+            numel = 1 + width**2 + self.two_sided * height**2
+            sums[self._owner(block), layer.dtype][block.param] += numel * layer.dtype.itemsize
+        return list(sums.values())
+
+    def _owner(self, block: Block) -> int:
+        """The rank that owns a block."""
+        return self.layers[block.param].tile.team.ranks[block.replica][block.shard]
 
     def _is_mine(self, block: Block) -> bool:
         """Whether this rank owns a block."""

@@ -26,6 +26,7 @@ from torchtitan.tools.utils import set_default_dtype
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.distributed.memory import bytes_by_rank
 from titan_shampoo.distributed.summary import MESSAGES, Figures, Summary, readable, table
+from titan_shampoo.layers.methods import KroneckerOptimizer
 from titan_shampoo.titan.optimizers import OptimizersContainer, members, replica_group
 from titan_shampoo.titan.own_process import in_own_process
 
@@ -42,7 +43,7 @@ class StagePlan:
     total: Figures
     """Bytes of everything in ``rows`` that is memory."""
     summaries: Mapping[str, Summary]
-    """By method, of the optimizers that work on blocks."""
+    """By method, of the optimizers whose blocks have owners."""
     keys: int
     """Entries of a checkpoint that are of this stage."""
 
@@ -236,7 +237,7 @@ def _stage_plan(shapes: Shapes) -> StagePlan:
     # Optimizers step one after the other and let go of their messages: the largest count.
     messages = np.zeros(len(ranks))
     for label, optimizer in _labelled(optimizers.optimizers).items():
-        if isinstance(optimizer, BlockOptimizer):
+        if isinstance(optimizer, (BlockOptimizer, KroneckerOptimizer)):
             summary = summaries[label] = optimizer.plan_summary()
             for what, figures, unit in summary.rows():
                 here = _at(ranks, summary, figures)
