@@ -28,9 +28,14 @@ class Saved(NamedTuple):
     method: str
 
     def run_in(self, source, layout, **settings):
-        """A run whose gradients come from its layers has them in double, to compare layouts."""
+        """A run whose gradients come from its layers has them in double, to compare layouts.
+
+        Blocks of Shampoo's convolution have three dims, which do not lie row-major.
+        """
         dtype = torch.float64 if self.method in LAYER_METHODS else torch.float32
-        return run_in(self.folder / source, layout, self.method, dtype=dtype, **settings)
+        options = {"merge": "paper"} if self.method == "Shampoo" else {}
+        folder = self.folder / source
+        return run_in(folder, layout, self.method, dtype=dtype, options=options, **settings)
 
 
 def layouts_of(world):
