@@ -4,7 +4,8 @@
 
 Trains with SOAP. Before each refresh the new factor ``A`` is seen in the basis ``Q`` of the last
 one: the share of ``A`` off the diagonal there, ``||offdiag(Q^T A Q)|| / ||A||`` in Frobenius norms,
-is 0 if the basis still holds. A test costs the products ``Q^T A Q``, ``4 d^3`` operations, and
+is 0 if the basis still holds (the criterion of the published PyTorch implementation of Shampoo,
+where it is off by default). A test costs the products ``Q^T A Q``, ``4 d^3`` operations, and
 saves what a refresh costs where the share is below its tolerance.
 """
 
@@ -26,7 +27,6 @@ from titan_shampoo.functional import soap
 from titan_shampoo.functional.roots import BasisMethod, next_basis
 
 TOLERANCES = (0.01, 0.03, 0.1, 0.3)
-"""The first is what the published implementation offers as its default."""
 
 
 def off_diagonal_share(matrices: Tensor, bases: Tensor) -> Tensor:
