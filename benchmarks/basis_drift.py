@@ -5,8 +5,8 @@
 Trains with SOAP. Before each refresh the new factor ``A`` is seen in the basis ``Q`` of the last
 one: the share of ``A`` off the diagonal there, ``||offdiag(Q^T A Q)|| / ||A||`` in Frobenius norms,
 is 0 if the basis still holds (the criterion of the published PyTorch implementation of Shampoo,
-where eigendecompositions skip by it if asked). A test costs the products ``Q^T A Q``, ``4 d^3`` operations, and
-saves what a refresh costs where the share is below its tolerance.
+where it is off by default). A test costs the products ``Q^T A Q``, ``4 d^3`` operations, and saves
+what a refresh costs where the share is below its tolerance.
 """
 
 import argparse
