@@ -19,10 +19,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.runs import TASKS
+from benchmarks.runs import TASKS, train
 from benchmarks.workloads import machine
 from tests.ranks import run_on_ranks
-from tests.titan_runs import trainer_of
 from titan_shampoo.functional import soap
 from titan_shampoo.functional.roots import BasisMethod, next_basis
 
@@ -37,20 +36,19 @@ def off_diagonal_share(matrices: Tensor, bases: Tensor) -> Tensor:
     return ((total - diagonal).clamp(min=0) / total.clamp(min=1e-30)).sqrt()
 
 
-def drifts(args: Sequence[str], threads: int) -> list[list[float]]:
+def drifts(args: list[str], threads: int) -> list[list[float]]:
     """Shares of the matrices of each refresh, but the first ones, in a run in this process."""
     found: list[list[float]] = []
-    torch.set_num_threads(threads)
 
     def observed(
         matrices: Tensor, previous: Tensor, ready: Tensor | bool, *, method: BasisMethod
     ) -> tuple[Tensor, Tensor]:
-        if ready is True or (isinstance(ready, Tensor) and bool(ready.all())):
+        if torch.as_tensor(ready).all():
             found.append(off_diagonal_share(matrices, previous).tolist())
         return next_basis(matrices, previous, ready, method=method)
 
-    with patch.object(soap, "next_basis", observed), trainer_of(list(args)) as trainer:
-        trainer.train()
+    with patch.object(soap, "next_basis", observed):
+        train(args, threads)
     return found
 
 

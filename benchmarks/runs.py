@@ -57,7 +57,7 @@ class Results:
             }
             args = [f"--{key}={_text(value)}" for key, value in run_settings.items()]
             try:
-                run_on_ranks(1, _train, args + self.extra, self.threads, timeout=1800)
+                run_on_ranks(1, train, args + self.extra, self.threads, timeout=1800)
             except AssertionError as error:  # a rate at which a method diverges is a result
                 if "not finite" not in str(error):
                     raise
@@ -72,7 +72,7 @@ class Results:
         print(f"{what}  last loss {last_loss(done):.4f}", flush=True)
 
 
-def _train(args: list[str], threads: int) -> None:
+def train(args: list[str], threads: int) -> None:
     """Train in this process, which is a rank of its own."""
     keep_freed_memory()
     torch.set_num_threads(threads)

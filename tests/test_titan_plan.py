@@ -124,12 +124,13 @@ def _measured(args: list[str]) -> dict[str, int]:
         })  # fmt: skip
         for optimizer in trainer.optimizers.optimizers:
             found["state"] += bytes_of(v for s in optimizer.state.values() for v in s.values())
-            if isinstance(optimizer, BlockOptimizer) and optimizer._engine is not None:
-                for tensors in optimizer._engine._workspace._kept.values():
-                    found["in a step"] += bytes_of(tensors)
-            if isinstance(optimizer, KroneckerOptimizer):
-                assert isinstance(optimizer._step, KroneckerStep)
-                for tensors in optimizer._step._workspace._kept.values():
+            step: Any = None
+            if isinstance(optimizer, BlockOptimizer):
+                step = optimizer._engine
+            elif isinstance(optimizer, KroneckerOptimizer):
+                step = optimizer._step
+            if step is not None:
+                for tensors in step._workspace._kept.values():
                     found["in a step"] += bytes_of(tensors)
         if buffers.most_bytes + moments.most_bytes:
             found["in a step"] += buffers.most_bytes + moments.most_bytes

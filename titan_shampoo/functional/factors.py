@@ -105,8 +105,9 @@ def root_exponents(shape: Sequence[int], options: Mapping[str, Any]) -> list[flo
 
 
 def unfold(grad: Tensor, dim: int) -> Tensor:
-    """Matrices with ``dim`` as rows whose squares make up that of a block, all of them views.
+    """Matrices with ``dim`` as rows whose squares make up that of a block.
 
+    Views, of blocks that lie as ``block_memory`` has it:
     ``(n, d_dim, product of the others)``, or of a dim between others in memory
     ``(n, product of the outer ones, d_dim, product of the inner ones)``.
     """

@@ -181,13 +181,12 @@ class Factors:
 
     def sharded(self, number: int) -> State:
         """State of one layer as global tensors: one for each size of block, ``"right.128x64"``."""
-        param = self.plan.params[number]
+        param, options = self.plan.params[number], self.layers[number].options
         counts: dict[tuple[int, ...], int] = defaultdict(int)
         places, sizes = {}, {}
         for block in (block for block in self.plan.blocks if block.param == number):
             places[block.index] = counts[block.shape]
             counts[block.shape] += 1
-            options = self.layers[number].options
             sizes[block.shape] = state_of_block(block.shape, options, two_sided=self.two_sided)
         chunks: dict[str, dict[tuple[int, ...], Tensor]] = defaultdict(dict)
         for block, values in self._owned(number):
