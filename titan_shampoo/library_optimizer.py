@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
-from titan_shampoo.saved_state import check_groups, check_state, copy_state, has_begun, load_options
+from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
@@ -39,14 +40,8 @@ class _Shared:
                          "optimizer with groups of its own")  # fmt: skip
 
 
-class LibraryOptimizer(torch.optim.Optimizer):
+class LibraryOptimizer(SavedStateOptimizer):
     """An optimizer whose state is allocated when it is made, and loaded in place."""
-
-    shape_options: ClassVar[tuple[str, ...]]
-    """Options that give state its shape: a state with others cannot be loaded."""
-
-    step_options: ClassVar[tuple[str, ...]]
-    """Options that all groups share, as they are of the step and of no parameter."""
 
     damping_option: ClassVar[str]
     """What to raise if refreshes fail."""
@@ -130,7 +125,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Complete the last parameter group, or raise ValueError."""
         group.setdefault("peak_lr", float(group["lr"]))
-        self._check_options()
+        self._check_options(group)
         check_alike(self.param_groups, self.step_options)
         for name, param in self._as_given(group):
             if param.is_complex():
@@ -157,19 +152,16 @@ class LibraryOptimizer(torch.optim.Optimizer):
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
         return next(iter(names), elsewhere) if count else None
 
+    def _state_beside_params(self) -> defaultdict[Any, Any]:
+        """What others keep in ``state`` under keys of their own, to begin new state with."""
+        kept = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
+        return defaultdict(dict, kept)
+
     def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Take over state that has begun."""
         for param, state in before.items():
-            if has_begun(state):
+            if isinstance(param, Tensor) and has_begun(state):
                 copy_state(self.state[param], state)
-
-    def _check_options(self) -> None:
-        """Raise ValueError if the last parameter group has an impossible option."""
-        raise NotImplementedError
-
-    def _build(self) -> None:
-        """Allocate all state anew; what is replaced is not changed."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
@@ -310,30 +302,6 @@ class LibraryOptimizer(torch.optim.Optimizer):
         if worst >= self.param_groups[0]["max_failures"]:
             raise RuntimeError(f"{worst:.0f} refreshes of a block failed in a row, as its rank has "
                                f"logged; raise {self.damping_option}, or max_failures")  # fmt: skip
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned on the same layout of ranks; dtypes are kept.
-
-        Raises:
-            ValueError: If the state is of another method, of other parameters or of other shapes.
-                Nothing is changed then.
-        """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        groups, saved = state_dict["param_groups"], state_dict["state"]
-        check_groups(self.param_groups, groups, self.shape_options)
-        pairs = [
-            (name, self.state[param], saved.get(index, {}))
-            for group, old in zip(self.param_groups, groups, strict=True)
-            for (name, param), index in zip(self._named(group), old["params"], strict=True)
-        ]
-        for name, mine, other in pairs:
-            check_state(name, mine, other)
-        for _, mine, other in pairs:
-            copy_state(mine, other)
-        load_options(self.param_groups, groups)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def _replicas(self) -> dist.ProcessGroup | None:
         """The ranks that hold plain tensors: the given group, else all."""

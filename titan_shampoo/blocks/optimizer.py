@@ -5,7 +5,7 @@ Nothing distributed has to be configured: meshes and placements are read off the
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
 from titan_shampoo.options import check_options, check_order
+from titan_shampoo.saved_state import GlobalState
 from titan_shampoo.whole_model import Described, turns_in_model
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class BlockOptimizer(LibraryOptimizer):
         warn_without_names(self.param_groups)
         self._build()
 
-    def _check_options(self) -> None:
-        check_options(self.param_groups[-1])
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_options(group)
 
     def _worst_failure(self) -> Tensor:
         if self._engine is None:
@@ -126,28 +127,26 @@ class BlockOptimizer(LibraryOptimizer):
             {k: bytes_by_rank(held, self._replicas()) for k, held in like_parameters.items()},
         )
 
-    def sharded_state(self) -> dict[str, dict[str, Tensor]]:
-        """All state by parameter name, as live tensors to save and to load in place.
+    def _global_state(self) -> GlobalState:
+        found: GlobalState = {}
+        engine = self._engine
+        for number, member in enumerate([] if engine is None else engine.members):
+            assert engine is not None
+            found[member.param] = engine.common_state(number) | engine.state.sharded(number)
+        order = (param for group in self.param_groups for param in group["params"])
+        return {param: found.get(param) or dict(self.state[param]) for param in order}
 
-        For distributed checkpoints: every tensor is global, and its key and shape depend neither
-        on the rank nor on the mesh.
-        """
-        state: dict[str, dict[str, Tensor]] = {}
-        if self._engine is not None:
-            for number, member in enumerate(self._engine.members):
-                common = self._engine.common_state(number)
-                state[member.name] = common | self._engine.state.sharded(number)
-        for group in self.param_groups:
-            for name, param in self._named(group):
-                if name not in state:
-                    state[name] = dict(self.state[param])
-        return state
+    def _owned_blocks(self) -> dict[Tensor, tuple[Sequence[int], int]]:
+        if self._engine is None:
+            return {}
+        params = (member.param for member in self._engine.members)
+        return dict(zip(params, self._engine.plan.owned_blocks(), strict=True))
 
     def _build(self) -> None:
         """Plan the blocks and allocate all state."""
         members = []
         self._fallback_params: list[list[Tensor]] = []
-        self.state = defaultdict(dict)
+        self.state = self._state_beside_params()
         for group in self.param_groups:
             fallback = []
             for name, param in self._named(group):

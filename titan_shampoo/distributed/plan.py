@@ -33,6 +33,15 @@ class Plan:
     stacks: list[Stack]
     buckets: list[Bucket]
 
+    def owned_blocks(self) -> list[tuple[list[int], int]]:
+        """Numbers of this rank's blocks of each parameter, and how many blocks that has."""
+        owned: list[list[int]] = [[] for _ in self.params]
+        for stack in self.stacks:
+            for block in stack.blocks:
+                owned[block.param].append(block.index)
+        counts = [param.grid.num_blocks for param in self.params]
+        return list(zip(owned, counts, strict=True))
+
     def facts(self) -> list[dict[str, object]]:
         """What the ranks of each parameter's team must know alike."""
         found: list[dict[str, object]] = [

@@ -245,6 +245,10 @@ class KroneckerStep(LayerStep):
         """The same as global tensors: one for each size of block."""
         return {"cursor": self.cursor} | self.factors.sharded(number)
 
+    def owned_blocks(self) -> list[tuple[list[int], int]]:
+        """Numbers of this rank's blocks of each layer, and how many that has."""
+        return self.plan.owned_blocks()
+
     def worst_failure(self) -> Tensor:
         """Largest number of refreshes in a row that failed for any block here, 0-dim."""
         return self.factors.worst_failure()

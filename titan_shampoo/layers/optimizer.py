@@ -5,7 +5,6 @@ parameters, how gradients are reduced off FSDP2.
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
+from titan_shampoo.saved_state import GlobalState
 from titan_shampoo.statistics import reshard
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class LayerOptimizer(LibraryOptimizer):
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         raise NotImplementedError
 
-    def _check_options(self) -> None:
-        check_layer_options(self.param_groups[-1])
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_layer_options(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
@@ -131,7 +131,7 @@ class LayerOptimizer(LibraryOptimizer):
         self._reset_taps()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned on the same layout of ranks; dtypes are kept.
+        """Load what :meth:`state_dict` or :meth:`local_state_dict` returned, on every rank.
 
         What has been measured since the last step is forgotten.
         """
@@ -164,18 +164,24 @@ class LayerOptimizer(LibraryOptimizer):
         the next backward pass: FOOF and K-FAC measure some layers in each step, and which ones
         depends on the step that is loaded.
         """
-        state = {
-            name: dict(self.state[param])
-            for group in self.param_groups
-            for name, param in self._named(group)
-        }
-        if self._step is not None:
-            for number, layer in enumerate(self._step.layers):
-                # In place of the views that this rank has of its blocks.
-                for key in self._step.state(number):
-                    del state[layer.name][key]
-                state[layer.name] |= self._step.sharded_state(number)
-        return state
+        return super().sharded_state()
+
+    def _global_state(self) -> GlobalState:
+        order = (param for group in self.param_groups for param in group["params"])
+        found = {param: dict(self.state[param]) for param in order}
+        for number, layer in enumerate([] if self._step is None else self._step.layers):
+            assert self._step is not None
+            # In place of the views that this rank has of its blocks.
+            for key in self._step.state(number):
+                del found[layer.weight][key]
+            found[layer.weight] |= self._step.sharded_state(number)
+        return found
+
+    def _owned_blocks(self) -> dict[Tensor, tuple[Sequence[int], int]]:
+        if self._step is None:
+            return {}
+        weights = (layer.weight for layer in self._step.layers)
+        return dict(zip(weights, self._step.owned_blocks(), strict=False))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but process groups; the model is copied or pickled along."""
@@ -185,7 +191,7 @@ class LayerOptimizer(LibraryOptimizer):
         """Find the layers and allocate all state."""
         self._is_checked = False
         reshard(self._models)  # a root that is gathered would have no parameters of ours
-        self.state = defaultdict(dict)
+        self.state = self._state_beside_params()
         names = self._names_in_models()
         self._named_params = {
             param: (names.get(param, name) if "param_names" not in group else name)
@@ -254,6 +260,8 @@ class LayerOptimizer(LibraryOptimizer):
         elif options["momentum"] > 0:
             self._buffers[param] = torch.zeros_like(param)
             self.state[param] = {"momentum": self._buffers[param]}
+        else:
+            self.state[param] = {}
 
     def _step_others(self, grads: Mapping[Tensor, Tensor], taken: Tensor | None) -> None:
         """AdamW, or SGD as the layers have it, for what is not preconditioned."""

@@ -98,6 +98,10 @@ class LayerStep:
         """The same as global tensors, which do not depend on the mesh."""
         return self.state(number)
 
+    def owned_blocks(self) -> list[tuple[list[int], int]]:
+        """Numbers of this rank's blocks of each layer, and how many that has; empty without any."""
+        return []
+
     def statistics(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
         raise NotImplementedError
