@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.block_views import of_blocks
 from tests.ranks import run_on_ranks
 from tests.reference.blocks import Array
 from tests.test_layouts import LAYOUTS, METHODS, OPTIONS, Layout, gradients, plain
@@ -55,7 +56,7 @@ def test_that_of_a_block_is_of_its_worst_factor(name: str) -> None:
     for block, found in enumerate(optimizer.conditions()["wide"].tolist()):
         worst = 0.0
         for side in ("left", "right"):
-            factor = state[f"{side}.{block}"].numpy()
+            factor = of_blocks(state, side)[block].numpy()
             extent = math.isqrt(factor.size)
             values = damped(np.linalg.eigvalsh(factor.reshape(extent, extent)), name)
             worst = max(worst, values.max() / values.min())

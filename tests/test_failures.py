@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.block_views import of_blocks
 from tests.checkpoint_runs import Run, run_in
 from tests.ranks import run_on_ranks
 from titan_shampoo import Shampoo
@@ -57,7 +58,7 @@ def test_failed_refresh_is_named_once_and_mended_in_float64(
     weight, optimizer = matrix_and_optimizer()
     take_step(weight, optimizer, 1)
     state = optimizer.state[weight]
-    assert torch.equal(state["left_root.0"], torch.eye(2))
+    assert torch.equal(of_blocks(state, "left_root")[0], torch.eye(2))
     monkeypatch.undo()
     with caplog.at_level(logging.WARNING):
         take_step(weight, optimizer, 2)
@@ -65,8 +66,8 @@ def test_failed_refresh_is_named_once_and_mended_in_float64(
     assert [record.getMessage() for record in caplog.records] == [
         "w, block 0: a refresh failed; the last good one is kept, and it is repeated in float64"
     ]
-    assert not torch.equal(state["left_root.0"], torch.eye(2))
-    assert state["failures.0"] == 0
+    assert not torch.equal(of_blocks(state, "left_root")[0], torch.eye(2))
+    assert of_blocks(state, "failures")[0] == 0
     assert optimizer.failed_refreshes == 1
 
 
@@ -82,8 +83,9 @@ def test_repetition_in_float64_gives_the_roots_of_the_failed_step(
     assert optimizer._engine is not None
     optimizer._engine.repair()
     mended, expected = optimizer.state[weight], sound.state[twin]
-    for key in ("left_root.0", "right_root.0"):
-        assert torch.allclose(mended[key], expected[key], rtol=1e-3)
+    for name in ("left_root", "right_root"):
+        found, wanted = of_blocks(mended, name)[0], of_blocks(expected, name)[0]
+        assert torch.allclose(found, wanted, rtol=1e-3)
 
 
 def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
@@ -93,7 +95,7 @@ def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
     take_step(weight, optimizer, 1)
     spoil_first_root(monkeypatch, torch.float32)
     take_step(weight, optimizer, 2)
-    last = optimizer.state[weight]["left_root.0"].clone()
+    last = of_blocks(optimizer.state[weight], "left_root")[0].clone()
 
     def large(matrices: Tensor, *args: Any, **kwargs: Any) -> Root:
         root, condition = inverse_root(matrices, *args, **kwargs)
@@ -102,8 +104,8 @@ def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
     monkeypatch.setattr(shampoo, "inverse_root", large)
     assert optimizer._engine is not None
     optimizer._engine.repair()
-    assert torch.equal(optimizer.state[weight]["left_root.0"], last)
-    assert optimizer.state[weight]["failures.0"] == 1
+    assert torch.equal(of_blocks(optimizer.state[weight], "left_root")[0], last)
+    assert of_blocks(optimizer.state[weight], "failures")[0] == 1
 
 
 def test_block_that_fails_too_often_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

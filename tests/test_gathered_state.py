@@ -1,16 +1,12 @@
 """State that torch's own functions gather into one file is whole, and goes on on any layout."""
 
-import copy
 import functools
-import io
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,14 +15,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.layers import Perceptron, made
 from tests.ranks import run_on_ranks
 from tests.test_eva_layouts import ddp, fsdp, fsdp_by_tp, fsdp_over_columns, hsdp, train, values
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
-from titan_shampoo.distributed import gathered
 
 Values = dict[str, Tensor]
 

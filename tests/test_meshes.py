@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from tests.block_views import of_blocks
 from tests.ranks import run_on_ranks
 from titan_shampoo import KLShampoo, Shampoo
 from titan_shampoo.distributed import blocks as blocks_module
@@ -244,7 +245,7 @@ def test_experts_on_a_mesh_of_their_own_are_stepped_one_by_one() -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
 
 
-def factors_of_experts() -> list[str]:
+def experts_with_factors() -> list[int]:
     mesh = init_device_mesh("cpu", (2,))
     placed = distribute_tensor(torch.ones(4, 6, 8), mesh, [Shard(0)], src_data_rank=None)
     param = torch.nn.Parameter(placed)
@@ -252,8 +253,8 @@ def factors_of_experts() -> list[str]:
     assert isinstance(param, DTensor)
     assert optimizer._engine is not None
     assert not any(block.is_cut for block in optimizer._engine.plan.blocks)
-    return sorted(key for key in optimizer.state[param] if key.startswith("left."))
+    return list(of_blocks(optimizer.state[param], "left"))
 
 
 def test_every_expert_has_its_own_factors_on_its_own_rank() -> None:
-    assert run_on_ranks(2, factors_of_experts) == [["left.0", "left.1"], ["left.2", "left.3"]]
+    assert run_on_ranks(2, experts_with_factors) == [[0, 1], [2, 3]]

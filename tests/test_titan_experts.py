@@ -3,6 +3,7 @@
 import pytest
 from torch.distributed.tensor import DTensor
 
+from tests.block_views import of_blocks
 from tests.ranks import run_on_ranks
 from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
 
@@ -52,7 +53,7 @@ def factors_by_expert(args):
         grid = shampoo.grids()[name]
         blocks = [block for block in shampoo._engine.plan.blocks
                   if shampoo._engine.plan.params[block.param].name == name]  # fmt: skip
-        lefts = sorted(key for key in shampoo.state[param] if key.startswith("left."))
+        lefts = sorted(of_blocks(shampoo.state[param], "left"))
         assert isinstance(param, DTensor)
         return grid.batch_dims, grid.counts, sum(block.is_cut for block in blocks), lefts
 
@@ -91,7 +92,7 @@ def test_every_expert_has_factors_of_its_own_where_it_is_stored(tmp_path):
     results = run_on_ranks(2, factors_by_expert, args, timeout=120)
     for rank, (batch_dims, counts, cut, lefts) in enumerate(results):
         assert (batch_dims, counts, cut) == (1, (4, 1, 1), 0)
-        assert lefts == [f"left.{expert}" for expert in (2 * rank, 2 * rank + 1)]
+        assert lefts == [2 * rank, 2 * rank + 1]
 
 
 def states_of_experts(args):

@@ -123,7 +123,10 @@ def _measured(args: list[str]) -> dict[str, int]:
             "buffers": bytes_of(b for part in trainer.model_parts for b in part.buffers()),
         })  # fmt: skip
         for optimizer in trainer.optimizers.optimizers:
-            found["state"] += bytes_of(v for s in optimizer.state.values() for v in s.values())
+            states = optimizer.state.values()
+            found["state"] += bytes_of(
+                value for state in states for key, value in state.items() if key != "blocks"
+            )
             step: Any = None
             if isinstance(optimizer, BlockOptimizer):
                 step = optimizer._engine

@@ -19,7 +19,7 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
-from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun
+from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun, is_alike
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         lost = [
             name
             for name, param in self._all_named()
-            if has_begun(before.get(param, {})) and before[param].keys() != self.state[param].keys()
+            if has_begun(before.get(param, {})) and not is_alike(before[param], self.state[param])
         ]
         which = self._first_anywhere(lost, "a parameter of other ranks")
         if which is not None:
@@ -308,6 +308,10 @@ class LibraryOptimizer(SavedStateOptimizer):
         if self._process_group is None and dist.is_initialized():
             return dist.group.WORLD
         return self._process_group
+
+    def _is_stage(self) -> bool:
+        is_one_of_many = self._pipeline_group is not None and self._pipeline_group.size() > 1
+        return is_one_of_many or self._whole_model is not None
 
     def _meet(self) -> None:
         """Find out who holds which parameters, and who decides with whom."""

@@ -3,26 +3,26 @@
 A state is checked as a whole, and by all ranks together, before anything of the optimizer changes.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from titan_shampoo.distributed.gathered import (
-    await_ranks,
-    block_steps,
-    gathered,
-    is_of_one_step,
-    load_,
-)
-from titan_shampoo.distributed.state import BlockTensor
+from titan_shampoo.distributed.gathered import await_ranks, gathered, load_, whole_tensor
+from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.options import check_alike
 
-BLOCK_STEPS = "block_steps"
-"""Key of the step of each block, in a state that is gathered."""
+BLOCKS = "blocks"
+"""Key of the numbers of the blocks that a rank owns; when saved, each with the step of its state.
+
+So blocks of different steps, or of one rank in the place of another's, are found when they are
+loaded.
+"""
 
 _FIXED_KEYS = ("params", "param_names", "method", "compile")
 """Keys of a parameter group that a loaded state does not change."""
@@ -35,7 +35,6 @@ _WRAPPERS = re.compile(
 )
 
 Groups = Sequence[Mapping[str, Any]]
-State = dict[str, Any]
 GlobalState = dict[Tensor, dict[str, Tensor]]
 
 
@@ -70,8 +69,12 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """State of each parameter as live global tensors, under names without ranks."""
         raise NotImplementedError
 
-    def _owned_blocks(self) -> dict[Tensor, tuple[Sequence[int], int]]:
-        """Numbers of this rank's blocks of each parameter, and how many blocks that has."""
+    def _holdings(self) -> dict[Tensor, list[Holding]]:
+        """The blocks of each parameter that has any, by their shape."""
+        raise NotImplementedError
+
+    def _is_stage(self) -> bool:
+        """Whether the parameters are those of one stage of a pipeline."""
         raise NotImplementedError
 
     # Saving
@@ -97,7 +100,10 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If other ranks have not called it within ten minutes.
+            ValueError: If torch asks for what it would not put together rightly: one file of all
+                stages of a pipeline, or the flattened form to be broadcast from rank 0.
         """
+        check_request(requested_by_torch(), is_stage=self._is_stage())
         await_ranks(self._judges, "state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -107,24 +113,46 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return packed
 
     def local_state_dict(self) -> dict[str, Any]:
-        """The live state of this rank, each block under a key of its own; nothing is sent.
+        """The live state of this rank, of its own blocks alone; nothing is sent.
 
-        Together those of all ranks are the whole state. Loads on the layout that it was saved on.
+        Loads on the layout that it was saved on, each rank its own.
         """
-        return self._packed(self.state)
+        state = {
+            key: {name: _picklable(value) for name, value in values.items()}
+            if isinstance(key, Tensor)
+            else values
+            for key, values in self.state.items()
+        }
+        for param in self._holdings():
+            state[param][BLOCKS] = self._block_table(param)
+        return self._packed(state)
+
+    def _number_blocks(self) -> None:
+        """Have the state of each parameter name the blocks that it is of."""
+        for param, holdings in self._holdings().items():
+            indices = [index for holding in holdings for index in holding.indices]
+            self.state[param][BLOCKS] = torch.tensor(indices, dtype=torch.int64,
+                                                     device=param.device)  # fmt: skip
+
+    def _block_table(self, param: Tensor) -> Tensor:
+        """Number and step of each block that this rank owns, ``(blocks, 2)``."""
+        numbers = self.state[param][BLOCKS]
+        steps = torch.full_like(numbers, int(self.state[param]["cursor"]))
+        return torch.stack([numbers, steps], dim=1)
 
     def _gathered_state(self) -> dict[Any, Any]:
-        blocks = self._owned_blocks()
+        """A copy of all state, in which that of blocks is spread over ranks, or whole."""
         copies: dict[Any, Any] = {key: value for key, value in self.state.items()
                                   if not isinstance(key, Tensor)}  # fmt: skip
-        for param, state in self._global_state().items():
-            if param in blocks:
-                owned, count = blocks[param]
-                stamp = block_steps(owned, count, int(state["cursor"]), param.device)
-                state = {**state, BLOCK_STEPS: stamp}
+        holdings = self._holdings()
+        for param in (param for group in self.param_groups for param in group["params"]):
+            state, shares = dict(self.state.get(param, {})), {}
+            if param in holdings:
+                shares = _shares(holdings[param])
+                state[BLOCKS] = self._block_table(param)
             copies[param] = {
-                key: gathered(value, param, self._replicas())
-                if isinstance(value, BlockTensor)
+                key: gathered(value, *share, param, self._replicas())
+                if (share := shares.get(key.rpartition(".")[2])) is not None
                 else value.detach().clone()
                 for key, value in state.items()
             }
@@ -164,10 +192,10 @@ class SavedStateOptimizer(torch.optim.Optimizer):
                 other shapes, or if it was put together from several steps or ranks. Nothing is
                 changed then.
         """
-        await_ranks(self._judges, "load_state_dict()")
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        await_ranks(self._judges, "load_state_dict()")
         attributes, options = dict(self.__dict__), [dict(group) for group in self.param_groups]
         try:
             self._load(state_dict)
@@ -217,48 +245,42 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
     def _copy_in(self, saved: Mapping[str, Any]) -> None:
         """Check saved state against that of the optimizer as it is now, and copy it there."""
-        blocks = self._owned_blocks()
-        others = [(param, other) for _, param, other in self._saved_of_params(saved)]
-        stamped = [BLOCK_STEPS in other for param, other in others if param in blocks]
-        is_local = not all(stamped)
-        state = self.state if is_local else self._global_state()
-        refusal, pairs = None, []
+        refusal, entries = None, []
         try:
-            for name, param, other in self._saved_of_params(saved):
-                check_state(name, state.get(param, {}), other, is_local=is_local)
-                pairs.append((name, state.get(param, {}), other))
+            entries = list(self._entries(saved))
         except ValueError as error:
             refusal = str(error)
-        some_local, some_stamped = self._agreed(refusal, is_local, any(stamped))
-        if some_local and some_stamped:
-            raise ValueError("the state is of local_state_dict() in part, and of state_dict() in "
-                             "part; load one form on all ranks")  # fmt: skip
-        self._check_steps(pairs)
-        for _, mine, other in pairs:
-            for key, value in mine.items():
-                load_(value, other[key])
-
-    def _check_steps(
-        self, pairs: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]
-    ) -> None:
-        """Refuse blocks of different steps, or of other ranks."""
-        refusal = None
-        for name, _, other in pairs:  # to the end, as every rank of a parameter takes part
-            if BLOCK_STEPS in other and not is_of_one_step(
-                other[BLOCK_STEPS], int(other["cursor"])
-            ):
-                refusal = (f"{name}: blocks of the state are of different steps, or one rank's are "
-                           "in the place of another's; save what state_dict() returns on every "
-                           "rank, or one file of full_state_dict=True")  # fmt: skip
+        tables = [entry.saved[BLOCKS] for entry in entries if BLOCKS in entry.saved]
+        spread = any(isinstance(table, DTensor) for table in tables)
+        local = any(entry.is_local for entry in entries)
+        are_spread, are_local = self._agreed(refusal, spread, local)
+        if are_spread and are_local:
+            raise ValueError("the state is of local_state_dict() on some ranks, and of "
+                             "state_dict() on others; load one of them on all")  # fmt: skip
+        for entry in entries:  # to the end, as every rank of a parameter takes part
+            if BLOCKS in entry.saved and not entry.is_of_one_step():
+                refusal = (f"{entry.name}: blocks of the state are of different steps, or one "
+                           "rank's are in the place of another's; save what state_dict() returns "
+                           "on every rank, or one file of full_state_dict=True")  # fmt: skip
         self._agreed(refusal)
+        for entry in entries:
+            entry.load()
 
-    def _saved_of_params(self, saved: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, State]]:
-        """Name, parameter and saved state; but for frozen ones, which torch leaves out."""
+    def _entries(self, saved: Mapping[str, Any]) -> Iterator["Entry"]:
+        """State of each parameter with what is saved of it; but for frozen ones without any.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        holdings = self._holdings()
         for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
             for (name, param), key in zip(self._named(group), old["params"], strict=True):
                 other = saved["state"].get(key, {})
-                if other or param.requires_grad:
-                    yield name, param, as_tensors(other)
+                if other or param.requires_grad:  # torch leaves out frozen ones
+                    entry = Entry(name, self.state.get(param, {}), as_tensors(other),
+                                  _shares(holdings.get(param, ())))  # fmt: skip
+                    entry.check()
+                    yield entry
 
     def _agreed(self, refusal: str | None, *flags: bool) -> list[bool]:
         """The flags that are set on any rank.
@@ -291,6 +313,58 @@ def bare_names(names: Sequence[str]) -> list[str]:
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
     return bare
+
+
+def _picklable(value: Tensor) -> Tensor:
+    """The same, or a copy: torch can neither copy nor pickle a DTensor that begins in a storage."""
+    is_inside = isinstance(value, DTensor) and value.to_local().storage_offset() > 0
+    return value.detach().clone() if is_inside else value
+
+
+class Request(NamedTuple):
+    """What ``torch.distributed.checkpoint.state_dict`` makes of the state that it asks for."""
+
+    gathers: bool = False
+    """One file of rank 0, or one that rank 0 hands to all."""
+    flattens: bool = False
+    """Of one level, to be loaded from one file."""
+
+
+def requested_by_torch() -> Request:
+    """The caller's request; nothing special where others than torch's functions ask.
+
+    torch hands its options to no optimizer, so that they are read off its frames: what it cannot
+    put together would else be lost without a word.
+    """
+    frame, infos = inspect.currentframe(), {}
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            infos[frame.f_code.co_name] = frame.f_locals.get("info")
+        frame = frame.f_back
+    info = next(iter(infos.values()), None)
+    is_one_file = "_load_optim_state_dict" in infos  # it asks for no other form
+    return Request(
+        gathers=getattr(info, "full_state_dict", False)
+        or getattr(info, "broadcast_from_rank0", False),
+        flattens=is_one_file and getattr(info, "flatten_optimizer_state_dict", False),
+    )
+
+
+def check_request(request: Request, *, is_stage: bool) -> None:
+    """Refuse what torch would lose.
+
+    Args:
+        request: From :func:`requested_by_torch`.
+        is_stage: Whether other ranks have other parameters, as stages of a pipeline.
+    """
+    if is_stage and request.gathers:
+        raise ValueError("full_state_dict: got True in a pipeline, where rank 0 would have the "
+                         "state of its own stage alone; save the sharded form with "
+                         "torch.distributed.checkpoint")  # fmt: skip
+    if request.flattens:
+        raise ValueError("flatten_optimizer_state_dict: got True for the load of one file, which "
+                         "torch cannot put together; set it to False, here and in the call that "
+                         "saves")  # fmt: skip
 
 
 def check_form(saved: Mapping[str, Any]) -> None:
@@ -338,27 +412,77 @@ def _check_names(names: Sequence[str], saved: Sequence[str]) -> None:
                              "this model and, in a pipeline, of this stage")  # fmt: skip
 
 
-def check_state(
-    name: str, mine: Mapping[str, Any], other: Mapping[str, Any], *, is_local: bool
-) -> None:
-    """Raise ValueError if saved state does not fit a parameter.
+class Entry(NamedTuple):
+    """State of one parameter, and what is saved of it."""
 
-    Args:
-        name: Of the parameter.
-        mine: Its live state.
-        other: Its saved state.
-        is_local: Whether both are in the form of ``local_state_dict()``.
-    """
-    differing = sorted(mine.keys() ^ (other.keys() - {BLOCK_STEPS}))
-    if differing:
-        advice = (": it is one rank's part of another layout; save state_dict() or sharded_state(),"
-                  " which fit any") if is_local and mine and other else ""  # fmt: skip
-        raise ValueError(f"{name}: the state has {len(other)} entries, wanted {len(mine)}; "
-                         f"differing: {', '.join(differing[:5])}{advice}")  # fmt: skip
-    for key, value in mine.items():
-        if value.shape != other[key].shape:
-            raise ValueError(f"{name}: {key} of the state has shape {tuple(other[key].shape)}, "
-                             f"wanted {tuple(value.shape)}")  # fmt: skip
+    name: str
+    mine: Mapping[str, Tensor]
+    saved: Mapping[str, Any]
+    shares: Mapping[str, "Share"]
+    """This rank's blocks by the end of their keys; empty if the parameter has no blocks."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is of this rank's blocks alone, where others own some, too."""
+        if not self.shares:
+            return False
+        places, total = self.shares[BLOCKS]
+        return len(self.saved[BLOCKS]) == len(places) < total
+
+    def check(self) -> None:
+        """Raise ValueError if the saved state does not fit."""
+        differing = sorted(self.mine.keys() ^ self.saved.keys())
+        if differing:
+            some = ", ".join(differing[:5])
+            raise ValueError(f"{self.name}: the state has {len(self.saved)} entries, wanted "
+                             f"{len(self.mine)}; differing: {some}")  # fmt: skip
+        for key, value in self.mine.items():
+            wanted = self._wanted(key, value, is_local=self.is_local)
+            if self.saved[key].shape != wanted:
+                advice = ("; what another layout's ranks have each of their own fits none but that "
+                          "layout: save state_dict()") if key == BLOCKS else ""  # fmt: skip
+                raise ValueError(f"{self.name}: {key} of the state has shape "
+                                 f"{tuple(self.saved[key].shape)}, wanted {tuple(wanted)}"
+                                 f"{advice}")  # fmt: skip
+
+    def _wanted(self, key: str, value: Tensor, *, is_local: bool) -> torch.Size:
+        share = self.shares.get(key.rpartition(".")[2])
+        if share is None:
+            return value.shape
+        rows = len(share.places) if is_local else share.total
+        return torch.Size((rows, 2) if key == BLOCKS else (rows, *value.shape[1:]))
+
+    def is_of_one_step(self) -> bool:
+        """Whether every saved block is in its place, and of the step of its parameter."""
+        table = whole_tensor(self.saved[BLOCKS]).cpu()
+        numbers = self.mine[BLOCKS].cpu() if self.is_local else torch.arange(len(table))
+        steps = torch.full_like(numbers, int(self.saved["cursor"]))
+        return torch.equal(table, torch.stack([numbers, steps], dim=1))
+
+    def load(self) -> None:
+        """Copy what is saved into live memory."""
+        for key, value in self.mine.items():
+            share = self.shares.get(key.rpartition(".")[2])
+            if key != BLOCKS:
+                load_(value, self.saved[key], None if share is None else share.places)
+
+
+class Share(NamedTuple):
+    """Some of the blocks of a parameter that are alike."""
+
+    places: Sequence[int]
+    """Of those that this rank owns among all of them."""
+    total: int
+    """Blocks on all ranks."""
+
+
+def _shares(holdings: Sequence[Holding]) -> dict[str, Share]:
+    """This rank's blocks of one parameter by the end of their keys, and all together."""
+    if not holdings:
+        return {}
+    shares = {holding.suffix: Share(holding.places, holding.count) for holding in holdings}
+    indices = [index for holding in holdings for index in holding.indices]
+    return shares | {BLOCKS: Share(indices, sum(holding.count for holding in holdings))}
 
 
 def as_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,6 +498,13 @@ def copy_state(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in other.items():
             mine[key].copy_(value)
+
+
+def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states of a parameter are of the same kind, and of the same blocks."""
+    if one.keys() != other.keys():
+        return False
+    return BLOCKS not in one or torch.equal(one[BLOCKS], other[BLOCKS])
 
 
 def has_begun(state: Mapping[str, Tensor]) -> bool:

@@ -5,7 +5,7 @@ Nothing distributed has to be configured: meshes and placements are read off the
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from titan_shampoo.distributed.geometry import Grid, make_grid
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.memory import bytes_by_rank
-from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
+from titan_shampoo.distributed.plan import Cost, Holding, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
@@ -136,11 +136,11 @@ class BlockOptimizer(LibraryOptimizer):
         order = (param for group in self.param_groups for param in group["params"])
         return {param: found.get(param) or dict(self.state[param]) for param in order}
 
-    def _owned_blocks(self) -> dict[Tensor, tuple[Sequence[int], int]]:
+    def _holdings(self) -> dict[Tensor, list[Holding]]:
         if self._engine is None:
             return {}
         params = (member.param for member in self._engine.members)
-        return dict(zip(params, self._engine.plan.owned_blocks(), strict=True))
+        return dict(zip(params, self._engine.state.holdings, strict=True))
 
     def _build(self) -> None:
         """Plan the blocks and allocate all state."""
@@ -169,6 +169,7 @@ class BlockOptimizer(LibraryOptimizer):
             for number, member in enumerate(members):
                 common = engine.common_state(number)
                 self.state[member.param] = common | engine.state.of_blocks(number)
+        self._number_blocks()
 
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return not falls_back(name, param, group)

@@ -51,14 +51,28 @@ class BlockState:
     ) -> None:
         self._members, self._rule, self._plan, self._device = members, rule, plan, device
         self.stacks = [self._empty(number) for number in range(len(plan.stacks))]
+        self.holdings = plan.holdings()
         self._owned: list[list[tuple[int, int, Block]]] = [[] for _ in members]
         for number, stack in enumerate(plan.stacks):
             for position, block in enumerate(stack.blocks):
                 self._owned[block.param].append((number, position, block))
 
     def of_blocks(self, number: int) -> dict[str, Tensor]:
-        """Views of the state of this rank's blocks of one parameter: ``"left.3"`` for block 3."""
-        return {f"{shape.name}.{block.index}": value for block, shape, value in self._views(number)}
+        """State of this rank's blocks of one parameter: views, ``(blocks of that shape, ...)``.
+
+        Keys are the same on all ranks: ``"left.64x32"`` is of the blocks with 64 rows and 32
+        columns, and has no rows where a rank owns none of them.
+        """
+        state = {}
+        for holding in self.holdings[number]:
+            for shape in self._shapes(holding.shape, number):
+                if holding.places:
+                    view = holding.part_of(self.stacks[holding.stack][shape.name])
+                else:
+                    view = torch.zeros((0, *shape.shape), dtype=self._dtype(shape, number),
+                                       device=self._device)  # fmt: skip
+                state[f"{shape.name}.{holding.suffix}"] = view
+        return state
 
     def sharded(self, number: int) -> dict[str, Tensor]:
         """State of one parameter as global tensors, for distributed checkpoints.

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from titan_shampoo.distributed.state import BlockTensor
-
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(seconds=10)
@@ -26,17 +24,26 @@ LIMIT = timedelta(minutes=10)
 """Time after which it gives up."""
 
 
-def gathered(blocks: BlockTensor, param: Tensor, replicas: dist.ProcessGroup | None) -> Tensor:
-    """A copy of all blocks, as a tensor that torch can gather; called by all ranks of ``param``.
+def gathered(
+    blocks: Tensor,
+    places: Sequence[int],
+    count: int,
+    param: Tensor,
+    replicas: dist.ProcessGroup | None,
+) -> Tensor:
+    """A copy of all blocks, ``(count, ...)``, that torch can gather; every rank must call it.
 
     Args:
-        blocks: State of ``param``, of which this rank holds some blocks.
-        param: The parameter.
+        blocks: Those that this rank owns, ``(len(places), ...)``.
+        places: Where they are among all of them.
+        count: Blocks on all ranks.
+        param: The parameter that they are of.
         replicas: Ranks that hold plain tensors as replicas; None for this rank alone.
     """
-    whole = blocks.whole(param.device)
-    # Bytes are added, not numbers: all but one rank have zeros, and every bit arrives.
-    rows = whole.view(len(whole), math.prod(whole.shape[1:])).view(torch.uint8)
+    whole = blocks.new_zeros(count, *blocks.shape[1:])
+    whole[list(places)] = blocks
+    # Bytes are added, not numbers: all ranks but the owner have zeros, and every bit arrives.
+    rows = whole.view(count, math.prod(whole.shape[1:])).view(torch.uint8)
     if not isinstance(param, DTensor):
         if replicas is not None and replicas.size() > 1:
             dist.all_reduce(rows, group=replicas)
@@ -64,55 +71,29 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
+    here = tensor if tensor.device.type == kind else tensor.to(kind)  # offloaded by torch
+    assert isinstance(here, DTensor), "moving a DTensor does not make it plain"
+    return here.full_tensor()
 
 
-def load_(mine: Tensor, saved: Tensor) -> None:
-    """Copy a saved tensor of the same global shape into live memory, whatever its placement.
+def load_(mine: Tensor, saved: Tensor, places: Sequence[int] | None = None) -> None:
+    """Copy a saved tensor into live memory, whatever its placement.
 
     Args:
         mine: A plain tensor, a DTensor, or the blocks that this rank owns.
-        saved: A plain tensor that is the same on all ranks, or a DTensor.
+        saved: A DTensor, or a plain tensor that is whole or of this rank's blocks.
+        places: Where this rank's blocks are among all of them.
     """
-    if isinstance(mine, BlockTensor):
-        whole = whole_tensor(saved)
-        for box, chunk in mine.boxes():
-            chunk.copy_(whole[box])
-    elif isinstance(mine, DTensor) and not isinstance(saved, DTensor):
+    if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
         whole_here = [Replicate()] * mine.device_mesh.ndim
-        saved = DTensor.from_local(saved.to(mine.device), mine.device_mesh, whole_here,
+        everywhere = DTensor.from_local(saved.to(mine.device), mine.device_mesh, whole_here,
                                    run_check=False)  # fmt: skip
-        mine.copy_(saved.redistribute(placements=mine.placements))
-    elif isinstance(mine, DTensor):
+        saved = everywhere.redistribute(placements=mine.placements)
+    if isinstance(mine, DTensor):
         mine.copy_(saved)
-    else:
-        mine.copy_(whole_tensor(saved))
-
-
-def block_steps(
-    owned: Sequence[int], num_blocks: int, step: int, device: torch.device
-) -> BlockTensor:
-    """The number of each block and the step that its state is of, ``(num_blocks, 2)``.
-
-    Saved beside the state, so that blocks of different steps, or of one rank in the place of
-    another's, are found when they are loaded.
-
-    Args:
-        owned: Numbers of the blocks of one parameter that this rank owns.
-        num_blocks: How many the parameter has.
-        step: Steps of the parameter.
-        device: Of the parameter.
-    """
-    table = torch.tensor([[index, step] for index in owned], device=device)
-    chunks = {(index, 0): row[None] for index, row in zip(owned, table, strict=True)}
-    return BlockTensor((num_blocks, 2), chunks, torch.int64)
-
-
-def is_of_one_step(block_steps: Tensor, step: int) -> bool:
-    """Whether every block is in its place and its state is of ``step``."""
-    table = whole_tensor(block_steps).cpu()
-    numbers = torch.arange(len(table))
-    return torch.equal(table, torch.stack([numbers, torch.full_like(numbers, step)], dim=1))
+        return
+    whole = whole_tensor(saved)
+    mine.copy_(whole if places is None or whole.shape == mine.shape else whole[list(places)])
 
 
 def await_ranks(groups: Sequence[dist.ProcessGroup], what: str) -> None:

@@ -13,15 +13,53 @@ divide their blocks and share the directions.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from titan_shampoo.distributed.blocks import Block, Cost, Parameter, assigned_blocks
 from titan_shampoo.distributed.traffic import Bucket, Stack, Traffic, add_stacks
 
-__all__ = ["Block", "Bucket", "Cost", "Parameter", "Plan", "Stack", "bucket_members", "make_plan"]
+__all__ = [
+    "Block",
+    "Bucket",
+    "Cost",
+    "Holding",
+    "Parameter",
+    "Plan",
+    "Stack",
+    "bucket_members",
+    "make_plan",
+]
 
 BUCKET_NUMEL = 1 << 25
 """Elements of gradient in one bucket: what one exchange moves while another bucket is worked on."""
+
+
+@dataclass(slots=True)
+class Holding:
+    """The blocks of one shape of one parameter, and which of them this rank owns."""
+
+    shape: tuple[int, ...]
+    count: int = 0
+    """Blocks of this shape on all ranks."""
+    places: list[int] = field(default_factory=list)
+    """Which of these are owned here, in ascending order."""
+    indices: list[int] = field(default_factory=list)
+    """Their positions in the parameter's grid."""
+    stack: int = 0
+    """Stack that holds them, one after the other."""
+    first: int = 0
+    """Position of the first in the stack."""
+
+    @property
+    def suffix(self) -> str:
+        """What keys of their state end in."""
+        return "x".join(map(str, self.shape))
+
+    def part_of(self, stack: Tensor) -> Tensor:
+        """State of the blocks that are owned here, ``(len(places), ...)``, as a view."""
+        return stack[self.first : self.first + len(self.places)]
 
 
 @dataclass(slots=True)
@@ -33,14 +71,22 @@ class Plan:
     stacks: list[Stack]
     buckets: list[Bucket]
 
-    def owned_blocks(self) -> list[tuple[list[int], int]]:
-        """Numbers of this rank's blocks of each parameter, and how many blocks that has."""
-        owned: list[list[int]] = [[] for _ in self.params]
-        for stack in self.stacks:
-            for block in stack.blocks:
-                owned[block.param].append(block.index)
-        counts = [param.grid.num_blocks for param in self.params]
-        return list(zip(owned, counts, strict=True))
+    def holdings(self) -> list[list[Holding]]:
+        """The blocks of each parameter by their shape, and which of them this rank owns."""
+        found: list[dict[tuple[int, ...], Holding]] = [{} for _ in self.params]
+        places = {}
+        for block in self.blocks:
+            holding = found[block.param].setdefault(block.shape, Holding(block.shape))
+            places[block.param, block.index] = holding.count
+            holding.count += 1
+        for number, stack in enumerate(self.stacks):
+            for position, block in enumerate(stack.blocks):
+                holding = found[block.param][block.shape]
+                if not holding.places:
+                    holding.stack, holding.first = number, position
+                holding.places.append(places[block.param, block.index])
+                holding.indices.append(block.index)
+        return [list(by_shape.values()) for by_shape in found]
 
     def facts(self) -> list[dict[str, object]]:
         """What the ranks of each parameter's team must know alike."""

@@ -1,6 +1,5 @@
 """State as distributed checkpoints see it: global tensors of which each rank holds some boxes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,19 +63,6 @@ class BlockTensor(torch.Tensor):
         raise NotImplementedError(
             f"{func} is not defined on BlockTensor, which is a view for checkpoints"
         )
-
-    def boxes(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """Where each chunk lies in the global tensor, and the chunk."""
-        for start, chunk in self.chunks.items():
-            extents = zip(start, chunk.shape, strict=True)
-            yield tuple(slice(first, first + extent) for first, extent in extents), chunk
-
-    def whole(self, device: torch.device) -> Tensor:
-        """A plain tensor of the global shape with this rank's chunks, and zeros elsewhere."""
-        whole = torch.zeros(tuple(self.shape), dtype=self.dtype, device=device)
-        for box, chunk in self.boxes():
-            whole[box] = chunk
-        return whole
 
     def _copied(self) -> "BlockTensor":
         chunks = {at: chunk.detach().to("cpu", copy=True) for at, chunk in self.chunks.items()}

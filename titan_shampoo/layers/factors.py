@@ -38,6 +38,7 @@ class Factors:
     def __init__(self, layers: Sequence[Layer], plan: Plan, *, two_sided: bool) -> None:
         self.layers, self.plan, self.two_sided = layers, plan, two_sided
         self.device = layers[0].weight.device
+        self.holdings = plan.holdings()
         self.states = [self._empty_state(stack) for stack in plan.stacks]
         self.failed = torch.zeros((), dtype=torch.int64, device=self.device)
         """Refreshes that were not taken since the start."""
@@ -172,12 +173,23 @@ class Factors:
         return [place for place, block in enumerate(stack.blocks) if block.turn % period == turn]
 
     def state(self, number: int) -> State:
-        """State of this rank's blocks of one layer, ``"right.3"`` for block 3."""
-        return {
-            f"{name}.{block.index}": value
-            for block, values in self._owned(number)
-            for name, value in values.items()
-        }
+        """State of this rank's blocks of one layer: views, ``(blocks of that shape, ...)``.
+
+        Keys are the same on all ranks; ``"right.128x64"`` is of blocks of 128 rows.
+        """
+        state = {}
+        for holding in self.holdings[number]:
+            shapes = state_of_block(
+                holding.shape, self.layers[number].options, two_sided=self.two_sided
+            )
+            for name, shape in shapes.items():
+                if holding.places:
+                    view = holding.part_of(self.states[holding.stack][name])
+                else:
+                    dtype = self.layers[number].dtype
+                    view = torch.zeros((0, *shape), dtype=dtype, device=self.device)
+                state[f"{name}.{holding.suffix}"] = view
+        return state
 
     def sharded(self, number: int) -> State:
         """State of one layer as global tensors: one for each size of block, ``"right.128x64"``."""

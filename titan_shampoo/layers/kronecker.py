@@ -18,7 +18,7 @@ from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import Sharding, layout_of
-from titan_shampoo.distributed.plan import Cost, Parameter, Stack, make_plan
+from titan_shampoo.distributed.plan import Cost, Holding, Parameter, Stack, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.factors import Factors, state_of_block
@@ -245,9 +245,9 @@ class KroneckerStep(LayerStep):
         """The same as global tensors: one for each size of block."""
         return {"cursor": self.cursor} | self.factors.sharded(number)
 
-    def owned_blocks(self) -> list[tuple[list[int], int]]:
-        """Numbers of this rank's blocks of each layer, and how many that has."""
-        return self.plan.owned_blocks()
+    def holdings(self) -> list[list[Holding]]:
+        """Blocks of each layer, by their shape."""
+        return self.factors.holdings
 
     def worst_failure(self) -> Tensor:
         """Largest number of refreshes in a row that failed for any block here, 0-dim."""

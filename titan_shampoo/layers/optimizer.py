@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.failure import norms_of
 from titan_shampoo.fallback import adamw_step, empty_state
 from titan_shampoo.functional.descent import descend_
@@ -23,7 +24,7 @@ from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
 from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
-from titan_shampoo.saved_state import GlobalState
+from titan_shampoo.saved_state import BLOCKS, GlobalState
 from titan_shampoo.statistics import reshard
 
 logger = logging.getLogger(__name__)
@@ -172,16 +173,16 @@ class LayerOptimizer(LibraryOptimizer):
         for number, layer in enumerate([] if self._step is None else self._step.layers):
             assert self._step is not None
             # In place of the views that this rank has of its blocks.
-            for key in self._step.state(number):
-                del found[layer.weight][key]
+            for key in (*self._step.state(number), BLOCKS):
+                found[layer.weight].pop(key, None)
             found[layer.weight] |= self._step.sharded_state(number)
         return found
 
-    def _owned_blocks(self) -> dict[Tensor, tuple[Sequence[int], int]]:
+    def _holdings(self) -> dict[Tensor, list[Holding]]:
         if self._step is None:
             return {}
         weights = (layer.weight for layer in self._step.layers)
-        return dict(zip(weights, self._step.owned_blocks(), strict=False))
+        return dict(zip(weights, self._step.holdings(), strict=False))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but process groups; the model is copied or pickled along."""
@@ -234,6 +235,7 @@ class LayerOptimizer(LibraryOptimizer):
             for param in (layer.weight, layer.bias):
                 if param in self._step.momentum:
                     self.state[param]["momentum"] = self._step.momentum[param]
+        self._number_blocks()
 
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return param in self._joined or group["fallback"] == "sgd"

@@ -11,6 +11,7 @@ from torch import Tensor
 from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
+from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.distributed.tiles import all_reduce_together
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.functional.heavy_ball import Motion, move_by_buffers_, rank_one_
@@ -98,8 +99,8 @@ class LayerStep:
         """The same as global tensors, which do not depend on the mesh."""
         return self.state(number)
 
-    def owned_blocks(self) -> list[tuple[list[int], int]]:
-        """Numbers of this rank's blocks of each layer, and how many that has; empty without any."""
+    def holdings(self) -> list[list[Holding]]:
+        """Blocks of each layer, by their shape; empty for a method without blocks."""
         return []
 
     def statistics(self) -> list[Tensor]:
