@@ -19,6 +19,7 @@ from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
 from titan_shampoo.parameter_groups import (
+    SWITCHES_OF_TORCH,
     AsMade,
     Idleness,
     Peaks,
@@ -255,9 +256,11 @@ class LibraryOptimizer(torch.optim.Optimizer):
     def _check_groups(self) -> None:
         """Refuse options that were set or taken out since the last step."""
         check_rates(self.param_groups)
-        changed = self._as_made.changed(self.param_groups, self.defaults)
+        # Unpickled, the defaults have a switch of torch's.
+        options = [key for key in self.defaults if key not in SWITCHES_OF_TORCH]
+        changed = self._as_made.changed(self.param_groups, options)
         for group in changed:
-            check_complete(group, self.defaults)
+            check_complete(group, options)
             self._check_options(group)
             self._as_made.check_fixed(self.param_groups)
             self._check_state_of(group)

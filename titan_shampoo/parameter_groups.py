@@ -26,7 +26,7 @@ _KEYS_OF_OTHERS = frozenset(
 )  # fmt: skip
 """Keys that a group may have beside options: those that torch and other libraries read."""
 
-_SWITCHES_OF_TORCH = {
+SWITCHES_OF_TORCH = {
     "maximize": "negate the loss",
     "amsgrad": "no method has it",
     "differentiable": "no step can be differentiated",
@@ -53,10 +53,10 @@ def check_keys(group: Mapping[str, Any], method: str, options: Iterable[str]) ->
     """
     known = set(options)
     for key, value in group.items():
-        if key in _SWITCHES_OF_TORCH:
+        if key in SWITCHES_OF_TORCH:
             if value is not None and value is not False:
                 raise ValueError(f"{key}: got {shown(value)}, wanted False or None: "
-                                 f"{_SWITCHES_OF_TORCH[key]}")  # fmt: skip
+                                 f"{SWITCHES_OF_TORCH[key]}")  # fmt: skip
         elif key not in known and key not in _KEYS_OF_OTHERS:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "keys of your own can be set later"
