@@ -20,7 +20,7 @@ TAPPED = ("Eva", "EvaF", "FOOF", "KFAC")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def model() -> nn.Sequential:
+def model() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)).double()
 
@@ -87,6 +87,8 @@ def test_options_of_other_optimizers_are_refused(method: str) -> None:
     for key in ("use_muon", "update_proj_gap", "rank", "ns_steps"):
         with pytest.raises(ValueError, match=rf"^{key}: {method} has no such option"):
             given(method, key, 5)
+    with pytest.raises(ValueError, match="^method: got 'Muon' in a parameter group of "):
+        given(method, "method", "Muon")
 
 
 @every_method

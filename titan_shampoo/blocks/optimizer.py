@@ -179,9 +179,10 @@ class BlockOptimizer(LibraryOptimizer):
         self._orders: dict[int, dict[int, tuple[str, set[str]]]] = defaultdict(dict)
         """By group: one parameter of each number of dims, and the names of its state."""
         planned = [self._planned(member) for member in members]
-        for member, param in zip(members, planned, strict=True):
-            made = (member.name, self._state_names(param.grid.order, member.options))
-            self._orders[id(member.options)].setdefault(param.grid.order, made)
+        for member, plan_of in zip(members, planned, strict=True):
+            order, orders = plan_of.grid.order, self._orders[id(member.options)]
+            if order not in orders:
+                orders[order] = (member.name, self._state_names(order, member.options))
         claims = [param.claim for param in planned]
         plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
         params = [member.param for member in members]

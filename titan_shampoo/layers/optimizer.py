@@ -46,7 +46,9 @@ class LayerOptimizer(LibraryOptimizer):
     """Whether taps sum the gradients at the outputs of layers."""
     shape_options: ClassVar[tuple[str, ...]] = ("bias",)
     """Options that give state its shape: a state with others cannot be loaded."""
-    fixed_options = ("method", "fallback", "batch_dims", "merge", "damping_mode")
+    fixed_options: ClassVar[tuple[str, ...]] = (
+        "method", "fallback", "batch_dims", "merge", "damping_mode"
+    )  # fmt: skip
     step_options = OF_THE_WHOLE_STEP
 
     def __init__(
