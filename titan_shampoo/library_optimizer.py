@@ -19,6 +19,15 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
+from titan_shampoo.parameter_groups import (
+    SWITCHES_OF_TORCH,
+    AsMade,
+    Idleness,
+    Peaks,
+    check_complete,
+    check_keys,
+    check_rates,
+)
 from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun, is_alike
 from titan_shampoo.whole_model import Described, described
 
@@ -43,6 +52,9 @@ class _Shared:
 class LibraryOptimizer(SavedStateOptimizer):
     """An optimizer whose state is allocated when it is made, and loaded in place."""
 
+    fixed_options: ClassVar[tuple[str, ...]]
+    """Further options that plan and state follow from: setting them in a live group is refused."""
+
     damping_option: ClassVar[str]
     """What to raise if refreshes fail."""
 
@@ -52,6 +64,9 @@ class LibraryOptimizer(SavedStateOptimizer):
     """All parameters, where those here are of one stage of a pipeline."""
     _watch: Watch
     _norms_before: Grads
+    _as_made: AsMade
+    _is_fresh = False
+    """Whether no step has been taken and no state been loaded."""
 
     def __init__(
         self,
@@ -66,7 +81,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._process_group, self._pipeline_group = process_group, pipeline_group
         self._is_complete = False
         super().__init__(params, defaults)
-        self._is_complete = True
+        self._is_complete = self._is_fresh = True
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch pickles, what is known of the rest of the model, and given process groups."""
@@ -124,8 +139,12 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Complete the last parameter group, or raise ValueError."""
-        group.setdefault("peak_lr", float(group["lr"]))
+        check_keys(group, type(self).__name__, self.defaults)
+        if group["method"] != self.defaults["method"]:
+            raise ValueError(f"method: got {group['method']!r} in a parameter group of "
+                             f"{type(self).__name__}; make another optimizer for it")  # fmt: skip
         self._check_options(group)
+        group.setdefault("peak_lr", float(group["lr"]))
         check_alike(self.param_groups, self.step_options)
         for name, param in self._as_given(group):
             if param.is_complex():
@@ -181,8 +200,15 @@ class LibraryOptimizer(SavedStateOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_dense()
-        self._check_momentum()
+        self._check_before_step()
+        try:
+            self._advance()
+        finally:
+            self._forget_measured()
+        return loss
+
+    def _advance(self) -> None:
+        """Take a step that this rank has nothing against, skip it, or end the run."""
         here = self._presence.codes()
         norms = self._norms(here)
         verdict = verdict_of(
@@ -197,6 +223,9 @@ class LibraryOptimizer(SavedStateOptimizer):
         now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
         is_agreed = self._presence.follow(here, flags, now)
         grads = self._presence.completed(here)
+        if is_agreed:
+            self._check_trained(grads)
+        self._idleness.count(len(grads), self._as_made.names)
         own = {param: norms[param] for param in self._presence.untouched(here)}
         if self._watch.late:
             self._take_step(grads, own, may_be_taken(verdict, is_agreed=is_agreed))
@@ -204,7 +233,59 @@ class LibraryOptimizer(SavedStateOptimizer):
             self._take_step(grads, own, None)
         else:
             self._pass_time(grads)
-        return loss
+
+    def _forget_measured(self) -> None:
+        """Forget what was measured for a step, taken or not."""
+
+    def _check_before_step(self) -> None:
+        """Refuse what cannot be stepped, before anything moves."""
+        if self._as_made.has_others(self.param_groups):
+            self._follow_others()
+        self._as_made.check_tensors()
+        self._check_dense()
+        self._check_groups()
+        self._check_momentum()
+        self._peaks.follow(self.param_groups, self._depends_on_peak)
+        self._is_fresh = False
+
+    def _check_groups(self) -> None:
+        """Refuse options that were set or taken out since the last step."""
+        check_rates(self.param_groups)
+        # Unpickled, the defaults have a switch of torch's.
+        options = [key for key in self.defaults if key not in SWITCHES_OF_TORCH]
+        changed = self._as_made.changed(self.param_groups, options)
+        for group in changed:
+            check_complete(group, options)
+            self._check_options(group)
+            self._as_made.check_fixed(self.param_groups)
+            self._check_state_of(group)
+            check_alike([self.param_groups[0], group], self.step_options)
+        if changed:
+            self._as_made.accept(self.param_groups)
+
+    def _follow_others(self) -> None:
+        """Plan anew for parameters that were put into the groups before the first step.
+
+        Raises:
+            RuntimeError: If there is state already.
+        """
+        if not self._is_fresh:
+            raise RuntimeError("params: a parameter group has other tensors than those that state "
+                               "was made for; add some by add_param_group, or make another "
+                               "optimizer")  # fmt: skip
+        self._build()
+        self._carry_over({})
+
+    def _check_state_of(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if options of a group want state that was not made."""
+
+    def _depends_on_peak(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's step depends on the largest learning rate of its schedule."""
+        decays = group["weight_decay"] > 0
+        return decays and group["weight_decay_type"] in ("corrected", "independent")
+
+    def _check_trained(self, grads: Grads) -> None:
+        """Say which parameters a model has no more; called when other ones have a gradient."""
 
     def _check_momentum(self) -> None:
         """Refuse a heavy ball that a group has no memory for."""
@@ -309,6 +390,10 @@ class LibraryOptimizer(SavedStateOptimizer):
             return dist.group.WORLD
         return self._process_group
 
+    def _follow_loaded(self) -> None:
+        self._as_made.learn(self.param_groups)
+        self._is_fresh = False
+
     def _is_stage(self) -> bool:
         is_one_of_many = self._pipeline_group is not None and self._pipeline_group.size() > 1
         return is_one_of_many or self._whole_model is not None
@@ -320,7 +405,10 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._device = params[0][1].device if params else torch.device("cpu")
         self._check_agreement(self._given_facts)
         if not hasattr(self, "_watch"):
-            self._watch = Watch(self._device)
+            self._watch, self._peaks, self._idleness = Watch(self._device), Peaks(), Idleness()
+        self._as_made = AsMade(
+            self.param_groups, params, (*self.shape_options, *self.fixed_options)
+        )
         self._without_momentum = [group for group in self.param_groups if not group["momentum"]]
         self._norms_before = {}
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]

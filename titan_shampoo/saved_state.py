@@ -53,7 +53,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """Parameters of a group with their names."""
         raise NotImplementedError
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
+    def _check_options(self, group: dict[str, Any]) -> None:
         """Raise ValueError if a parameter group has an impossible option."""
         raise NotImplementedError
 
@@ -71,6 +71,10 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
     def _holdings(self) -> dict[Tensor, list[Holding]]:
         """The blocks of each parameter that has any, by their shape."""
+        raise NotImplementedError
+
+    def _follow_loaded(self) -> None:
+        """Take the options that have been loaded for those that the optimizer was made with."""
         raise NotImplementedError
 
     def _is_stage(self) -> bool:
@@ -205,6 +209,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
                 group.update(before)
             self.__dict__.update(attributes)  # a rebuilt state is let go of
             raise
+        self._follow_loaded()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -44,6 +44,8 @@ class Factors:
         """Refreshes that were not taken since the start."""
         self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._places: dict[tuple[int, ...], Tensor] = {}
+        self._waiting_until = [0] * len(plan.stacks)
+        """Step before which a stack may have blocks that are yet to be refreshed."""
 
     def _empty_state(self, stack: Stack) -> State:
         """Zero, but for inverses: until the first refresh, a direction is its gradient."""
@@ -107,8 +109,13 @@ class Factors:
             cursor: Steps before this one.
             taken: As for :meth:`average_`.
         """
-        state, due = self.states[number], self._due_blocks(number, cursor)
-        if cursor < self._options_of(number)["precondition_frequency"]:
+        state, options = self.states[number], self._options_of(number)
+        in_turn = self._due_blocks(number, cursor)
+        due = [place for place in in_turn if self._is_trained(number, place)]
+        period = int(options["precondition_frequency"])
+        if len(due) < len(in_turn):  # once it is trained, a frozen layer waits for its next turn
+            self._waiting_until[number] = cursor + period + int(options["factor_frequency"])
+        if cursor < max(period, self._waiting_until[number]):
             self._bound_those_that_wait(number)
         if not due:
             return
@@ -135,6 +142,11 @@ class Factors:
         everyone = self._on_device(range(len(state["batches"])))
         waiting = (state["refreshes"] == 0) & (state["batches"] > 0)
         put_(state, everyone, self._inverted(number, state, bounded), waiting)
+
+    def _is_trained(self, number: int, position: int) -> bool:
+        """Whether the weight that a block belongs to is not frozen."""
+        block = self.plan.stacks[number].blocks[position]
+        return self.layers[block.param].weight.requires_grad
 
     def worst_failure(self) -> Tensor:
         """Largest number of refreshes in a row that failed for any block here, 0-dim."""

@@ -39,7 +39,7 @@ class Eva(LayerOptimizer):
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or groups: parameters of ``model``.
-        lr: Learning rate, at least zero.
+        lr: Learning rate, at least zero; a number, or a tensor of one element on the CPU.
         model: Whose layers are looked into, or the parts of a pipeline on this rank.
         damping: Added to the curvature, greater than zero.
         weight_decay: At least zero.
@@ -65,7 +65,9 @@ class Eva(LayerOptimizer):
             matrices is a layer of its own, that saw the rows that it was multiplied by.
         fallback: ``"adamw"`` or ``"sgd"`` (with this momentum and weight decay).
         fallback_lr: Learning rate of the fallback where ``lr`` has its peak; it follows the
-            schedule of ``lr``. None: ``lr``.
+            schedule of ``lr``. None: ``lr``. The peak is ``max_lr`` of a parameter group, which
+            ``OneCycleLR`` sets, else ``peak_lr``: the first ``lr`` of the group, or the largest one
+            that it has been stepped by.
         betas: Of the AdamW fallback.
         eps: Of the AdamW fallback.
         max_skipped: Steps in a row that may have gradients that are not finite.
@@ -213,6 +215,7 @@ class EvaS(LayerOptimizer):
 class KroneckerOptimizer(LayerOptimizer):
     """What FOOF and K-FAC share: factors of blocks, which live with their owners."""
 
+    fixed_options = ("method", "fallback")
     _step: KroneckerStep | None
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:

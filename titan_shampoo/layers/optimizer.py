@@ -18,7 +18,7 @@ from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.failure import norms_of
 from titan_shampoo.fallback import adamw_step, empty_state
-from titan_shampoo.functional.descent import descend_
+from titan_shampoo.functional.descent import descend_, peak_rate
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
@@ -47,6 +47,9 @@ class LayerOptimizer(LibraryOptimizer):
     """Whether taps sum the gradients at the outputs of layers."""
     shape_options: ClassVar[tuple[str, ...]] = ("bias",)
     """Options that give state its shape: a state with others cannot be loaded."""
+    fixed_options: ClassVar[tuple[str, ...]] = (
+        "method", "fallback", "batch_dims", "merge", "damping_mode"
+    )  # fmt: skip
     step_options = OF_THE_WHOLE_STEP
 
     def __init__(
@@ -69,7 +72,7 @@ class LayerOptimizer(LibraryOptimizer):
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         raise NotImplementedError
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
+    def _check_options(self, group: dict[str, Any]) -> None:
         check_layer_options(group)
 
     @torch.no_grad()
@@ -87,10 +90,10 @@ class LayerOptimizer(LibraryOptimizer):
                 their taps did not see.
         """
         self._check_not_scaled()
-        try:
-            return super().step(closure)
-        finally:
-            self._reset_taps()
+        return super().step(closure)
+
+    def _forget_measured(self) -> None:
+        self._reset_taps()
 
     def _worst_failure(self) -> Tensor:
         return super()._worst_failure() if self._step is None else self._step.worst_failure()
@@ -128,6 +131,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and what has been measured since the last step."""
+        self._check_groups()  # they say what is to be measured
         super().zero_grad(set_to_none)
         self._reset_taps()
 
@@ -190,7 +194,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def _build(self) -> None:
         """Find the layers and allocate all state."""
-        self._is_checked = False
+        self._is_checked = self._has_told_lost = False
         reshard(self._models)  # a root that is gathered would have no parameters of ours
         self.state = self._state_beside_params()
         names = self._names_in_models()
@@ -236,6 +240,34 @@ class LayerOptimizer(LibraryOptimizer):
                 if param in self._step.momentum:
                     self.state[param]["momentum"] = self._step.momentum[param]
         self._number_blocks()
+
+    def _depends_on_peak(self, group: Mapping[str, Any]) -> bool:
+        has_others = group["fallback_lr"] is not None and bool(self._fallback.get(id(group)))
+        return has_others or super()._depends_on_peak(group)
+
+    def _check_trained(self, grads: Grads) -> None:
+        """Say which of our parameters the model has replaced.
+
+        Raises:
+            RuntimeError: If it has replaced all of them.
+        """
+        others = [(name, param) for name, param in self._all_named() if param not in grads]
+        if not self._models or not others:
+            return
+        reshard(self._models)
+        held = {param for model in self._models for param in model.parameters()}
+        lost = [name for name, param in others if param not in held]
+        if not lost:
+            return
+        some = lost[0] + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+        problem = (f"{some}: the model has other parameters by now, and nothing trains these; make "
+                   "the optimizer after fully_shard, to_empty and "
+                   "load_state_dict(assign=True)")  # fmt: skip
+        if len(lost) == len(self._as_made.names):
+            raise RuntimeError(problem)
+        if not self._has_told_lost:
+            self._has_told_lost = True
+            logger.warning("%s", problem)
 
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return param in self._joined or group["fallback"] == "sgd"
@@ -350,8 +382,8 @@ def _parts(model: Model | None) -> list[nn.Module]:
 
 
 def _fallback_rates(options: Mapping[str, Any]) -> dict[str, float]:
-    """Learning rate and peak of the diagonal method, on the schedule of those of the layers."""
-    own, lr, peak = options["fallback_lr"], float(options["lr"]), float(options["peak_lr"])
+    """Learning rate of the diagonal method and its peak, on the schedule of those of the layers."""
+    own, peak = options["fallback_lr"], peak_rate(options)
     if own is None:
         return {}
-    return {"lr": float(own) * lr / peak if peak else 0.0, "peak_lr": float(own)}
+    return {"lr": float(own) * float(options["lr"]) / peak if peak else 0.0, "max_lr": float(own)}

@@ -97,7 +97,7 @@ def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -
 
     Named so that a module that is pickled and loaded has its own forward again.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not _is_trained(module):
         return type(module).forward(module, input, *args, **kwargs)
     leaves: Leaves = getattr(module, LEAVES)
     _check_fit(input, leaves)
@@ -106,6 +106,12 @@ def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -
     count = _InputTap.apply(input, leaves, leaves.input, input_zeros)  # type: ignore[no-untyped-call]
     output = type(module).forward(module, input, *args, **kwargs)
     return _OutputTap.apply(output, count, leaves, leaves.output, output_zeros)  # type: ignore[no-untyped-call]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether a layer has parameters with a gradient; a tap on others would differentiate by it."""
+    weight, bias = module.weight, module.bias
+    return bool(weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class _InputTap(torch.autograd.Function):
