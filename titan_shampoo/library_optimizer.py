@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_shampoo.distributed.agreement import Circle, Facts, Known, check_agreement
@@ -22,6 +22,16 @@ from titan_shampoo.saved_state import check_groups, check_state, copy_state, has
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
+
+not_traced = torch.compiler.disable(
+    reason="the host decides what is due in a step; leave out fullgraph=True, and set compile=True "
+    "(Shampoo, SOAP, KLShampoo) to compile the arithmetic of a step"
+)
+"""Decorator of methods that ``torch.compile`` runs without tracing them."""
+
+
+Params = nn.Module | Iterable[Any]
+"""Tensors, pairs of name and tensor, parameter groups, or a model for all of its parameters."""
 
 
 class _Shared:
@@ -60,7 +70,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
         pipeline_group: dist.ProcessGroup | None,
@@ -70,7 +80,8 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._whole_model = None if all_params is None else described(all_params, defaults)
         self._process_group, self._pipeline_group = process_group, pipeline_group
         self._is_complete = False
-        super().__init__(params, defaults)
+        given = params.named_parameters() if isinstance(params, nn.Module) else params
+        super().__init__(given, defaults)
         self._is_complete = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,6 +144,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._check_options()
         check_alike(self.param_groups, self.step_options)
         for name, param in self._as_given(group):
+            if getattr(param, "_fsdp_flattened", False):
+                raise ValueError(f"{name}: is flattened by FullyShardedDataParallel, which leaves "
+                                 "no matrices; shard with fully_shard (FSDP2)")  # fmt: skip
             if param.is_complex():
                 raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
                                  "pass torch.view_as_real of it")  # fmt: skip
@@ -171,6 +185,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """Allocate all state anew; what is replaced is not changed."""
         raise NotImplementedError
 
+    @not_traced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
         """Take one step and return what ``closure`` returned.
