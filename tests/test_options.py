@@ -11,7 +11,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative lr": ({"lr": -1.0}, "lr: got -1.0, wanted at least 0"),
     "beta1 of 1": ({"betas": (1.0, 0.9)}, "betas: got"),
     "beta3 of 1": ({"beta3": 1.0}, "beta3: got 1.0"),
-    "no damping": ({"eps": 0.0}, "eps: got 0.0, wanted greater than 0"),
+    "no damping": ({"eps": 0.0}, "eps: got 0.0, wanted a finite number greater than 0"),
     "empty blocks": ({"block_size": 0}, "block_size: got 0"),
     "one size in a pair": ({"block_size": (3,)}, "block_size: got"),
     "a pair for paper": ({"block_size": (3, 4), "merge": "paper"}, "block_size: got"),

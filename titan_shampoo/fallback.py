@@ -70,7 +70,7 @@ def adamw_step(
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=options["lr"],
+        lr=float(options["lr"]),  # torch's foreach takes no tensor
         weight_decay=decoupled_decay(options),
         eps=options.get("grafting_eps", options.get("eps")),
         maximize=False,

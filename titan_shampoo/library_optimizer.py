@@ -18,6 +18,7 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
+from titan_shampoo.parameter_groups import AsMade, Idleness, Peaks, check_keys, check_rates
 from titan_shampoo.saved_state import check_groups, check_state, copy_state, has_begun, load_options
 from titan_shampoo.whole_model import Described, described
 
@@ -55,6 +56,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
     shape_options: ClassVar[tuple[str, ...]]
     """Options that give state its shape: a state with others cannot be loaded."""
 
+    fixed_options: ClassVar[tuple[str, ...]]
+    """Further options that plan and state follow from: setting them in a live group is refused."""
+
     step_options: ClassVar[tuple[str, ...]]
     """Options that all groups share, as they are of the step and of no parameter."""
 
@@ -67,6 +71,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
     """All parameters, where those here are of one stage of a pipeline."""
     _watch: Watch
     _norms_before: Grads
+    _as_made: AsMade
+    _is_fresh = False
+    """Whether no step has been taken and no state been loaded."""
 
     def __init__(
         self,
@@ -82,7 +89,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._is_complete = False
         given = params.named_parameters() if isinstance(params, nn.Module) else params
         super().__init__(given, defaults)
-        self._is_complete = True
+        self._is_complete = self._is_fresh = True
 
     def __getstate__(self) -> dict[str, Any]:
         """What torch pickles, what is known of the rest of the model, and given process groups."""
@@ -140,8 +147,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Complete the last parameter group, or raise ValueError."""
+        check_keys(group, type(self).__name__, self.defaults)
+        self._check_options(group)
         group.setdefault("peak_lr", float(group["lr"]))
-        self._check_options()
         check_alike(self.param_groups, self.step_options)
         for name, param in self._as_given(group):
             if getattr(param, "_fsdp_flattened", False):
@@ -177,8 +185,8 @@ class LibraryOptimizer(torch.optim.Optimizer):
             if has_begun(state):
                 copy_state(self.state[param], state)
 
-    def _check_options(self) -> None:
-        """Raise ValueError if the last parameter group has an impossible option."""
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if a parameter group has an impossible option."""
         raise NotImplementedError
 
     def _build(self) -> None:
@@ -204,8 +212,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_dense()
-        self._check_momentum()
+        self._check_before_step()
         here = self._presence.codes()
         norms = self._norms(here)
         verdict = verdict_of(
@@ -220,6 +227,9 @@ class LibraryOptimizer(torch.optim.Optimizer):
         now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
         is_agreed = self._presence.follow(here, flags, now)
         grads = self._presence.completed(here)
+        if is_agreed:
+            self._check_trained(grads)
+        self._idleness.count(len(grads), self._as_made.names)
         own = {param: norms[param] for param in self._presence.untouched(here)}
         if self._watch.late:
             self._take_step(grads, own, may_be_taken(verdict, is_agreed=is_agreed))
@@ -228,6 +238,46 @@ class LibraryOptimizer(torch.optim.Optimizer):
         else:
             self._pass_time(grads)
         return loss
+
+    def _check_before_step(self) -> None:
+        """Refuse what cannot be stepped, before anything moves."""
+        if self._as_made.has_others(self.param_groups):
+            self._follow_others()
+        self._as_made.check_tensors()
+        self._check_dense()
+        check_rates(self.param_groups)
+        for group in self._as_made.changed(self.param_groups, self.defaults):
+            self._check_options(group)
+            self._as_made.check_fixed(self.param_groups)
+            self._check_state_of(group)
+            check_alike([self.param_groups[0], group], self.step_options)
+        self._check_momentum()
+        self._peaks.follow(self.param_groups, self._depends_on_peak)
+        self._is_fresh = False
+
+    def _follow_others(self) -> None:
+        """Plan anew for parameters that were put into the groups before the first step.
+
+        Raises:
+            RuntimeError: If there is state already.
+        """
+        if not self._is_fresh:
+            raise RuntimeError("params: a parameter group has other tensors than those that state "
+                               "was made for; add some by add_param_group, or make another "
+                               "optimizer")  # fmt: skip
+        self._build()
+        self._carry_over({})
+
+    def _check_state_of(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if options of a group want state that was not made."""
+
+    def _depends_on_peak(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's step depends on the largest learning rate of its schedule."""
+        decays = group["weight_decay"] > 0
+        return decays and group["weight_decay_type"] in ("corrected", "independent")
+
+    def _check_trained(self, grads: Grads) -> None:
+        """Say which parameters a model has no more; called when other ones have a gradient."""
 
     def _check_momentum(self) -> None:
         """Refuse a heavy ball that a group has no memory for."""
@@ -347,6 +397,8 @@ class LibraryOptimizer(torch.optim.Optimizer):
         for _, mine, other in pairs:
             copy_state(mine, other)
         load_options(self.param_groups, groups)
+        self._as_made.learn(self.param_groups)
+        self._is_fresh = False
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -363,7 +415,10 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._device = params[0][1].device if params else torch.device("cpu")
         self._check_agreement(self._given_facts)
         if not hasattr(self, "_watch"):
-            self._watch = Watch(self._device)
+            self._watch, self._peaks, self._idleness = Watch(self._device), Peaks(), Idleness()
+        self._as_made = AsMade(
+            self.param_groups, params, (*self.shape_options, *self.fixed_options)
+        )
         self._without_momentum = [group for group in self.param_groups if not group["momentum"]]
         self._norms_before = {}
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]

@@ -3,10 +3,13 @@
 Every rank has the same options, so every rank refuses the same ones, before any collective.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from titan_shampoo.functional.grafting import diagonal_beta2
 from titan_shampoo.functional.roots import halvings
@@ -17,39 +20,107 @@ def _listed(value: Any) -> Sequence[Any]:  # noqa: ANN401 - one number or severa
 
 
 Limit = tuple[Callable[[Any], bool], str]
+"""Whether a value of any type is possible, and what is wanted."""
 
-_OPEN: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
-_HALF: Limit = (lambda x: x is None or 0 < x <= 1, "in (0, 1]")
-_POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
-_STEPS: Limit = (lambda x: x is None or (isinstance(x, int) and x >= 1), "at least 1")
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number, ``least`` or more; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def number(holds: Callable[[float], bool], *, optional: bool = False) -> Callable[[Any], bool]:
+    """A test of values that are numbers for which ``holds``; NaN is never one of them.
+
+    Args:
+        holds: Says which numbers are possible.
+        optional: Whether None is possible, too.
+    """
+
+    def test(value: object) -> bool:
+        if value is None:
+            return optional
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return False
+        try:
+            return holds(float(value))
+        except OverflowError:  # a whole number of hundreds of digits
+            return False
+
+    return test
+
+
+def pair(
+    first: Callable[[float], bool], second: Callable[[float], bool]
+) -> Callable[[object], bool]:
+    """A test of values that are two numbers for which ``first`` and ``second`` hold."""
+    tests = (number(first), number(second))
+
+    def test(value: object) -> bool:
+        if not isinstance(value, (tuple, list)) or len(value) != len(tests):
+            return False
+        return all(holds(one) for holds, one in zip(tests, value, strict=True))
+
+    return test
+
+
+def is_rate(value: object) -> bool:
+    """Whether a value is a learning rate: a number, or a tensor of one that the host can read."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.numel() != 1 or value.is_complex():
+            return False
+        value = value.item()
+    return number(lambda x: 0 <= x < math.inf)(value)
+
+
+def _is_size(value: object) -> bool:
+    """Whether a value is the size of blocks, or one for rows and one for columns."""
+    if isinstance(value, (tuple, list)):
+        return len(value) == 2 and all(map(is_count, value))
+    return is_count(value)
+
+
+OPEN: Limit = (number(lambda x: 0 <= x < 1), "a number in [0, 1)")
+_HALF: Limit = (number(lambda x: 0 < x <= 1, optional=True), "None or a number in (0, 1]")
+POSITIVE: Limit = (number(lambda x: 0 < x < math.inf), "a finite number greater than 0")
+NOT_NEGATIVE: Limit = (number(lambda x: 0 <= x < math.inf), "a finite number, at least 0")
+STEPS: Limit = (is_count, "a whole number, at least 1")
+_STEPS_OR_NONE: Limit = (lambda x: x is None or is_count(x), f"None or {STEPS[1]}")
 
 LIMITS: dict[str, Limit] = {
-    "lr": (lambda x: x >= 0, "at least 0"),
-    "betas": (lambda x: 0 <= x[0] < 1 and 0 < x[1] <= 1, "[0, 1) and (0, 1]"),
-    "eps": _POSITIVE,
+    "lr": (is_rate, "at least 0: a finite number, or a tensor of one on the CPU"),
+    "peak_lr": (is_rate, "at least 0: the largest learning rate of the schedule"),
+    "max_lr": (is_rate, "at least 0: the largest learning rate of a scheduler"),
+    "betas": (
+        pair(lambda x: 0 <= x < 1, lambda x: 0 < x <= 1), "two numbers, in [0, 1) and (0, 1]"
+    ),
+    "eps": POSITIVE,
     "eps_relative": _HALF,
-    "beta3": (lambda x: x is None or 0 <= x < 1, "in [0, 1)"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
-    "momentum": _OPEN,
-    "dampening": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "beta3": (number(lambda x: 0 <= x < 1, optional=True), "None or a number in [0, 1)"),
+    "weight_decay": NOT_NEGATIVE,
+    "momentum": OPEN,
+    "dampening": (number(lambda x: 0 <= x <= 1), "a number in [0, 1]"),
     "block_size": (
-        lambda x: min(_listed(x)) >= 1 and (isinstance(x, int) or len(x) == 2),
-        "positive, one or one for rows and one for columns",
+        _is_size,
+        "whole numbers, at least 1: one, or one for rows and one for columns",
     ),
-    "precondition_frequency": _STEPS,
-    "start_step": _STEPS,
-    "factor_frequency": _STEPS,
-    "max_failures": _STEPS,
-    "max_skipped": _STEPS,
+    "batch_dims": (lambda x: is_count(x, 0), "a whole number, at least 0"),
+    "precondition_frequency": STEPS,
+    "start_step": _STEPS_OR_NONE,
+    "factor_frequency": STEPS,
+    "max_failures": STEPS,
+    "max_skipped": STEPS,
     "grafting_beta2": _HALF,
-    "grafting_eps": _POSITIVE,
-    "compile": (lambda x: isinstance(x, bool), "True or False"),
-    "match_rms": (lambda x: x is None or x > 0, "greater than 0"),
-    "exponent": (
-        lambda x: x is None or min(_listed(x)) >= 0,
-        "at least 0, one or one per dim",
+    "grafting_eps": POSITIVE,
+    "match_rms": (
+        number(lambda x: 0 < x < math.inf, optional=True), "None or a finite number greater than 0"
     ),
-}
+    "exponent": (
+        lambda x: x is None or all(map(NOT_NEGATIVE[0], _listed(x))),
+        "None or numbers, at least 0: one, or one per dim",
+    ),
+}  # fmt: skip
+
+SWITCH = (True, False)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_decay_type": ("l2", "decoupled", "corrected", "independent"),
@@ -65,6 +136,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "communication_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "state_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "fallback": (None, "adamw"),
+    "nesterov": SWITCH,
+    "bias_correction": SWITCH,
+    "compile": SWITCH,
 }
 
 
@@ -108,8 +182,13 @@ def check_alone(
         if key in options and not holds(options[key]):
             raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
     for key, some in choices.items():
-        if key in options and options[key] not in some:
+        if key in options and not any(_is_same(options[key], one) for one in some):
             raise ValueError(f"{key}: got {options[key]!r}, wanted one of {some}")
+
+
+def _is_same(value: object, choice: object) -> bool:
+    """Whether a value is a choice, of its type: 1 is not True, and a tensor is none of them."""
+    return type(value) is type(choice) and bool(value == choice)
 
 
 def check_heavy_ball(options: Mapping[str, Any]) -> None:

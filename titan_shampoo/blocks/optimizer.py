@@ -41,6 +41,10 @@ class BlockOptimizer(LibraryOptimizer):
     damping_option = "eps"
     shape_options = ("block_size", "merge", "batch_dims", "block_alignment")
     """Options that give state its shape: a state with others cannot be loaded."""
+    fixed_options = (
+        "method", "fallback", "compile", "factor_dtype", "root_dtype", "basis_dtype", "state_dtype",
+        "communication_dtype",
+    )  # fmt: skip
     step_options = ("max_skipped", "max_failures", "compile")
 
     def __init__(
@@ -56,8 +60,21 @@ class BlockOptimizer(LibraryOptimizer):
         warn_without_names(self.param_groups)
         self._build()
 
-    def _check_options(self) -> None:
-        check_options(self.param_groups[-1])
+    def _check_options(self, group: dict[str, Any]) -> None:
+        check_options(group)
+
+    def _check_state_of(self, group: dict[str, Any]) -> None:
+        for order, (name, made) in self._orders.get(id(group), {}).items():
+            check_order(name, order, group)
+            lacking = sorted(self._state_names(order, group) - made)
+            if lacking:
+                raise ValueError(f"{name}: options that were set in its group need the state "
+                                 f"{', '.join(lacking)}, which was not made; make another "
+                                 "optimizer with them")  # fmt: skip
+
+    def _state_names(self, order: int, options: Mapping[str, Any]) -> set[str]:
+        """Names of the state of blocks with ``order`` dims."""
+        return {shape.name for shape in self.rule.state_shapes((2,) * order, options)}
 
     def _worst_failure(self) -> Tensor:
         if self._engine is None:
@@ -159,7 +176,12 @@ class BlockOptimizer(LibraryOptimizer):
             self._fallback_params.append(fallback)
         self._meet()
         self._engine = None
+        self._orders: dict[int, dict[int, tuple[str, set[str]]]] = defaultdict(dict)
+        """By group: one parameter of each number of dims, and the names of its state."""
         planned = [self._planned(member) for member in members]
+        for member, param in zip(members, planned, strict=True):
+            made = (member.name, self._state_names(param.grid.order, member.options))
+            self._orders[id(member.options)].setdefault(param.grid.order, made)
         claims = [param.claim for param in planned]
         plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
         params = [member.param for member in members]

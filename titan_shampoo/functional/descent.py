@@ -44,10 +44,19 @@ def decoupled_decay(options: Mapping[str, Any]) -> float:
     decay, kind = float(options["weight_decay"]), options["weight_decay_type"]
     if kind == "decoupled":
         return decay
-    peak = float(options["peak_lr"])
+    peak = peak_rate(options)
     if kind == "l2" or not peak:  # a schedule that stays at zero moves nothing
         return 0.0
     return decay * float(options["lr"]) / peak if kind == "corrected" else decay / peak
+
+
+def peak_rate(options: Mapping[str, Any]) -> float:
+    """Largest learning rate of a group's schedule, and never less than the one it has now.
+
+    ``max_lr`` where a scheduler (OneCycleLR) has left it in the group, else ``peak_lr``: the rate
+    that the group was made with, or the largest one it has been stepped by.
+    """
+    return max(float(options.get("max_lr", options["peak_lr"])), float(options["lr"]))
 
 
 def coupled_gradient(grad: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Tensor:

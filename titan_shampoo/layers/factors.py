@@ -168,8 +168,14 @@ class Factors:
         period = int(options["precondition_frequency"])
         turn = cursor % period
         if options["refresh"] == "together":
-            return list(range(len(stack.blocks))) if turn == 0 else []
-        return [place for place, block in enumerate(stack.blocks) if block.turn % period == turn]
+            turns = [0] * len(stack.blocks)
+        else:
+            turns = [block.turn % period for block in stack.blocks]
+        return [
+            place
+            for place, block in enumerate(stack.blocks)
+            if turns[place] == turn and self.layers[block.param].weight.requires_grad
+        ]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, ``"right.3"`` for block 3."""

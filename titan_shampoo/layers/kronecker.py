@@ -111,8 +111,8 @@ class KroneckerStep(LayerStep):
     def prepare(self) -> None:
         """Have the coming backward passes form moments where they are wanted."""
         cursor = int(self.cursor)
-        layers = enumerate(self.layers)
-        self._moments.collect([n for n, _ in layers if self._is_measured(n, cursor)])
+        trained = [n for n, layer in enumerate(self.layers) if layer.weight.requires_grad]
+        self._moments.collect([n for n in trained if self._is_measured(n, cursor)])
 
     def _is_measured(self, number: int, cursor: int) -> bool:
         """Whether the step that comes forms the moments of a layer: the first, then in its turn."""
@@ -141,7 +141,7 @@ class KroneckerStep(LayerStep):
         matrices = {
             number: self._joint(layer, grads)
             for number, layer in enumerate(self.layers)
-            if layer.weight in grads
+            if layer.moves(grads)
         }
         directions = self._directions(matrices)
         scale = self._scale(matrices, directions)
@@ -151,7 +151,8 @@ class KroneckerStep(LayerStep):
             group = moves_of(layer, moves, taken)
             found = found * scale.to(found.dtype)
             columns = math.prod(layer.tile.shape[1:])
-            group.add_whole(layer.weight, found[:, :columns].contiguous(), self.momentum)
+            if layer.weight in grads:
+                group.add_whole(layer.weight, found[:, :columns].contiguous(), self.momentum)
             if layer.bias is not None and layer.bias in grads:
                 bias = found[layer.bias_rows, columns].contiguous()
                 group.add_whole(layer.bias, bias, self.momentum)
@@ -162,7 +163,7 @@ class KroneckerStep(LayerStep):
     @staticmethod
     def _joint(layer: Layer, grads: Grads) -> Tensor:
         """This rank's rows of ``[dW | dbias]``."""
-        matrix = layer.matrix(grads[layer.weight]).to(layer.dtype)
+        matrix = layer.gradient(grads)
         if layer.bias is None:
             return matrix.contiguous()
         column = matrix.new_zeros(len(matrix), 1)

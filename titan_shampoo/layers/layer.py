@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import Interval, local_tensor
 from titan_shampoo.distributed.tiles import Tile
 from titan_shampoo.functional.descent import as_tensors, coupled_gradient, rates
@@ -76,6 +77,17 @@ class Layer:
         start, stop = self.bias_range
         origin = self.tile.ranges[0][0]
         return slice(start - origin, stop - origin) if start < stop else slice(0, 0)
+
+    def moves(self, grads: Grads) -> bool:
+        """Whether the weight or the bias has a gradient."""
+        return self.weight in grads or (self.bias is not None and self.bias in grads)
+
+    def gradient(self, grads: Grads) -> Tensor:
+        """Local gradient of the weight as :meth:`matrix`; zero if the bias alone is trained."""
+        grad = grads.get(self.weight)
+        if grad is None:
+            grad = torch.zeros_like(local_tensor(self.weight))
+        return self.matrix(grad).to(self.dtype)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """A local tensor like the stored weight as ``(rows, columns)``; a copy if strided.

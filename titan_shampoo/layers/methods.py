@@ -216,6 +216,7 @@ class EvaS(LayerOptimizer):
 class KroneckerOptimizer(LayerOptimizer):
     """What FOOF and K-FAC share: factors of blocks, which live with their owners."""
 
+    fixed_options = ("method", "fallback")
     _step: KroneckerStep | None
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:

@@ -18,7 +18,7 @@ from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.failure import norms_of
 from titan_shampoo.fallback import adamw_step, empty_state
-from titan_shampoo.functional.descent import descend_
+from titan_shampoo.functional.descent import descend_, peak_rate
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
@@ -46,6 +46,7 @@ class LayerOptimizer(LibraryOptimizer):
     """Whether taps sum the gradients at the outputs of layers."""
     shape_options: ClassVar[tuple[str, ...]] = ("bias",)
     """Options that give state its shape: a state with others cannot be loaded."""
+    fixed_options = ("method", "fallback", "batch_dims", "merge", "damping_mode")
     step_options = OF_THE_WHOLE_STEP
 
     def __init__(
@@ -68,8 +69,8 @@ class LayerOptimizer(LibraryOptimizer):
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         raise NotImplementedError
 
-    def _check_options(self) -> None:
-        check_layer_options(self.param_groups[-1])
+    def _check_options(self, group: dict[str, Any]) -> None:
+        check_layer_options(group)
 
     @not_traced
     @torch.no_grad()
@@ -185,7 +186,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def _build(self) -> None:
         """Find the layers and allocate all state."""
-        self._is_checked = False
+        self._is_checked = self._has_told_lost = False
         reshard(self._models)  # a root that is gathered would have no parameters of ours
         self.state = defaultdict(dict)
         names = self._names_in_models()
@@ -230,6 +231,34 @@ class LayerOptimizer(LibraryOptimizer):
             for param in (layer.weight, layer.bias):
                 if param in self._step.momentum:
                     self.state[param]["momentum"] = self._step.momentum[param]
+
+    def _depends_on_peak(self, group: Mapping[str, Any]) -> bool:
+        has_others = group["fallback_lr"] is not None and bool(self._fallback.get(id(group)))
+        return has_others or super()._depends_on_peak(group)
+
+    def _check_trained(self, grads: Grads) -> None:
+        """Say which of our parameters the model has replaced.
+
+        Raises:
+            RuntimeError: If it has replaced all of them.
+        """
+        others = [(name, param) for name, param in self._all_named() if param not in grads]
+        if not self._models or not others:
+            return
+        reshard(self._models)
+        held = {param for model in self._models for param in model.parameters()}
+        lost = [name for name, param in others if param not in held]
+        if not lost:
+            return
+        some = lost[0] + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+        problem = (f"{some}: the model has other parameters by now, and nothing trains these; make "
+                   "the optimizer after fully_shard, to_empty and "
+                   "load_state_dict(assign=True)")  # fmt: skip
+        if len(lost) == len(self._as_made.names):
+            raise RuntimeError(problem)
+        if not self._has_told_lost:
+            self._has_told_lost = True
+            logger.warning("%s", problem)
 
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return param in self._joined or group["fallback"] == "sgd"
@@ -346,8 +375,8 @@ def _parts(model: Model | None, params: Params, method: str) -> list[nn.Module]:
 
 
 def _fallback_rates(options: Mapping[str, Any]) -> dict[str, float]:
-    """Learning rate and peak of the diagonal method, on the schedule of those of the layers."""
-    own, lr, peak = options["fallback_lr"], float(options["lr"]), float(options["peak_lr"])
+    """Learning rate of the diagonal method and its peak, on the schedule of those of the layers."""
+    own, peak = options["fallback_lr"], peak_rate(options)
     if own is None:
         return {}
-    return {"lr": float(own) * lr / peak if peak else 0.0, "peak_lr": float(own)}
+    return {"lr": float(own) * float(options["lr"]) / peak if peak else 0.0, "max_lr": float(own)}

@@ -8,26 +8,35 @@ from typing import Any
 
 from titan_shampoo.options import CHOICES as SHARED_CHOICES
 from titan_shampoo.options import LIMITS as SHARED_LIMITS
-from titan_shampoo.options import Limit, check_alone, check_heavy_ball
+from titan_shampoo.options import (
+    NOT_NEGATIVE,
+    OPEN,
+    POSITIVE,
+    STEPS,
+    SWITCH,
+    Limit,
+    check_alone,
+    check_heavy_ball,
+    is_count,
+    number,
+    pair,
+)
 
-_POSITIVE: Limit = (lambda x: x > 0, "greater than 0")
-_AVERAGING: Limit = (lambda x: 0 <= x < 1, "in [0, 1)")
-_STEPS: Limit = (lambda x: isinstance(x, int) and x >= 1, "at least 1")
+_POSITIVE_OR_NONE: Limit = (lambda x: x is None or POSITIVE[0](x), f"None or {POSITIVE[1]}")
 
 _LIMITS: dict[str, Limit] = {
     **{key: SHARED_LIMITS[key] for key in (
-        "lr", "weight_decay", "momentum", "dampening", "max_skipped", "max_failures")},
-    "betas": (lambda x: len(x) == 2 and 0 <= x[0] < 1 and 0 <= x[1] < 1, "two numbers in [0, 1)"),
-    "eps": _POSITIVE,
-    "damping": _POSITIVE,
-    "statistics_decay": _AVERAGING,
-    "kl_clip": _POSITIVE,
-    "loss_normaliser": (lambda x: x is None or x > 0, "greater than 0"),
-    "kv_batch_size": (lambda x: x is None or x > 0, "greater than 0"),
-    "fallback_lr": (lambda x: x is None or x >= 0, "at least 0"),
-    "factor_frequency": _STEPS,
-    "precondition_frequency": _STEPS,
-    "max_factor_dim": (lambda x: x is None or (isinstance(x, int) and x >= 1), "at least 1"),
+        "lr", "peak_lr", "max_lr", "weight_decay", "momentum", "dampening", "max_skipped",
+        "max_failures", "factor_frequency", "precondition_frequency")},
+    "betas": (pair(lambda x: 0 <= x < 1, lambda x: 0 <= x < 1), "two numbers in [0, 1)"),
+    "eps": POSITIVE,
+    "damping": POSITIVE,
+    "statistics_decay": OPEN,
+    "kl_clip": (number(lambda x: x > 0), "a number greater than 0"),
+    "loss_normaliser": _POSITIVE_OR_NONE,
+    "kv_batch_size": _POSITIVE_OR_NONE,
+    "fallback_lr": (lambda x: x is None or NOT_NEGATIVE[0](x), f"None or {NOT_NEGATIVE[1]}"),
+    "max_factor_dim": (lambda x: x is None or is_count(x), f"None or {STEPS[1]}"),
 }  # fmt: skip
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -40,7 +49,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "batch_dims": (0, 1),
     "refresh": SHARED_CHOICES["refresh"],
     "fallback": ("adamw", "sgd"),
-    "factored_damping": (True, False),
+    "factored_damping": SWITCH,
+    "nesterov": SWITCH,
 }
 
 OF_THE_WHOLE_STEP = ("scaling", "kl_clip", "max_skipped", "max_failures")

@@ -84,9 +84,9 @@ class RankOneStep(LayerStep):
         """One step for the layers whose local gradients are given, with their norms."""
         if self.decays_gradients():
             grads, norms = self.decayed(grads, taken), {}
-        moving = [layer.weight in grads for layer in self.layers]
+        moving = [layer.moves(grads) for layer in self.layers]
         matrices = [
-            layer.matrix(grads[layer.weight]).to(layer.dtype) if moves else None
+            layer.gradient(grads) if moves else None
             for layer, moves in zip(self.layers, moving, strict=True)
         ]
         lefts, rights, products = self._factors(matrices, grads)
@@ -272,7 +272,8 @@ class RankOneStep(LayerStep):
                 factor = factors[number].to(layer.dtype)
                 right, kept = rights[number], self.momentum
                 group = moves_of(layer, moves, taken)
-                group.add_rank_one(layer.weight, matrix, left, right, factor, kept)
+                if layer.weight in grads:
+                    group.add_rank_one(layer.weight, matrix, left, right, factor, kept)
                 if layer.bias is not None and layer.bias in grads:
                     grad = grads[layer.bias].to(layer.dtype)[:, None]
                     rows, one = left[layer.bias_rows], right.new_ones(1)

@@ -118,6 +118,8 @@ class LayerSearch:
         if tapped is not None and isinstance(weight, DTensor):
             divisor = tapped.sharding.gradient_divisor
         bias = None if tapped is None or options["bias"] == "separate" else tapped.bias
+        if bias is not None and bias.requires_grad and not weight.requires_grad:
+            bias = None  # the fallback trains it while the layer is frozen, and goes on when not
         if bias is None or self.groups.get(bias) is not options:
             return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor,
                          batch_dims=stacked)  # fmt: skip

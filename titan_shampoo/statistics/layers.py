@@ -191,11 +191,12 @@ def tap(
     skip: Callable[[str], bool] | None = None,
     is_stack: Callable[[str], bool] | None = None,
 ) -> list[TappedLayer]:
-    """Tap every linear layer and 2-D convolution that is trained; return them in model order.
+    """Tap every linear layer and 2-D convolution; return them in model order.
 
     To be called once the model is sharded and where it computes, before its first forward pass;
     a second call finds the taps of the first and fits them to what has become of the model.
-    Layers whose weight is shared with another module (tied) are left out, as are frozen ones.
+    Layers whose weight is shared with another module (tied) are left out. A frozen layer is tapped,
+    and measured once it is trained; one that cannot be tapped is left out, and not refused.
 
     Args:
         model: The whole model, or a part of a pipeline.
@@ -218,7 +219,7 @@ def tap(
     for name, module in model.named_modules():
         prefix = unwrapped_name(name, model)
         for key, param in module._parameters.items():
-            if param is None or users[id(param)] > 1 or not param.requires_grad:
+            if param is None or users[id(param)] > 1 or not param.is_floating_point():
                 continue
             found = data.get((id(module), key), NO_DATA_PARALLELISM)
             path = f"{prefix}.{key}" if prefix else key
@@ -227,9 +228,18 @@ def tap(
             elif _is_layer(module, key) and not (skip and skip(prefix)):
                 bias = data.get((id(module), "bias"), NO_DATA_PARALLELISM)
                 layers.append(TappedLayer(prefix, module, {"weight": found, "bias": bias}))
-    for layer in layers:
+    return [layer for layer in layers if _is_tapped(layer, moments, output_sums)]
+
+
+def _is_tapped(layer: TappedLayer, moments: Moments, output_sums: bool) -> bool:
+    """Tap a layer; False if it cannot be tapped, which is no mistake while it is frozen."""
+    try:
         _tap_layer(layer, moments, output_sums)
-    return layers
+    except ValueError:
+        if layer.weight.requires_grad:
+            raise
+        return False
+    return True
 
 
 def untap(model: nn.Module) -> None:

@@ -95,7 +95,9 @@ class _Products(TorchFunctionMode):
         super().__init__()
         stacks: Mapping[str, Leaves] = getattr(module, LEAVES)
         self._places = [
-            _Place(leaves, _local(module._parameters[name]), 0) for name, leaves in stacks.items()
+            _Place(leaves, _local(param), 0)
+            for name, leaves in stacks.items()
+            if (param := module._parameters[name]) is None or param.requires_grad
         ]
         self._slices: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
         self._rows: dict[tuple[object, ...], RowsOfExperts] = {}

@@ -116,7 +116,7 @@ def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -
 
     Named so that a module that is pickled and loaded has its own forward again.
     """
-    if not is_measured():
+    if not is_measured() or not _is_trained(module):
         return type(module).forward(module, input, *args, **kwargs)
     leaves: Leaves = getattr(module, LEAVES)
     _check_fit(input, leaves)
@@ -125,6 +125,12 @@ def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -
     count = _InputTap.apply(input, leaves, leaves.input, input_zeros)  # type: ignore[no-untyped-call]
     output = type(module).forward(module, input, *args, **kwargs)
     return _OutputTap.apply(output, count, leaves, leaves.output, output_zeros)  # type: ignore[no-untyped-call]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether a layer has parameters with a gradient; a tap on others would differentiate by it."""
+    weight, bias = module.weight, module.bias
+    return bool(weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class _InputTap(torch.autograd.Function):
