@@ -131,18 +131,26 @@ class LibraryOptimizer(torch.optim.Optimizer):
             ValueError: If an option is impossible or a parameter is not real-valued, or if blocks
                 would go to other ranks after the first step; then nothing is added.
         """
+        if self._is_complete:
+            self._follow_others()
         super().add_param_group(param_group)
-        before = dict(self.__dict__)
         try:
             self._check_group(self.param_groups[-1])
             if self._is_complete:
-                state = dict(self.state)
-                self._build()
-                self._check_kept(state)
-                self._carry_over(state)
+                self._build_anew(dict(self.state))
         except Exception:
             self.param_groups.pop()
-            self.__dict__.update(before)  # as a new plan and its state are put in place of the old
+            raise
+
+    def _build_anew(self, kept: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Plan and allocate anew, carry over the state ``kept``; nothing changes if that fails."""
+        before = dict(self.__dict__)
+        try:
+            self._build()
+            self._check_kept(kept)
+            self._carry_over(kept)
+        except Exception:
+            self.__dict__.update(before)
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -241,8 +249,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     def _check_before_step(self) -> None:
         """Refuse what cannot be stepped, before anything moves."""
-        if self._as_made.has_others(self.param_groups):
-            self._follow_others()
+        self._follow_others()
         self._as_made.check_tensors()
         self._check_dense()
         check_rates(self.param_groups)
@@ -256,17 +263,25 @@ class LibraryOptimizer(torch.optim.Optimizer):
         self._is_fresh = False
 
     def _follow_others(self) -> None:
-        """Plan anew for parameters that were put into the groups before the first step.
+        """Plan anew if others replaced groups, or their parameters before the first step.
+
+        Accelerate replaces parameters by sharded ones, Lightning's finetuning restores groups.
 
         Raises:
-            RuntimeError: If there is state already.
+            RuntimeError: If there is state of other parameters already, or no matrix is left.
         """
-        if not self._is_fresh:
+        if not self._as_made.has_others(self.param_groups):
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._as_made.has_matrices and not any(param.dim() > 1 for param in params):
+            raise RuntimeError("params: all tensors that were put into the parameter groups are "
+                               "flat (as DeepSpeed's ZeRO does), which leaves no matrices; shard "
+                               "with fully_shard (FSDP2)")  # fmt: skip
+        if not self._is_fresh and set(params) != self._as_made.params:
             raise RuntimeError("params: a parameter group has other tensors than those that state "
                                "was made for; add some by add_param_group, or make another "
                                "optimizer")  # fmt: skip
-        self._build()
-        self._carry_over({})
+        self._build_anew({} if self._is_fresh else dict(self.state))
 
     def _check_state_of(self, group: dict[str, Any]) -> None:
         """Raise ValueError if options of a group want state that was not made."""
@@ -376,6 +391,11 @@ class LibraryOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{worst:.0f} refreshes of a block failed in a row, as its rank has "
                                f"logged; raise {self.damping_option}, or max_failures")  # fmt: skip
 
+    def state_dict(self) -> dict[str, Any]:
+        """Options and state by number of the parameter, as of any torch optimizer."""
+        self._follow_others()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned on the same layout of ranks; dtypes are kept.
 
@@ -385,6 +405,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        self._follow_others()
         groups, saved = state_dict["param_groups"], state_dict["state"]
         check_groups(self.param_groups, groups, self.shape_options)
         pairs = [
@@ -398,7 +419,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
             copy_state(mine, other)
         load_options(self.param_groups, groups)
         self._as_made.learn(self.param_groups)
-        self._is_fresh = False
+        self._is_fresh &= not any(has_begun(other) for _, _, other in pairs)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -64,4 +64,5 @@ def copy_state(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
 
 def has_begun(state: Mapping[str, Tensor]) -> bool:
     """Whether a parameter has state that is not what it is made with, for all that is known."""
-    return bool(state.get("cursor", len(state)))
+    counters = [state[key] for key in ("cursor", "step") if key in state]
+    return any(bool(value.any()) for value in counters or state.values())
