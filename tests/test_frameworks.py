@@ -314,6 +314,39 @@ def test_a_group_without_names_beside_one_with_names_is_refused_by_torch(method:
         optimizer.add_param_group({"params": list(model.backbone.parameters())})
 
 
+# Schedulers
+
+
+@every_method
+def test_one_cycle_cycles_betas_and_leaves_momentum(method: str) -> None:
+    """torch's schedulers look for ``betas`` and find those of the fallback."""
+    model = network()
+    optimizer = made(method, model, momentum=0.9, dampening=0.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=9)
+    seen = []
+    for step in range(8):
+        group = optimizer.param_groups[0]
+        seen.append((group["momentum"], group["betas"][0]))
+        train(model, optimizer, range(step, step + 1))
+        scheduler.step()
+    assert {momentum for momentum, _ in seen} == {0.9}
+    assert min(beta for _, beta in seen) < 0.86
+    assert seen[0][1] == 0.95
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "SOAP"])
+def test_dampening_counts_from_the_first_step_on(method: str) -> None:
+    """Not so in torch.optim.SGD, whose buffer begins with the first gradient. SOAP rests first."""
+    moves = []
+    for dampening in (0.0, 0.75):
+        model = network()
+        before = model.head.weight.detach().clone()
+        train(model, made(method, model, momentum=0.9, dampening=dampening), range(1))
+        moves.append(model.head.weight.detach() - before)
+    assert moves[0].any()
+    torch.testing.assert_close(moves[1], 0.25 * moves[0])
+
+
 # Tapped models
 
 
