@@ -65,3 +65,15 @@ def test_at_a_rate_of_zero_nothing_moves(kind: str, fallback: str) -> None:
     options: dict[str, Any] = {"fallback_lr": 0.0, "fallback": fallback, "weight_decay_type": kind}
     found = stepped(Eva, [1.0, 0.5], False, model=nn.Identity(), **options)
     assert torch.equal(found, torch.arange(1.0, 7.0))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gradient_may_have_another_dtype(late: bool) -> None:
+    """Else the step would end after the matrices have moved."""
+    vector = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    vector.grad_dtype = None
+    optimizer = Shampoo([("norm.bias", vector)], lr=0.5)
+    optimizer._watch.late = late
+    vector.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(vector, torch.full((4,), 0.5, dtype=torch.bfloat16))

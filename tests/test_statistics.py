@@ -164,7 +164,7 @@ def test_shared_module_adds_up_its_calls():
     torch.testing.assert_close(layer.output_sum, shared.bias.grad)
 
 
-def test_tied_frozen_parametrized_and_skipped_layers_are_left_out():
+def test_tied_parametrized_and_skipped_layers_are_left_out_and_frozen_ones_are_not():
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(4, 3),
@@ -177,7 +177,31 @@ def test_tied_frozen_parametrized_and_skipped_layers_are_left_out():
         }
     )
     model["head"].weight = model["embedding"].weight
-    assert names(tap(model, skip=lambda name: name == "router")) == ["kept"]
+    assert names(tap(model, skip=lambda name: name == "router")) == ["frozen", "kept"]
+
+
+def test_frozen_layers_are_left_out_of_the_graph_until_they_are_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[0].requires_grad_(False)
+    frozen, trained = tap(model)
+    rows = torch.randn(5, 3, dtype=torch.float64)
+    assert not model[0](rows).requires_grad
+    train(model, rows)
+    assert (frozen.input_sum[-1], trained.input_sum[-1]) == (0, 5)
+    model[0].requires_grad_(True)
+    train(model, rows)
+    assert (frozen.input_sum[-1], trained.input_sum[-1]) == (5, 10)
+    torch.testing.assert_close(frozen.output_sum, model[0].bias.grad)
+
+
+def test_a_frozen_layer_that_cannot_be_tapped_is_left_out():
+    model = nn.ModuleDict({"hooked": nn.Linear(3, 3), "kept": nn.Linear(3, 3)})
+    model["hooked"].forward = lambda rows: rows
+    with pytest.raises(ValueError, match="hooked: its forward was replaced"):
+        tap(model)
+    model["hooked"].requires_grad_(False)
+    assert names(tap(model)) == ["kept"]
 
 
 def test_reasons_are_given_for_what_is_left_out():

@@ -57,6 +57,8 @@ def adamw_step(
     on_device = taken is not None
     local = [local_tensor(param) for param in params]
     beta1, beta2 = options["betas"][0], diagonal_beta2(options)
+    # Of another dtype where a parameter's grad_dtype says so, which torch's kernels refuse.
+    grads = [grad.to(own.dtype) for grad, own in zip(grads, local, strict=True)]
     adamw(
         local,
         [coupled_gradient(grad, own, options) for grad, own in zip(grads, local, strict=True)],

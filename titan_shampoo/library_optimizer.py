@@ -18,7 +18,15 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
-from titan_shampoo.parameter_groups import AsMade, Idleness, Peaks, check_keys, check_rates
+from titan_shampoo.parameter_groups import (
+    SWITCHES_OF_TORCH,
+    AsMade,
+    Idleness,
+    Peaks,
+    check_complete,
+    check_keys,
+    check_rates,
+)
 from titan_shampoo.saved_state import check_groups, check_state, copy_state, has_begun, load_options
 from titan_shampoo.whole_model import Described, described
 
@@ -221,6 +229,14 @@ class LibraryOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_before_step()
+        try:
+            self._advance()
+        finally:
+            self._forget_measured()
+        return loss
+
+    def _advance(self) -> None:
+        """Take a step that this rank has nothing against, skip it, or end the run."""
         here = self._presence.codes()
         norms = self._norms(here)
         verdict = verdict_of(
@@ -245,22 +261,34 @@ class LibraryOptimizer(torch.optim.Optimizer):
             self._take_step(grads, own, None)
         else:
             self._pass_time(grads)
-        return loss
+
+    def _forget_measured(self) -> None:
+        """Forget what was measured for a step, taken or not."""
 
     def _check_before_step(self) -> None:
         """Refuse what cannot be stepped, before anything moves."""
         self._follow_others()
         self._as_made.check_tensors()
         self._check_dense()
+        self._check_groups()
+        self._check_momentum()
+        self._peaks.follow(self.param_groups, self._depends_on_peak)
+        self._is_fresh = False
+
+    def _check_groups(self) -> None:
+        """Refuse options that were set or taken out since the last step."""
         check_rates(self.param_groups)
-        for group in self._as_made.changed(self.param_groups, self.defaults):
+        # Unpickled, the defaults have a switch of torch's.
+        options = [key for key in self.defaults if key not in SWITCHES_OF_TORCH]
+        changed = self._as_made.changed(self.param_groups, options)
+        for group in changed:
+            check_complete(group, options)
             self._check_options(group)
             self._as_made.check_fixed(self.param_groups)
             self._check_state_of(group)
             check_alike([self.param_groups[0], group], self.step_options)
-        self._check_momentum()
-        self._peaks.follow(self.param_groups, self._depends_on_peak)
-        self._is_fresh = False
+        if changed:
+            self._as_made.accept(self.param_groups)
 
     def _follow_others(self) -> None:
         """Plan anew if others replaced groups, or their parameters before the first step.

@@ -23,9 +23,9 @@ Limit = tuple[Callable[[Any], bool], str]
 """Whether a value of any type is possible, and what is wanted."""
 
 
-def is_count(value: object, least: int = 1) -> bool:
-    """Whether a value is a whole number, ``least`` or more; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_count(value: object, least: int = 1, most: int = 2**63 - 1) -> bool:
+    """Whether a value is a whole number from ``least`` to ``most``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def number(holds: Callable[[float], bool], *, optional: bool = False) -> Callable[[Any], bool]:
@@ -84,7 +84,9 @@ _HALF: Limit = (number(lambda x: 0 < x <= 1, optional=True), "None or a number i
 POSITIVE: Limit = (number(lambda x: 0 < x < math.inf), "a finite number greater than 0")
 NOT_NEGATIVE: Limit = (number(lambda x: 0 <= x < math.inf), "a finite number, at least 0")
 STEPS: Limit = (is_count, "a whole number, at least 1")
-_STEPS_OR_NONE: Limit = (lambda x: x is None or is_count(x), f"None or {STEPS[1]}")
+# Work is planned for every step of a period.
+PERIOD: Limit = (lambda x: is_count(x, most=10**6), "a whole number from 1 to 1,000,000")
+_START: Limit = (lambda x: x is None or is_count(x, most=10**12), f"None or {STEPS[1]}")
 
 LIMITS: dict[str, Limit] = {
     "lr": (is_rate, "at least 0: a finite number, or a tensor of one on the CPU"),
@@ -104,9 +106,9 @@ LIMITS: dict[str, Limit] = {
         "whole numbers, at least 1: one, or one for rows and one for columns",
     ),
     "batch_dims": (lambda x: is_count(x, 0), "a whole number, at least 0"),
-    "precondition_frequency": STEPS,
-    "start_step": _STEPS_OR_NONE,
-    "factor_frequency": STEPS,
+    "precondition_frequency": PERIOD,
+    "start_step": _START,
+    "factor_frequency": PERIOD,
     "max_failures": STEPS,
     "max_skipped": STEPS,
     "grafting_beta2": _HALF,
@@ -180,10 +182,21 @@ def check_alone(
     """
     for key, (holds, wanted) in limits.items():
         if key in options and not holds(options[key]):
-            raise ValueError(f"{key}: got {options[key]!r}, wanted {wanted}")
+            raise ValueError(f"{key}: got {shown(options[key])}, wanted {wanted}")
     for key, some in choices.items():
         if key in options and not any(_is_same(options[key], one) for one in some):
-            raise ValueError(f"{key}: got {options[key]!r}, wanted one of {some}")
+            raise ValueError(f"{key}: got {shown(options[key])}, wanted one of {some}")
+
+
+def shown(value: object) -> str:
+    """A value of any type in less than a line, for errors."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"a tensor of shape {tuple(value.shape)}"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # a whole number of thousands of digits
+        text = f"one of type {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_same(value: object, choice: object) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from titan_shampoo.options import LIMITS
+from titan_shampoo.options import LIMITS, shown
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _KEYS_OF_OTHERS = frozenset(
 )  # fmt: skip
 """Keys that a group may have beside options: those that torch and other libraries read."""
 
-_SWITCHES_OF_TORCH = {
+SWITCHES_OF_TORCH = {
     "maximize": "negate the loss",
     "amsgrad": "no method has it",
     "differentiable": "no step can be differentiated",
@@ -53,14 +53,25 @@ def check_keys(group: Mapping[str, Any], method: str, options: Iterable[str]) ->
     """
     known = set(options)
     for key, value in group.items():
-        if key in _SWITCHES_OF_TORCH:
+        if key in SWITCHES_OF_TORCH:
             if value is not None and value is not False:
-                raise ValueError(f"{key}: got {value!r}, wanted False or None: "
-                                 f"{_SWITCHES_OF_TORCH[key]}")  # fmt: skip
+                raise ValueError(f"{key}: got {shown(value)}, wanted False or None: "
+                                 f"{SWITCHES_OF_TORCH[key]}")  # fmt: skip
         elif key not in known and key not in _KEYS_OF_OTHERS:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "keys of your own can be set later"
             raise ValueError(f"{key}: {method} has no such option in a parameter group; {hint}")
+
+
+def check_complete(group: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Refuse a group that an option was taken out of.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    for key in options:
+        if key not in group:
+            raise ValueError(f"{key}: was taken out of a parameter group; put it back")
 
 
 class AsMade:
@@ -113,24 +124,30 @@ class AsMade:
                                    ".double() and the like")  # fmt: skip
 
     def changed(self, groups: Sequence[Group], options: Iterable[str]) -> list[Group]:
-        """The groups in which an option was set since this was last asked; ``lr`` aside.
+        """The groups in which an option was set since :meth:`accept`; ``lr`` aside.
+
+        By identity: schedulers set new objects. What is inside a list can be set without one.
 
         Args:
             groups: As many as there were.
             options: Names of all options.
         """
-        found = []
         keys = [key for key in options if key != "lr"]
-        for number, group in enumerate(groups):
-            seen = self._seen[number]
-            # By identity: schedulers set new objects; what is in a list can be set without one.
+        return [
+            group
+            for group, seen in zip(groups, self._seen, strict=True)
             if any(
-                key not in seen or group.get(key) is not seen[key] or type(seen[key]) is list
+                key not in group
+                or key not in seen
+                or group[key] is not seen[key]
+                or type(seen[key]) is list
                 for key in keys
-            ):
-                self._seen[number] = {key: group.get(key) for key in keys}
-                found.append(group)
-        return found
+            )
+        ]
+
+    def accept(self, groups: Sequence[Group]) -> None:
+        """Remember the options of ``groups``, which have been checked."""
+        self._seen = [dict(group) for group in groups]
 
     def check_fixed(self, groups: Sequence[Group]) -> None:
         """Refuse options that were set too late.
@@ -140,9 +157,9 @@ class AsMade:
         """
         for group, made in zip(groups, self._made, strict=True):
             for key, value in made.items():
-                if group.get(key) != value:
-                    raise ValueError(f"{key}: got {group.get(key)!r} in an optimizer that was made "
-                                     f"with {value!r}; make another one")  # fmt: skip
+                if group[key] != value:
+                    raise ValueError(f"{key}: got {shown(group[key])} in an optimizer that was "
+                                     f"made with {value!r}; make another one")  # fmt: skip
 
 
 def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -152,10 +169,11 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
         ValueError: Naming what is wrong.
     """
     for group in groups:
+        check_complete(group, ("lr", "peak_lr"))
         for key in ("lr", "peak_lr", "max_lr"):
             holds, wanted = LIMITS[key]
             if key in group and not holds(group[key]):
-                raise ValueError(f"{key}: got {group[key]!r}, wanted {wanted}")
+                raise ValueError(f"{key}: got {shown(group[key])}, wanted {wanted}")
 
 
 class Peaks:

@@ -33,7 +33,7 @@ class Shampoo(BlockOptimizer):
     Args:
         params: Tensors, ``(name, tensor)`` pairs, groups, or a model for all of its parameters;
             plain, DDP, FSDP2, HSDP or tensor-parallel.
-        lr: Learning rate, at least zero.
+        lr: Learning rate, at least zero; a number, or a tensor of one element on the CPU.
         betas: Decay per step of the filtered gradient, in [0, 1), and of the factors, in (0, 1]; 1
             sums them.
         eps: Damping added to the factors, greater than zero.

@@ -43,6 +43,8 @@ class Factors:
         """Refreshes that were not taken since the start."""
         self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._places: dict[tuple[int, ...], Tensor] = {}
+        self._waiting_until = [0] * len(plan.stacks)
+        """Step before which a stack may have blocks that are yet to be refreshed."""
 
     def _empty_state(self, stack: Stack) -> State:
         """Zero, but for inverses: until the first refresh, a direction is its gradient."""
@@ -106,8 +108,13 @@ class Factors:
             cursor: Steps before this one.
             taken: As for :meth:`average_`.
         """
-        state, due = self.states[number], self._due_blocks(number, cursor)
-        if cursor < self._options_of(number)["precondition_frequency"]:
+        state, options = self.states[number], self._options_of(number)
+        in_turn = self._due_blocks(number, cursor)
+        due = [place for place in in_turn if self._is_trained(number, place)]
+        period = int(options["precondition_frequency"])
+        if len(due) < len(in_turn):  # once it is trained, a frozen layer waits for its next turn
+            self._waiting_until[number] = cursor + period + int(options["factor_frequency"])
+        if cursor < max(period, self._waiting_until[number]):
             self._bound_those_that_wait(number)
         if not due:
             return
@@ -134,6 +141,11 @@ class Factors:
         everyone = self._on_device(range(len(state["batches"])))
         waiting = (state["refreshes"] == 0) & (state["batches"] > 0)
         put_(state, everyone, self._inverted(number, state, bounded), waiting)
+
+    def _is_trained(self, number: int, position: int) -> bool:
+        """Whether the weight that a block belongs to is not frozen."""
+        block = self.plan.stacks[number].blocks[position]
+        return self.layers[block.param].weight.requires_grad
 
     def worst_failure(self) -> Tensor:
         """Largest number of refreshes in a row that failed for any block here, 0-dim."""
@@ -168,14 +180,8 @@ class Factors:
         period = int(options["precondition_frequency"])
         turn = cursor % period
         if options["refresh"] == "together":
-            turns = [0] * len(stack.blocks)
-        else:
-            turns = [block.turn % period for block in stack.blocks]
-        return [
-            place
-            for place, block in enumerate(stack.blocks)
-            if turns[place] == turn and self.layers[block.param].weight.requires_grad
-        ]
+            return list(range(len(stack.blocks))) if turn == 0 else []
+        return [place for place, block in enumerate(stack.blocks) if block.turn % period == turn]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer, ``"right.3"`` for block 3."""

@@ -41,7 +41,7 @@ class Eva(LayerOptimizer):
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or groups: parameters of ``model``; or the model,
             in place of all of its parameters.
-        lr: Learning rate, at least zero.
+        lr: Learning rate, at least zero; a number, or a tensor of one element on the CPU.
         model: Whose layers are looked into, or the parts of a pipeline on this rank; None where
             ``params`` is the model.
         damping: Added to the curvature, greater than zero.
@@ -68,7 +68,9 @@ class Eva(LayerOptimizer):
             matrices is a layer of its own, that saw the rows that it was multiplied by.
         fallback: ``"adamw"`` or ``"sgd"`` (with this momentum and weight decay).
         fallback_lr: Learning rate of the fallback where ``lr`` has its peak; it follows the
-            schedule of ``lr``. None: ``lr``.
+            schedule of ``lr``. None: ``lr``. The peak is ``max_lr`` of a parameter group, which
+            ``OneCycleLR`` sets, else ``peak_lr``: the first ``lr`` of the group, or the largest one
+            that it has been stepped by.
         betas: Of the AdamW fallback.
         eps: Of the AdamW fallback.
         max_skipped: Steps in a row that may have gradients that are not finite.

@@ -88,10 +88,10 @@ class LayerOptimizer(LibraryOptimizer):
                 their taps did not see.
         """
         self._check_not_scaled()
-        try:
-            return super().step(closure)
-        finally:
-            self._reset_taps()
+        return super().step(closure)
+
+    def _forget_measured(self) -> None:
+        self._reset_taps()
 
     def _worst_failure(self) -> Tensor:
         return super()._worst_failure() if self._step is None else self._step.worst_failure()
@@ -130,6 +130,7 @@ class LayerOptimizer(LibraryOptimizer):
     @not_traced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and what has been measured since the last step."""
+        self._check_groups()  # they say what is to be measured
         super().zero_grad(set_to_none)
         self._reset_taps()
 
