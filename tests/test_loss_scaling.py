@@ -179,7 +179,7 @@ def test_a_scaler_that_skips_puts_off_the_news_of_a_step_skipped_by_the_device(
 def scaled_on_shards(method: str, bad_rank: int) -> list[Any]:
     """Whether a step moved this rank's shards, with an infinite gradient on one rank in step 1."""
     model = network()
-    for layer in model:
+    for layer in model.children():
         if next(layer.parameters(), None) is not None:
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     optimizer = made(method, model, late=False)
@@ -190,7 +190,7 @@ def scaled_on_shards(method: str, bad_rank: int) -> list[Any]:
         scaler.scale(loss_of(model, step)).backward()
         params = [param for param in model.parameters() if param.to_local().numel()]  # type: ignore[attr-defined]
         if step == 1 and dist.get_rank() == bad_rank:
-            params[0].grad.to_local().view(-1)[0] = torch.inf
+            params[0].grad.to_local().view(-1)[0] = torch.inf  # type: ignore[union-attr]
         before = [param.detach().to_local().clone() for param in params]  # type: ignore[attr-defined]
         scaler.step(optimizer)
         scaler.update()

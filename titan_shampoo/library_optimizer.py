@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,17 @@ from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
 
-not_traced = torch.compiler.disable(
-    reason="the host decides what is due in a step; leave out fullgraph=True, and set compile=True "
-    "(Shampoo, SOAP, KLShampoo) to compile the arithmetic of a step"
-)
-"""Decorator of methods that ``torch.compile`` runs without tracing them."""
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def not_traced(method: _Method) -> _Method:
+    """Have ``torch.compile`` call a method as it is, in the middle of what it compiles."""
+    disabled: _Method = torch.compiler.disable(
+        method,
+        reason="the host decides what is due in a step; leave out fullgraph=True, and set "
+        "compile=True (Shampoo, SOAP, KLShampoo) to compile the arithmetic of a step",
+    )
+    return disabled
 
 
 Params = nn.Module | Iterable[Any]
