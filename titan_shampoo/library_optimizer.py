@@ -6,11 +6,11 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_shampoo.distributed.agreement import Circle, Facts, Known, check_agreement
@@ -32,6 +32,22 @@ from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def not_traced(method: _Method) -> _Method:
+    """Have ``torch.compile`` call a method as it is, in the middle of what it compiles."""
+    disabled: _Method = torch.compiler.disable(
+        method,
+        reason="the host decides what is due in a step; leave out fullgraph=True, and set "
+        "compile=True (Shampoo, SOAP, KLShampoo) to compile the arithmetic of a step",
+    )
+    return disabled
+
+
+Params = nn.Module | Iterable[Any]
+"""Tensors, pairs of name and tensor, parameter groups, or a model for all of its parameters."""
 
 
 class _Shared:
@@ -70,7 +86,7 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
         pipeline_group: dist.ProcessGroup | None,
@@ -80,7 +96,8 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._whole_model = None if all_params is None else described(all_params, defaults)
         self._process_group, self._pipeline_group = process_group, pipeline_group
         self._is_complete = False
-        super().__init__(params, defaults)
+        given = params.named_parameters() if isinstance(params, nn.Module) else params
+        super().__init__(given, defaults)
         self._is_complete = self._is_fresh = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,18 +140,26 @@ class LibraryOptimizer(SavedStateOptimizer):
             ValueError: If an option is impossible or a parameter is not real-valued, or if blocks
                 would go to other ranks after the first step; then nothing is added.
         """
+        if self._is_complete:
+            self._follow_others()
         super().add_param_group(param_group)
-        before = dict(self.__dict__)
         try:
             self._check_group(self.param_groups[-1])
             if self._is_complete:
-                state = dict(self.state)
-                self._build()
-                self._check_kept(state)
-                self._carry_over(state)
+                self._build_anew(dict(self.state))
         except Exception:
             self.param_groups.pop()
-            self.__dict__.update(before)  # as a new plan and its state are put in place of the old
+            raise
+
+    def _build_anew(self, kept: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Plan and allocate anew, carry over the state ``kept``; nothing changes if that fails."""
+        before = dict(self.__dict__)
+        try:
+            self._build()
+            self._check_kept(kept)
+            self._carry_over(kept)
+        except Exception:
+            self.__dict__.update(before)
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -147,6 +172,9 @@ class LibraryOptimizer(SavedStateOptimizer):
         group.setdefault("peak_lr", float(group["lr"]))
         check_alike(self.param_groups, self.step_options)
         for name, param in self._as_given(group):
+            if getattr(param, "_fsdp_flattened", False):
+                raise ValueError(f"{name}: is flattened by FullyShardedDataParallel, which leaves "
+                                 "no matrices; shard with fully_shard (FSDP2)")  # fmt: skip
             if param.is_complex():
                 raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
                                  "pass torch.view_as_real of it")  # fmt: skip
@@ -182,6 +210,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             if isinstance(param, Tensor) and has_begun(state):
                 copy_state(self.state[param], state)
 
+    @not_traced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
         """Take one step and return what ``closure`` returned.
@@ -239,8 +268,7 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def _check_before_step(self) -> None:
         """Refuse what cannot be stepped, before anything moves."""
-        if self._as_made.has_others(self.param_groups):
-            self._follow_others()
+        self._follow_others()
         self._as_made.check_tensors()
         self._check_dense()
         self._check_groups()
@@ -264,17 +292,25 @@ class LibraryOptimizer(SavedStateOptimizer):
             self._as_made.accept(self.param_groups)
 
     def _follow_others(self) -> None:
-        """Plan anew for parameters that were put into the groups before the first step.
+        """Plan anew if others replaced groups, or their parameters before the first step.
+
+        Accelerate replaces parameters by sharded ones, Lightning's finetuning restores groups.
 
         Raises:
-            RuntimeError: If there is state already.
+            RuntimeError: If there is state of other parameters already, or no matrix is left.
         """
-        if not self._is_fresh:
+        if not self._as_made.has_others(self.param_groups):
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._as_made.has_matrices and not any(param.dim() > 1 for param in params):
+            raise RuntimeError("params: all tensors that were put into the parameter groups are "
+                               "flat (as DeepSpeed's ZeRO does), which leaves no matrices; shard "
+                               "with fully_shard (FSDP2)")  # fmt: skip
+        if not self._is_fresh and set(params) != self._as_made.params:
             raise RuntimeError("params: a parameter group has other tensors than those that state "
                                "was made for; add some by add_param_group, or make another "
                                "optimizer")  # fmt: skip
-        self._build()
-        self._carry_over({})
+        self._build_anew({} if self._is_fresh else dict(self.state))
 
     def _check_state_of(self, group: dict[str, Any]) -> None:
         """Raise ValueError if options of a group want state that was not made."""
@@ -392,7 +428,8 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def _follow_loaded(self) -> None:
         self._as_made.learn(self.param_groups)
-        self._is_fresh = False
+        states = (self.state.get(param, {}) for _, param in self._all_named())
+        self._is_fresh &= not any(map(has_begun, states))
 
     def _is_stage(self) -> bool:
         is_one_of_many = self._pipeline_group is not None and self._pipeline_group.size() > 1

@@ -87,7 +87,10 @@ class AsMade:
         self, groups: Sequence[Group], named: Iterable[tuple[str, Tensor]], fixed: Iterable[str]
     ) -> None:
         self._params = [(name, param, param.dtype, param.device) for name, param in named]
+        self._groups = list(groups)
         self.names = [name for name, *_ in self._params]
+        self.params = {param for _, param, *_ in self._params}
+        self.has_matrices = any(param.dim() > 1 for param in self.params)
         self._fixed = tuple(fixed)
         self.learn(groups)
 
@@ -97,8 +100,10 @@ class AsMade:
         self._seen: list[Group] = [{} for _ in groups]
 
     def has_others(self, groups: Sequence[Group]) -> bool:
-        """Whether ``groups`` have other parameters, or are more or less."""
-        if len(groups) != len(self._made):
+        """Whether ``groups`` are others, or have other parameters."""
+        if len(groups) != len(self._groups):
+            return True
+        if any(group is not made for group, made in zip(groups, self._groups, strict=True)):
             return True
         params = [param for group in groups for param in group["params"]]
         if len(params) != len(self._params):

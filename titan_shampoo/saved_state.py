@@ -73,6 +73,10 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """The blocks of each parameter that has any, by their shape."""
         raise NotImplementedError
 
+    def _follow_others(self) -> None:
+        """Build anew for parameter groups that others have replaced."""
+        raise NotImplementedError
+
     def _follow_loaded(self) -> None:
         """Take the options that have been loaded for those that the optimizer was made with."""
         raise NotImplementedError
@@ -107,6 +111,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
             ValueError: If torch asks for what it would not put together rightly: one file of all
                 stages of a pipeline, or the flattened form to be broadcast from rank 0.
         """
+        self._follow_others()
         check_request(requested_by_torch(), is_stage=self._is_stage())
         await_ranks(self._judges, "state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
@@ -121,6 +126,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
         Loads on the layout that it was saved on, each rank its own.
         """
+        self._follow_others()
         state = {
             key: {name: _picklable(value) for name, value in values.items()}
             if isinstance(key, Tensor)
@@ -199,6 +205,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        self._follow_others()
         await_ranks(self._judges, "load_state_dict()")
         attributes, options = dict(self.__dict__), [dict(group) for group in self.param_groups]
         try:
@@ -514,7 +521,8 @@ def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def has_begun(state: Mapping[str, Tensor]) -> bool:
     """Whether a parameter has state that is not what it is made with, for all that is known."""
-    return bool(state.get("cursor", len(state)))
+    counters = [state[key] for key in ("cursor", "step") if key in state]
+    return any(bool(value.any()) for value in counters or state.values())
 
 
 def _equal(one: object, other: object) -> bool:

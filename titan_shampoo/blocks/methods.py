@@ -18,6 +18,7 @@ from titan_shampoo.functional.kl_shampoo import KLShampooRule
 from titan_shampoo.functional.roots import BasisMethod, RootMethod
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
+from titan_shampoo.library_optimizer import Params
 from titan_shampoo.options import options_among
 
 __all__ = ["SOAP", "KLShampoo", "Shampoo"]
@@ -30,8 +31,8 @@ class Shampoo(BlockOptimizer):
     """Blocked Shampoo (Gupta et al. 2018; Shi et al. 2023, arXiv 2309.06497).
 
     Args:
-        params: Tensors, ``(name, tensor)`` pairs, or groups; plain, DDP, FSDP2, HSDP or
-            tensor-parallel.
+        params: Tensors, ``(name, tensor)`` pairs, groups, or a model for all of its parameters;
+            plain, DDP, FSDP2, HSDP or tensor-parallel.
         lr: Learning rate, at least zero; a number, or a tensor of one element on the CPU.
         betas: Decay per step of the filtered gradient, in [0, 1), and of the factors, in (0, 1]; 1
             sums them.
@@ -103,7 +104,7 @@ class Shampoo(BlockOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-12,
@@ -161,7 +162,7 @@ class KLShampoo(BlockOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -220,7 +221,7 @@ class SOAP(BlockOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 3e-3,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,

@@ -23,7 +23,7 @@ from titan_shampoo.distributed.plan import Cost, Holding, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back
 from titan_shampoo.functional.rule import Rule
-from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
+from titan_shampoo.library_optimizer import LibraryOptimizer, Params, warn_without_names
 from titan_shampoo.options import check_options, check_order
 from titan_shampoo.saved_state import GlobalState
 from titan_shampoo.whole_model import Described, turns_in_model
@@ -50,7 +50,7 @@ class BlockOptimizer(LibraryOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
         all_params: Iterable[Any] | None = None,

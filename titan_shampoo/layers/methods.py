@@ -20,6 +20,7 @@ from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.optimizer import LayerOptimizer, Model
 from titan_shampoo.layers.rank_one import RankOneStep
 from titan_shampoo.layers.step import LayerStep
+from titan_shampoo.library_optimizer import Params
 from titan_shampoo.options import options_among
 
 __all__ = ["FOOF", "KFAC", "Eva", "EvaF", "EvaS"]
@@ -38,9 +39,11 @@ class Eva(LayerOptimizer):
     two together.
 
     Args:
-        params: Tensors, ``(name, tensor)`` pairs, or groups: parameters of ``model``.
+        params: Tensors, ``(name, tensor)`` pairs, or groups: parameters of ``model``; or the model,
+            in place of all of its parameters.
         lr: Learning rate, at least zero; a number, or a tensor of one element on the CPU.
-        model: Whose layers are looked into, or the parts of a pipeline on this rank.
+        model: Whose layers are looked into, or the parts of a pipeline on this rank; None where
+            ``params`` is the model.
         damping: Added to the curvature, greater than zero.
         weight_decay: At least zero.
         statistics_decay: Weight of the old value in the running averages of inputs and output
@@ -85,12 +88,12 @@ class Eva(LayerOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 0.1,
         damping: float = 0.3,
         weight_decay: float = 0.0,
         *,
-        model: Model,
+        model: Model | None = None,
         statistics_decay: float = 0.05,
         kl_clip: float = 1e-3,
         kv_scale: Literal["per_token", "batch_mean"] = "per_token",
@@ -130,12 +133,12 @@ class EvaF(LayerOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 0.1,
         damping: float = 0.3,
         weight_decay: float = 0.0,
         *,
-        model: Model,
+        model: Model | None = None,
         statistics_decay: float = 0.05,
         kl_clip: float = 1e-3,
         damping_mode: DampingMode = "absolute",
@@ -167,8 +170,8 @@ class EvaS(LayerOptimizer):
     the length of its gradient.
 
     Args:
-        params: Tensors, ``(name, tensor)`` pairs, or groups. All options that are not named here
-            are as for :class:`Eva`.
+        params: Tensors, ``(name, tensor)`` pairs, groups, or a model. All options that are not
+            named here are as for :class:`Eva`.
         damping: Added to the curvature ``|v_1|^2 |v_2|^2 ...``.
         damping_mode: ``"relative"`` to the running mean of the curvature by default: means of
             gradients are so small that any absolute damping would leave nothing but the gradient.
@@ -183,7 +186,7 @@ class EvaS(LayerOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 0.1,
         damping: float = 0.3,
         weight_decay: float = 0.0,
@@ -266,12 +269,12 @@ class FOOF(KroneckerOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 0.1,
         damping: float = 0.3,
         weight_decay: float = 0.0,
         *,
-        model: Model,
+        model: Model | None = None,
         statistics_decay: float = 0.05,
         factor_frequency: int = 1,
         precondition_frequency: int = 10,
@@ -319,12 +322,12 @@ class KFAC(KroneckerOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         lr: float = 0.1,
         damping: float = 0.3,
         weight_decay: float = 0.0,
         *,
-        model: Model,
+        model: Model | None = None,
         statistics_decay: float = 0.05,
         factor_frequency: int = 1,
         precondition_frequency: int = 10,

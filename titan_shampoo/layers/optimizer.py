@@ -23,7 +23,7 @@ from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
-from titan_shampoo.library_optimizer import LibraryOptimizer, warn_without_names
+from titan_shampoo.library_optimizer import LibraryOptimizer, Params, not_traced, warn_without_names
 from titan_shampoo.saved_state import BLOCKS, GlobalState
 from titan_shampoo.statistics import reshard
 
@@ -54,14 +54,14 @@ class LayerOptimizer(LibraryOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         defaults: dict[str, Any],
         model: Model | None,
         process_group: dist.ProcessGroup | None,
         pipeline_group: dist.ProcessGroup | None,
         all_params: Iterable[Any] | None = None,
     ) -> None:
-        self._models = _parts(model)
+        self._models = [] if self.moments is None else _parts(model, params, self.method)
         defaults = defaults | {"method": self.method}
         super().__init__(params, defaults, process_group, pipeline_group, all_params)
         if self.moments is None:  # else names are those of the model's layers
@@ -75,6 +75,7 @@ class LayerOptimizer(LibraryOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         check_layer_options(group)
 
+    @not_traced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
         """Take one step and return what ``closure`` returned.
@@ -129,6 +130,7 @@ class LayerOptimizer(LibraryOptimizer):
             nothing = torch.zeros(2, device=self._device)
             summed_over_stages(scaling, nothing, self._pipeline_group)
 
+    @not_traced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and what has been measured since the last step."""
         self._check_groups()  # they say what is to be measured
@@ -375,9 +377,13 @@ class LayerOptimizer(LibraryOptimizer):
         self._prepare()
 
 
-def _parts(model: Model | None) -> list[nn.Module]:
+def _parts(model: Model | None, params: Params, method: str) -> list[nn.Module]:
+    """Parts of the model on this rank, which may have been given in place of its parameters."""
     if model is None:
-        return []
+        if not isinstance(params, nn.Module):
+            raise ValueError(f"model: got None, wanted the model whose layers {method} looks into; "
+                             "set model=model")  # fmt: skip
+        model = params
     return [model] if isinstance(model, nn.Module) else list(model)
 
 

@@ -9,7 +9,7 @@ from titan_shampoo.statistics.checks import (
     check_schedule,
     untapped,
 )
-from titan_shampoo.statistics.layers import TappedLayer, TappedStack, tap
+from titan_shampoo.statistics.layers import TappedLayer, TappedStack, tap, untap
 from titan_shampoo.statistics.sharding import LayerSharding, reshard
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "check_schedule",
     "reshard",
     "tap",
+    "untap",
     "untapped",
 ]

@@ -88,8 +88,12 @@ class TappedLayer:
     @property
     def leaves(self) -> Leaves:
         """The tensors whose gradients are the sums."""
-        leaves = getattr(self.module, LEAVES)
-        assert isinstance(leaves, Leaves)
+        return self._present(self.module.__dict__.get(LEAVES))
+
+    def _present(self, leaves: object) -> Leaves:
+        if not isinstance(leaves, Leaves):
+            raise RuntimeError(f"{self.name}: its tap was taken off; give untap a copy of the "
+                               "model, or construct the optimizer anew")  # fmt: skip
         return leaves
 
     @property
@@ -176,9 +180,7 @@ class TappedStack(TappedLayer):
     @property
     def leaves(self) -> Leaves:
         """The tensors whose gradients are the sums."""
-        leaves = getattr(self.module, LEAVES)[self.weight_name]
-        assert isinstance(leaves, Leaves)
-        return leaves
+        return self._present(self.module.__dict__.get(LEAVES, {}).get(self.weight_name))
 
 
 def tap(
@@ -238,6 +240,17 @@ def _is_tapped(layer: TappedLayer, moments: Moments, output_sums: bool) -> bool:
             raise
         return False
     return True
+
+
+def untap(model: nn.Module) -> None:
+    """Give the layers of ``model`` their own forward again.
+
+    For a copy that is scripted or transformed by ``torch.func``; a model that is trained needs its
+    taps.
+    """
+    for module in model.modules():
+        if module.__dict__.pop(LEAVES, None) is not None:
+            del module.forward
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:

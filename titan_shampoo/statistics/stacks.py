@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from titan_shampoo.statistics.sums import RowsOfExperts
-from titan_shampoo.statistics.tap import LEAVES, Leaves, check_device, replace_forward
+from titan_shampoo.statistics.tap import LEAVES, Leaves, check_device, is_measured, replace_forward
 
 _PRODUCTS = frozenset(
     (
@@ -61,7 +61,7 @@ def _forward() -> Callable[..., Any]:
     """The forward of all tapped modules of experts, which compilers leave alone."""
 
     def forward(module: nn.Module, *args: object, **kwargs: object) -> Any:  # noqa: ANN401 - whatever the module returns
-        if not torch.is_grad_enabled():
+        if not is_measured():
             return type(module).forward(module, *args, **kwargs)
         # What is compiled inside would hide its products.
         with torch.compiler.set_stance("force_eager"), _Products(module):

@@ -9,8 +9,9 @@ or tensors fail one or the other. The input is what the layer keeps for its own 
 a tap costs no memory.
 """
 
+import copy
 from collections.abc import Callable
-from types import MethodType
+from types import MethodType, NoneType
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ class Leaves:
         self.has_bias = False
         self.collects_moments = False
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Nothing: a model that was pickled is not tapped and loads where this package is not."""
+        return NoneType, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Leaves":
+        """Leaves of a copied module, with what they have measured."""
+        twin = memo[id(self)] = object.__new__(Leaves)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
 
 def attach(module: nn.Module, leaves: Leaves) -> None:
     """Tap ``module`` from its next forward pass on.
@@ -92,12 +103,20 @@ def is_tapped(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) is forward
 
 
+def is_measured() -> bool:
+    """Whether forward passes are measured now: not those that no step follows.
+
+    A program that is exported or traced would keep the taps, which then measure for nobody.
+    """
+    return torch.is_grad_enabled() and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+
+
 def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     """What ``module`` would return, tapped.
 
     Named so that a module that is pickled and loaded has its own forward again.
     """
-    if not torch.is_grad_enabled() or not _is_trained(module):
+    if not is_measured() or not _is_trained(module):
         return type(module).forward(module, input, *args, **kwargs)
     leaves: Leaves = getattr(module, LEAVES)
     _check_fit(input, leaves)
