@@ -71,7 +71,7 @@ class LibraryOptimizer(torch.optim.Optimizer):
     _norms_before: Grads
     _as_made: AsMade
     _is_fresh = False
-    """Whether no step has been taken and no state been loaded."""
+    """Whether no step has been taken, and no state of one been loaded."""
 
     def __init__(
         self,
@@ -414,7 +414,8 @@ class LibraryOptimizer(torch.optim.Optimizer):
             copy_state(mine, other)
         load_options(self.param_groups, groups)
         self._as_made.learn(self.param_groups)
-        self._is_fresh = False
+        counters = (state.get(key) for state in self.state.values() for key in ("step", "cursor"))
+        self._is_fresh &= not any(count.any() for count in counters if count is not None)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
