@@ -82,7 +82,7 @@ class LibraryOptimizer(SavedStateOptimizer):
     _norms_before: Grads
     _as_made: AsMade
     _is_fresh = False
-    """Whether no step has been taken and no state been loaded."""
+    """Whether no step has been taken, and no state of one been loaded."""
 
     def __init__(
         self,
