@@ -65,6 +65,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "communication_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "state_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "fallback": (None, "adamw"),
+    "precondition": (None, True, False),
 }
 
 

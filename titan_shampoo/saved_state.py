@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FIXED_KEYS = ("params", "param_names", "method", "compile")
+_FIXED_KEYS = ("params", "param_names", "method", "compile", "precondition")
 """Keys of a parameter group that a loaded state does not change."""
 
 Groups = Sequence[Mapping[str, Any]]
