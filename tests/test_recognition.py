@@ -242,6 +242,35 @@ def test_a_network_without_layers_is_warned_of_once(method: str, caplog: Any) ->
     )
 
 
+@every_tapped_method
+def test_parameters_of_another_model_are_said_to_be_so(method: str, caplog: Any) -> None:
+    METHODS[method](nn.Linear(4, 4).named_parameters(), model=nn.Linear(4, 4))
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == (
+        f"{method}: AdamW steps everything, as no layer can be tapped: weight: it is not a "
+        "parameter of the model; give the model that it is in, as it is now; Shampoo, SOAP, "
+        "KLShampoo and EvaS need no layers"
+    )
+
+
+@pytest.mark.parametrize("method", ["Eva", "EvaF"])
+def test_a_stack_that_is_not_seen_has_a_cause_of_its_own(method: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.randn(2, 4, 3))
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return torch.einsum("ni,eoi->neo", rows, self.w1)
+
+    model = Experts()
+    group = {"params": list(model.named_parameters()), "batch_dims": 1}
+    optimizer = METHODS[method]([group], model=model)
+    backward(model, 5, 3)
+    with pytest.raises(RuntimeError, match=r"^w1: .* otherwise than by matmul, .*\(as by einsum\)"):
+        optimizer.step()
+
+
 class Attending(nn.Module):
     """A transformer of torch's, a parametrized layer and one whose weight is used without it."""
 

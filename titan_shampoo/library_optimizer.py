@@ -4,7 +4,6 @@ import functools
 import itertools
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,9 +24,6 @@ from titan_shampoo.statistics import reshard
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
-
-Model = nn.Module | Sequence[nn.Module]
-"""A model, or the parts of a pipeline that are on this rank."""
 
 FALLBACKS = {"adamw": "AdamW", "sgd": "SGD"}
 
@@ -472,40 +468,3 @@ def _placement(param: Tensor) -> object:
 def _plain(value: object) -> object:
     """The value of an option, which a tensor would not be written out as."""
     return value.tolist() if isinstance(value, Tensor) else value
-
-
-def parts_of(model: Model | None) -> list[nn.Module]:
-    """The parts of a model on this rank; none without one."""
-    if model is None:
-        return []
-    return [model] if isinstance(model, nn.Module) else list(model)
-
-
-def with_names(params: Iterable[Any], models: Sequence[nn.Module]) -> list[Any]:
-    """Parameters or groups as they are given to an optimizer, with names that ``models`` know."""
-    names = {param: name for model in models for name, param in model.named_parameters()}
-
-    def named(some: Iterable[Any]) -> list[Any]:
-        some = [some] if isinstance(some, Tensor) else list(some)
-        if not all(isinstance(entry, Tensor) and entry in names for entry in some):
-            return some
-        return [(names[param], param) for param in some]
-
-    given = list(params)
-    if given and isinstance(given[0], dict):
-        return [{**group, "params": named(group["params"])} for group in given]
-    return named(given)
-
-
-def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Say what is lost if some parameters have no names; for constructors of base classes."""
-    if any(
-        "param_names" not in group and group["fallback"] and group["precondition"] is None
-        for group in groups
-    ):
-        warnings.warn(
-            "without names, embeddings and output heads (but for very tall ones) cannot be told "
-            "from other matrices and are preconditioned; pass model.named_parameters(), or "
-            "model=model",
-            stacklevel=4,  # of the user, who calls the constructor of a subclass
-        )

@@ -6,6 +6,7 @@ their modules; otherwise names do, and at last the shape. Groups decide by ``pre
 """
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 Kind = Literal["embedding", "output head", "layer"]
 """What the modules say of a parameter; a layer may still be a head or a router by its name."""
+
+Model = nn.Module | Sequence[nn.Module]
+"""A model, or the parts of a pipeline that are on this rank."""
 
 _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.\w+)\."
@@ -119,6 +123,43 @@ def kinds_of(models: Iterable[nn.Module]) -> dict[Tensor, Kind]:
         if is_last and weight.shape in shapes:
             kinds[weight] = "output head"
     return kinds
+
+
+def parts_of(model: Model | None) -> list[nn.Module]:
+    """The parts of a model on this rank; none without one."""
+    if model is None:
+        return []
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
+def with_names(params: Iterable[Any], models: Sequence[nn.Module]) -> list[Any]:
+    """Parameters or groups as they are given to an optimizer, with names that ``models`` know."""
+    names = {param: name for model in models for name, param in model.named_parameters()}
+
+    def named(some: Iterable[Any]) -> list[Any]:
+        some = [some] if isinstance(some, Tensor) else list(some)
+        if not all(isinstance(entry, Tensor) and entry in names for entry in some):
+            return some
+        return [(names[param], param) for param in some]
+
+    given = list(params)
+    if given and isinstance(given[0], dict):
+        return [{**group, "params": named(group["params"])} for group in given]
+    return named(given)
+
+
+def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say what is lost if some parameters have no names; for constructors of base classes."""
+    if any(
+        "param_names" not in group and group["fallback"] and group["precondition"] is None
+        for group in groups
+    ):
+        warnings.warn(
+            "without names, embeddings and output heads (but for very tall ones) cannot be told "
+            "from other matrices and are preconditioned; pass model.named_parameters(), or "
+            "model=model",
+            stacklevel=4,  # of the user, who calls the constructor of a subclass
+        )
 
 
 VECTOR = "vector"

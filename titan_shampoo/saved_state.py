@@ -30,11 +30,15 @@ def check_groups(groups: Groups, saved: Groups, shape_options: Sequence[str]) ->
                 raise ValueError(f"{mine}: the state has {theirs!r} in its place")
         method, wanted = other.get("method"), group["method"]
         if method != wanted:
-            raise ValueError(f"the state is of method {method!r}, wanted {wanted!r}")
+            raise ValueError(f"the state is of {_called(method)}, wanted {wanted!r}")
         for key in shape_options:
             if other[key] != group[key]:
                 raise ValueError(f"{key}: the state has {other[key]!r}, got {group[key]!r}; "
                                  f"set {key} = {other[key]!r}")  # fmt: skip
+
+
+def _called(method: str | None) -> str:
+    return f"method {method!r}" if method else "an optimizer that is not one of titan_shampoo"
 
 
 def load_options(groups: Sequence[dict[str, Any]], saved: Groups) -> None:

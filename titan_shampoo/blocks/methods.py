@@ -19,8 +19,8 @@ from titan_shampoo.functional.kl_shampoo import KLShampooRule
 from titan_shampoo.functional.roots import BasisMethod, RootMethod
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
-from titan_shampoo.library_optimizer import Model
 from titan_shampoo.options import options_among
+from titan_shampoo.recognition import Model
 
 __all__ = ["SOAP", "KLShampoo", "Shampoo"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.blocks.state import Member, state_bytes
@@ -23,14 +23,9 @@ from titan_shampoo.distributed.plan import Cost, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.fallback import adamw_step, empty_state, falls_back, reason_to_fall_back
 from titan_shampoo.functional.rule import Rule
-from titan_shampoo.library_optimizer import (
-    LibraryOptimizer,
-    Model,
-    parts_of,
-    warn_without_names,
-    with_names,
-)
+from titan_shampoo.library_optimizer import LibraryOptimizer
 from titan_shampoo.options import check_options, check_order
+from titan_shampoo.recognition import Model, parts_of, warn_without_names, with_names
 from titan_shampoo.whole_model import Described, turns_in_model
 
 logger = logging.getLogger(__name__)
@@ -54,7 +49,7 @@ class BlockOptimizer(LibraryOptimizer):
         params: Iterable[Any],
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
         model: Model | None = None,
     ) -> None:

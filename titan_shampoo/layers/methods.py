@@ -20,8 +20,8 @@ from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.layers.rank_one import RankOneStep
 from titan_shampoo.layers.step import LayerStep
-from titan_shampoo.library_optimizer import Model
 from titan_shampoo.options import options_among
+from titan_shampoo.recognition import Model
 
 __all__ = ["FOOF", "KFAC", "Eva", "EvaF", "EvaS"]
 

@@ -23,15 +23,16 @@ from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
-from titan_shampoo.library_optimizer import (
-    FALLBACKS,
-    LibraryOptimizer,
+from titan_shampoo.library_optimizer import FALLBACKS, LibraryOptimizer
+from titan_shampoo.recognition import (
+    CANNOT_BE_TAPPED,
     Model,
+    kinds_of,
     parts_of,
+    shortened,
     warn_without_names,
     with_names,
 )
-from titan_shampoo.recognition import CANNOT_BE_TAPPED, kinds_of, shortened
 from titan_shampoo.statistics import reshard
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def _allocate_layers(self, layers: list[Layer]) -> None:
         """The step of the layers, and views of its state."""
+        self._stacks = {layer.name for layer in layers if layer.batch_dims}
         self._tapped = [layer.tapped for layer in layers if layer.tapped is not None]
         both = (param for layer in layers for param in (layer.weight, layer.bias))
         self._joined = {param: None for param in both if param is not None}
@@ -354,8 +356,8 @@ class LayerOptimizer(LibraryOptimizer):
         which = self._first_anywhere(wanted, "a layer of another pipeline stage")
         if which is not None:
             self._is_refused = True
-            raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen: "
-                               f"{_cause(seen_any=len(wanted) < len(trained))}")  # fmt: skip
+            cause = _cause(seen_any=len(wanted) < len(trained), is_stack=which in self._stacks)
+            raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen: {cause}")
         self._is_checked = True
 
     @staticmethod
@@ -375,13 +377,17 @@ class LayerOptimizer(LibraryOptimizer):
         self._prepare()
 
 
-def _cause(*, seen_any: bool) -> str:
+def _cause(*, seen_any: bool, is_stack: bool) -> str:
     """What may have kept a tap from seeing anything, and what to do.
 
     Args:
         seen_any: Whether other layers were seen in the same step.
+        is_stack: Whether the tap is of a stack of matrices.
     """
-    unused = ("its weight is used without calling its module, as by F.linear(x, layer.weight); "
+    unused = ("its module multiplies by it otherwise than by matmul, mm, bmm, linear or grouped_mm "
+              "(as by einsum); take one of these, or put it into a parameter group with "
+              "precondition = False" if is_stack else
+              "its weight is used without calling its module, as by F.linear(x, layer.weight); "
               "call the module, or put the weight into a parameter group with precondition = "
               "False")  # fmt: skip
     by_hand = ("its gradient was set by hand; take a method that needs no layers (Shampoo, SOAP, "

@@ -104,14 +104,13 @@ class LayerSearch:
     def left_out(self, models: Sequence[nn.Module], layers: Sequence[Layer]) -> dict[Tensor, str]:
         """Why some of our matrices have no statistics: clauses, to complete "it ..."."""
         tapped = [layer.tapped for layer in layers if layer.tapped is not None]
-        found = {}
+        elsewhere = "is not a parameter of the model; give the model that it is in, as it is now"
+        reasons = dict.fromkeys(self.names, elsewhere)
         for model in models:
-            reasons = untapped(model, tapped)
+            by_name = untapped(model, tapped)
             for path, param in model.named_parameters():
-                reason = reasons.get(unwrapped_name(path, model))
-                if reason is not None and self._is_multiplied(param):
-                    found[param] = reason
-        return found
+                reasons[param] = by_name.get(unwrapped_name(path, model), "")
+        return {param: why for param, why in reasons.items() if why and self._is_multiplied(param)}
 
     def _layer(self, weight: Tensor, tapped: TappedLayer | None) -> Layer:
         """What is to be known of the layer of ``weight``."""

@@ -107,13 +107,13 @@ class LayerStep:
         by_group: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
         for layer in self.layers:
             if layer.tapped is not None:
-                rows = layer.tapped.input_sum[..., -1].sum().to(self.dtype)
-                by_group[layer.tile.token_group].append((layer.name, rows))
+                count = layer.tapped.input_sum[..., -1].sum().to(self.dtype)
+                by_group[layer.tile.token_group].append((layer.name, count))
         unseen = []
         for group, counts in by_group.items():
             names, rows_here = zip(*counts, strict=True)
-            rows = torch.stack(all_reduce_together(rows_here, group)).tolist()
-            unseen += [name for name, seen in zip(names, rows, strict=True) if seen == 0]
+            seen = torch.stack(all_reduce_together(rows_here, group)).tolist()
+            unseen += [name for name, rows in zip(names, seen, strict=True) if rows == 0]
         return unseen
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
