@@ -26,7 +26,7 @@ from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.titan import ParallelDims
 from titan_shampoo.titan.config import JobConfig
-from titan_shampoo.titan.optimizers import OptimizersContainer
+from titan_shampoo.titan.optimizers import Members, OptimizersContainer
 
 SHAPES = {
     "tok_embeddings.weight": (9, 4),
@@ -131,12 +131,12 @@ class Run:
                 model.register_module(outer, module)
         return model
 
-    def _whole_model(self) -> list[tuple[str, nn.Parameter, int]] | None:
+    def _whole_model(self) -> Members | None:
         """Names and shapes of the parameters of all stages of a pipeline; none are stacks."""
         if not self.layout.startswith("pp"):
             return None
         empty = partial(torch.empty, dtype=self.dtype, device="meta")
-        return [(name, nn.Parameter(empty(shape)), 0) for name, shape in self.shapes.items()]
+        return [(n, nn.Parameter(empty(shape)), 0, None) for n, shape in self.shapes.items()]
 
     def _is_mine(self, index: int) -> bool:
         is_pipeline = self.layout.startswith("pp")
@@ -210,13 +210,13 @@ class LayerRun(Run):
         """This rank's part of a batch."""
         return model
 
-    def _whole_model(self) -> list[tuple[str, nn.Parameter, int]] | None:
+    def _whole_model(self) -> Members | None:
         if not self.layout.startswith("pp"):
             return None
         with torch.device("meta"):
             modules = {name: layer(name, shape) for name, shape in self.shapes.items()}
         return [
-            (f"{name.removesuffix('.weight')}.{key}", param, 0)
+            (f"{name.removesuffix('.weight')}.{key}", param, 0, None)
             for name, module in modules.items()
             for key, param in module.named_parameters()
         ]

@@ -607,6 +607,15 @@ def test_an_exponent_that_the_root_method_can_find_passes(method, exponent):
     assert settings["optimizer.shampoo.exponent"] == [exponent, 0.0]
 
 
+@pytest.mark.parametrize("method", ["AdamW", "SGD"])
+def test_what_torchs_methods_do_not_read_is_refused_in_a_group(tmp_path, method):
+    file = tmp_path / "run.toml"
+    file.write_text(f"{GROUP}pattern = 'norm'\noptimizer = '{method}'\nprecondition = true\n")
+    assert refusal(["--job.config_file", str(file)]).startswith(
+        f"{file}:4: optimizer.groups[0].precondition: is not read by {method}; remove it"
+    )
+
+
 def test_a_shared_key_may_be_read_by_a_group_alone(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('[optimizer]\nname = "SGD"\nbeta1 = 0.8\n')

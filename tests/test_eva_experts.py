@@ -293,7 +293,8 @@ def test_methods_with_moments_leave_stacks_to_the_fallback(
     with caplog.at_level(logging.WARNING):
         optimizer = method(model.named_parameters(), model=model)
     assert "exp_avg" in optimizer.state[model.get_parameter("experts.w1")]
-    assert "experts.w1 is stepped by adamw: it is a stack of matrices" in caplog.text
+    assert "AdamW steps what cannot be tapped: experts.w1, experts.w2, experts.w3" in caplog.text
+    assert "in a parameter group with batch_dims = 1" in caplog.text
 
 
 def test_a_stack_in_no_group_of_stacks_is_left_to_the_fallback() -> None:

@@ -556,7 +556,7 @@ def test_state_of_torchs_adamw_is_refused_by_name(method: str) -> None:
     params = parameters()
     adamw = torch.optim.AdamW(params.values())
     advance(adamw, params, range(2))
-    assert_refused(optimizer, adamw.state_dict(), "method None, wanted")
+    assert_refused(optimizer, adamw.state_dict(), "not one of titan_shampoo, wanted")
 
 
 OTHER_PARAMETERS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {

@@ -210,6 +210,12 @@ def test_reasons_are_given_for_what_is_left_out():
             super().__init__()
             self.w1 = nn.Parameter(torch.zeros(2, 4, 3))
 
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 3))
+
+    Foreign.__name__, Foreign.__module__ = "Linear", "elsewhere"
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(4, 3),
@@ -217,6 +223,9 @@ def test_reasons_are_given_for_what_is_left_out():
             "router": nn.Linear(3, 3),
             "experts": Experts(),
             "conv1d": nn.Conv1d(3, 3, 1),
+            "parametrized": weight_norm(nn.Linear(3, 3)),
+            "attention": nn.MultiheadAttention(4, 2),
+            "foreign": Foreign(),
             "norm": nn.LayerNorm(3),
             "frozen": nn.Linear(3, 3).requires_grad_(False),
             "kept": nn.Linear(3, 3),
@@ -228,9 +237,21 @@ def test_reasons_are_given_for_what_is_left_out():
         "embedding.weight": "is shared by 2 modules",
         "head.weight": "is shared by 2 modules",
         "router.weight": "was skipped",
-        "experts.w1": "is a stack of matrices in Experts; Eva, EvaF and EvaS take those of a "
-        "parameter group with batch_dims = 1 one by one",
-        "conv1d.weight": "belongs to Conv1d, which is neither a linear layer nor a 2-d convolution",
+        "experts.w1": "belongs to Experts, and only nn.Linear, nn.Conv2d and the Conv1D of "
+        "transformers can be tapped; if it is a stack of matrices (n, d_out, d_in), Eva, EvaF and "
+        "EvaS take each of them in a parameter group with batch_dims = 1",
+        "conv1d.weight": "belongs to nn.Conv1d, and only nn.Linear, nn.Conv2d and the Conv1D of "
+        "transformers can be tapped",
+        "parametrized.parametrizations.weight.original0": "is not a weight itself: a "
+        "parametrization (as weight norm) forms one from it",
+        "parametrized.parametrizations.weight.original1": "is not a weight itself: a "
+        "parametrization (as weight norm) forms one from it",
+        "attention.in_proj_weight": "is multiplied inside nn.MultiheadAttention, which calls no "
+        "layer for it",
+        "attention.out_proj.weight": "is multiplied inside nn.MultiheadAttention, which calls no "
+        "layer for it",
+        "foreign.weight": "belongs to elsewhere.Linear, and only nn.Linear, nn.Conv2d and the "
+        "Conv1D of transformers can be tapped",
     }
 
 

@@ -20,7 +20,12 @@ from titan_shampoo.config.tables import Group
 from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.titan import ParallelDims
 from titan_shampoo.titan.config import JobConfig
-from titan_shampoo.titan.optimizers import OptimizersContainer, build_optimizers
+from titan_shampoo.titan.optimizers import (
+    OptimizersContainer,
+    Preconditioner,
+    build_optimizers,
+    members,
+)
 
 OWN_TABLES = {"Shampoo": "shampoo", "SOAP": "soap", "KLShampoo": "kl_shampoo", "SGD": "sgd"}
 BLOCK_METHODS = ("Shampoo", "SOAP", "KLShampoo")
@@ -273,3 +278,56 @@ def state_keys(method: str) -> list[str]:
 def test_names_in_a_checkpoint_do_not_depend_on_rank_or_mesh(method):
     first, second = run_on_ranks(2, state_keys, method)
     assert set(first) == set(second) == set(state_keys(method))
+
+
+class Unnamed(nn.Module):
+    """An embedding, a head of its shape, and a projection with the name of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(7, 6)
+        self.embed = nn.Linear(6, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 9), nn.Linear(9, 6)])
+        self.last = nn.Linear(6, 7)
+
+
+def recognised(container: OptimizersContainer) -> set[str]:
+    """Names of the matrices that the methods themselves step."""
+    return {
+        name
+        for optimizer in container.optimizers
+        if isinstance(optimizer, Preconditioner)
+        for group in optimizer.param_groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+        if param.ndim > 1 and optimizer.preconditions(param)
+    }
+
+
+MATRICES = {"embed.weight", "layers.0.weight", "layers.1.weight"}
+
+
+@pytest.mark.parametrize("method", ["Shampoo", "EvaS", "EvaF", "FOOF"])
+def test_modules_decide_what_is_preconditioned(method):
+    assert recognised(container_of(Unnamed(), optimizer_config(method))) == MATRICES
+
+
+@pytest.mark.parametrize("method", ["Shampoo", "EvaS", "EvaF", "FOOF"])
+def test_a_stage_recognises_what_one_process_does(method):
+    whole = Unnamed()
+    stage = nn.ModuleDict({"layers": whole.layers, "last": whole.last})
+    dims = ParallelDims(1, 1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    config = optimizer_config(method)
+    container = build_optimizers([stage], config, dims, members(whole))
+    assert recognised(container) == MATRICES - {"embed.weight"}
+
+
+@pytest.mark.parametrize("method", ["Shampoo", "EvaF"])
+def test_a_group_decides_against_names_and_modules(method):
+    groups = (Group("last", precondition=True), Group("embed", precondition=False))
+    container = container_of(Unnamed(), optimizer_config(method, groups))
+    assert recognised(container) == MATRICES - {"embed.weight"} | {"last.weight"}
+
+
+def test_modules_and_names_that_agree_make_no_group_of_their_own():
+    container = container_of(Model(), optimizer_config("Shampoo"))
+    assert [group["precondition"] for group in container.optimizers[0].param_groups] == [None]

@@ -3,7 +3,6 @@
 The arithmetic is torch's own; it is element-wise, so shards need no communication.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,19 +13,31 @@ from torch.optim.adamw import adamw
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.functional.descent import coupled_gradient, decoupled_decay
 from titan_shampoo.functional.grafting import diagonal_beta2
-
-NOT_MULTIPLIED = re.compile(
-    r"(^|[._])(embed\w*|\w+_embeddings?|wte|wpe|lm_head|output|router|gate)\.weight$"
-)
-"""Names of matrices whose rows are looked up or chosen rather than multiplied."""
+from titan_shampoo.recognition import VECTOR, Kind, reason_not_multiplied
 
 
-def falls_back(name: str, param: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether a parameter is left to the diagonal method: vectors, embeddings, heads, routers."""
+def reason_to_fall_back(
+    name: str, param: Tensor, options: Mapping[str, Any], kind: Kind | None = None
+) -> str | None:
+    """Why a parameter is left to the diagonal method; None if it is preconditioned.
+
+    Args:
+        name: Of the parameter.
+        param: Its shape counts.
+        options: Its parameter group.
+        kind: What its module is, where a model is known.
+    """
     if options["fallback"] is None:
-        return False
-    is_matrix = sum(size != 1 for size in param.shape[options["batch_dims"] :]) >= 2
-    return not is_matrix or NOT_MULTIPLIED.search(name) is not None
+        return None
+    is_matrix = sum(size != 1 for size in param.shape[options.get("batch_dims", 0) :]) >= 2
+    return reason_not_multiplied(name, param, options, kind) if is_matrix else VECTOR
+
+
+def falls_back(
+    name: str, param: Tensor, options: Mapping[str, Any], kind: Kind | None = None
+) -> bool:
+    """Whether a parameter is left to the diagonal method: vectors, embeddings, heads, routers."""
+    return reason_to_fall_back(name, param, options, kind) is not None
 
 
 def empty_state(param: Tensor) -> dict[str, Tensor]:

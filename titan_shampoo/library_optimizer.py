@@ -1,9 +1,9 @@
 """What all optimizers of the library share beyond torch's: names, gradients, saved state."""
 
+import functools
 import itertools
 import logging
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -28,7 +28,9 @@ from titan_shampoo.parameter_groups import (
     check_keys,
     check_rates,
 )
+from titan_shampoo.recognition import Kind, kinds_of, summary_of
 from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun, is_alike
+from titan_shampoo.statistics import reshard
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ def not_traced(method: _Method) -> _Method:
 
 Params = nn.Module | Iterable[Any]
 """Tensors, pairs of name and tensor, parameter groups, or a model for all of its parameters."""
+
+FALLBACKS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 class _Shared:
@@ -78,6 +82,12 @@ class LibraryOptimizer(SavedStateOptimizer):
     _pipeline_group: dist.ProcessGroup | None
     _whole_model: list[Described] | None
     """All parameters, where those here are of one stage of a pipeline."""
+    _kinds: Mapping[Tensor, Kind]
+    """What modules say of some parameters."""
+    _reasons: dict[Tensor, str]
+    """Why parameters are left to the fallback."""
+    _speaks: bool
+    """Whether this rank says what all that hold the same parameters would say."""
     _watch: Watch
     _norms_before: Grads
     _as_made: AsMade
@@ -90,9 +100,13 @@ class LibraryOptimizer(SavedStateOptimizer):
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
         pipeline_group: dist.ProcessGroup | None,
-        all_params: Iterable[Any] | None,
+        all_params: Iterable[Any] | nn.Module | None,
+        models: Sequence[nn.Module] = (),
     ) -> None:
         """Take parameters and options; :meth:`_build` is still to be called."""
+        defaults = {"precondition": None, **defaults}
+        reshard(models)  # a root that is gathered would have no parameters of ours
+        self._kinds = kinds_of(models)
         self._whole_model = None if all_params is None else described(all_params, defaults)
         self._process_group, self._pipeline_group = process_group, pipeline_group
         self._is_complete = False
@@ -104,12 +118,15 @@ class LibraryOptimizer(SavedStateOptimizer):
         """What torch pickles, what is known of the rest of the model, and given process groups."""
         groups = {"_process_group": self._process_group, "_pipeline_group": self._pipeline_group}
         given = {key: _Shared(group) for key, group in groups.items() if group is not None}
-        return super().__getstate__() | {"_whole_model": self._whole_model} | given
+        kinds = {p: self._kinds[p] for _, p in self._all_named() if p in self._kinds}
+        known = {"_whole_model": self._whole_model, "_kinds": kinds}
+        return super().__getstate__() | known | given
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Build anew after pickling or deepcopy, and put the state into its place."""
         super().__setstate__(state)
         self.__dict__.setdefault("_whole_model", None)
+        self.__dict__.setdefault("_kinds", {})
         for key in ("_process_group", "_pipeline_group"):
             self.__dict__[key] = state[key].group if key in state else None
         self._is_complete = True
@@ -147,6 +164,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             self._check_group(self.param_groups[-1])
             if self._is_complete:
                 self._build_anew(dict(self.state))
+                self._say_who_steps_what()
         except Exception:
             self.param_groups.pop()
             raise
@@ -178,6 +196,28 @@ class LibraryOptimizer(SavedStateOptimizer):
             if param.is_complex():
                 raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
                                  "pass torch.view_as_real of it")  # fmt: skip
+
+    def _kind(self, name: str, param: Tensor) -> Kind | None:
+        """What the module of a parameter is, where it is known here or of the whole model."""
+        return self._kinds_by_name.get(name) or self._kinds.get(param)
+
+    @functools.cached_property
+    def _kinds_by_name(self) -> dict[str, Kind]:
+        """What the modules of the whole model say of its parameters."""
+        whole = self._whole_model or ()
+        return {param.name: param.kind for param in whole if param.kind is not None}
+
+    def _say_who_steps_what(self) -> None:
+        """Log once which parameters are preconditioned, and why the others are not."""
+        if not self._speaks or self._device.type == "meta":
+            return
+        used = {group["fallback"] for group in self.param_groups} - {None}
+        fallback = " or ".join(FALLBACKS[name] for name in sorted(used))
+        params, method = list(self._all_named()), type(self).__name__
+        logger.info("%s", summary_of(method, fallback, params, self._reasons))
+        for name, param in params:
+            if param in self._reasons:
+                logger.debug("%s is stepped by %s: %s", name, fallback, self._reasons[param])
 
     def _check_kept(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Raise ValueError on all ranks, if blocks of any have new owners and begun state."""
@@ -449,6 +489,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._without_momentum = [group for group in self.param_groups if not group["momentum"]]
         self._norms_before = {}
         teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
+        self._speaks = not teams or (teams[0].replica, teams[0].shard) == (0, 0)
         self._presence = Presence([param for _, param in params], teams, self._device)
         self._judges = judges(teams, self._process_group, self._pipeline_group)
 
@@ -524,13 +565,3 @@ def _placement(param: Tensor) -> object:
 def _plain(value: object) -> object:
     """The value of an option, which a tensor would not be written out as."""
     return value.tolist() if isinstance(value, Tensor) else value
-
-
-def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Say what is lost if some parameters have no names; for constructors of base classes."""
-    if any("param_names" not in group and group["fallback"] for group in groups):
-        warnings.warn(
-            "without names, embeddings and output heads cannot be told from other matrices "
-            "and are preconditioned; pass model.named_parameters()",
-            stacklevel=4,  # of the user, who calls the constructor of a subclass
-        )

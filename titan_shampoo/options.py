@@ -141,6 +141,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "nesterov": SWITCH,
     "bias_correction": SWITCH,
     "compile": SWITCH,
+    "precondition": (None, True, False),
 }
 
 

@@ -24,7 +24,7 @@ So blocks of different steps, or of one rank in the place of another's, are foun
 loaded.
 """
 
-_FIXED_KEYS = ("params", "param_names", "method", "compile")
+_FIXED_KEYS = ("params", "param_names", "method", "compile", "precondition")
 """Keys of a parameter group that a loaded state does not change."""
 
 _SCHEDULED = ("lr", "weight_decay")
@@ -407,7 +407,7 @@ def check_groups(
     for group, other in zip(groups, saved, strict=True):
         method, wanted = other.get("method"), group["method"]
         if method != wanted:
-            raise ValueError(f"the state is of method {method!r}, wanted {wanted!r}")
+            raise ValueError(f"the state is of {_called(method)}, wanted {wanted!r}")
         for key in shape_options:
             if key not in other:
                 raise ValueError(f"{key}: missing in a parameter group of the state, wanted "
@@ -415,6 +415,10 @@ def check_groups(
             if not _equal(other[key], group[key]):
                 raise ValueError(f"{key}: the state has {other[key]!r}, got {group[key]!r}; "
                                  f"set {key} = {other[key]!r}")  # fmt: skip
+
+
+def _called(method: str | None) -> str:
+    return f"method {method!r}" if method else "an optimizer that is not one of titan_shampoo"
 
 
 def _check_names(names: Sequence[str], saved: Sequence[str]) -> None:

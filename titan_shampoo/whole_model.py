@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.recognition import Kind, kinds_of
 
 
 class Described(NamedTuple):
@@ -22,14 +23,21 @@ class Described(NamedTuple):
     tensor: Tensor
     """Its shape: a tensor without memory."""
     options: dict[str, Any]
+    kind: Kind | None = None
+    """What its module is, where that is known."""
 
 
-def described(all_params: Iterable[Any], defaults: Mapping[str, Any]) -> list[Described]:
-    """Each parameter of a whole model, given as to an optimizer, with names.
+def described(
+    all_params: Iterable[Any] | nn.Module, defaults: Mapping[str, Any]
+) -> list[Described]:
+    """Each parameter of a whole model, given as to an optimizer, with names; or of a module.
 
     Raises:
         ValueError: If one has no name.
     """
+    kinds: dict[Tensor, Kind] = {}
+    if isinstance(all_params, nn.Module):
+        kinds, all_params = kinds_of([all_params]), all_params.named_parameters()
     given = list(all_params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     found = []
@@ -40,7 +48,7 @@ def described(all_params: Iterable[Any], defaults: Mapping[str, Any]) -> list[De
                 raise ValueError("all_params: got a tensor without a name, wanted pairs of both")
             name, tensor = entry
             shape = torch.empty(tensor.shape, device="meta")
-            found.append(Described(number, name, shape, options))
+            found.append(Described(number, name, shape, options, kinds.get(tensor)))
     return found
 
 

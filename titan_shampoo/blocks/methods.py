@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.distributed.blocks import Alignment
@@ -20,6 +21,7 @@ from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
 from titan_shampoo.library_optimizer import Params
 from titan_shampoo.options import options_among
+from titan_shampoo.recognition import Model
 
 __all__ = ["SOAP", "KLShampoo", "Shampoo"]
 
@@ -88,13 +90,16 @@ class Shampoo(BlockOptimizer):
         compile: Whether the arithmetic of a step is compiled, refreshes aside.
         process_group: Ranks that hold plain tensors as replicas; None for all ranks.
         all_params: Names and tensors of the whole model, in ``params``' form, where ``params`` are
-            those of one stage of a pipeline; tensors on the meta device will do. Refreshes are then
-            spread over the period as in a process that holds all of them.
+            those of one stage of a pipeline, or that model; tensors on the meta device will do.
+            Refreshes are then spread over the period as in a process that holds all of them.
         pipeline_group: Ranks that hold the other stages of a pipeline, each with an optimizer like
             this one: all stages skip a step if one does. None without one, or to decide alone.
         fallback: ``"adamw"`` for vectors and for embeddings, output heads and routers, which are
-            recognised by name (``titan_shampoo.fallback.NOT_MULTIPLIED``), or None to precondition
-            all.
+            recognised by module, name and shape (``titan_shampoo.recognition``), or None to
+            precondition all. In a parameter group, ``precondition`` = True says that all of its
+            matrices are preconditioned, False that none is.
+        model: Whose modules tell embeddings and output heads, and give names to parameters without;
+            or the parts of a pipeline on this rank. It is looked at once and not kept.
 
     Raises:
         ValueError: For an impossible option, a complex parameter, or a partial placement.
@@ -139,12 +144,13 @@ class Shampoo(BlockOptimizer):
         max_skipped: int = 20,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
+        model: Model | None = None,
     ) -> None:
         options = options_among(locals())
-        super().__init__(params, options, process_group, all_params, pipeline_group)
+        super().__init__(params, options, process_group, all_params, pipeline_group, model)
 
 
 class KLShampoo(BlockOptimizer):
@@ -193,12 +199,13 @@ class KLShampoo(BlockOptimizer):
         max_skipped: int = 20,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
+        model: Model | None = None,
     ) -> None:
         options = options_among(locals())
-        super().__init__(params, options, process_group, all_params, pipeline_group)
+        super().__init__(params, options, process_group, all_params, pipeline_group, model)
 
 
 class SOAP(BlockOptimizer):
@@ -248,9 +255,10 @@ class SOAP(BlockOptimizer):
         max_skipped: int = 20,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
         fallback: Literal["adamw"] | None = "adamw",
+        model: Model | None = None,
     ) -> None:
         options = options_among(locals())
-        super().__init__(params, options, process_group, all_params, pipeline_group)
+        super().__init__(params, options, process_group, all_params, pipeline_group, model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.blocks.state import Member, state_bytes
@@ -21,10 +21,11 @@ from titan_shampoo.distributed.layout import layout_of
 from titan_shampoo.distributed.memory import bytes_by_rank
 from titan_shampoo.distributed.plan import Cost, Holding, Parameter, make_plan
 from titan_shampoo.distributed.summary import Summary, summarize
-from titan_shampoo.fallback import adamw_step, empty_state, falls_back
+from titan_shampoo.fallback import adamw_step, empty_state, falls_back, reason_to_fall_back
 from titan_shampoo.functional.rule import Rule
-from titan_shampoo.library_optimizer import LibraryOptimizer, Params, warn_without_names
+from titan_shampoo.library_optimizer import LibraryOptimizer, Params
 from titan_shampoo.options import check_options, check_order
+from titan_shampoo.recognition import Model, parts_of, warn_without_names, with_names
 from titan_shampoo.saved_state import GlobalState
 from titan_shampoo.whole_model import Described, turns_in_model
 
@@ -53,13 +54,18 @@ class BlockOptimizer(LibraryOptimizer):
         params: Params,
         defaults: dict[str, Any],
         process_group: dist.ProcessGroup | None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
+        model: Model | None = None,
     ) -> None:
         defaults = defaults | {"method": self.rule.name}
-        super().__init__(params, defaults, process_group, pipeline_group, all_params)
+        models = parts_of(params if model is None and isinstance(params, nn.Module) else model)
+        if models:
+            params = with_names(params, models)
+        super().__init__(params, defaults, process_group, pipeline_group, all_params, models)
         warn_without_names(self.param_groups)
         self._build()
+        self._say_who_steps_what()
 
     def _check_options(self, group: dict[str, Any]) -> None:
         check_options(group)
@@ -108,6 +114,10 @@ class BlockOptimizer(LibraryOptimizer):
     def failed_refreshes(self) -> int:
         """Blocks on this rank that kept their last good roots, since the start."""
         return 0 if self._engine is None else int(self._engine.failed_refreshes)
+
+    def preconditions(self, param: Tensor) -> bool:
+        """Whether the method steps a parameter; all others are stepped by the fallback."""
+        return param not in self._reasons
 
     def conditions(self) -> dict[str, Tensor]:
         """Condition numbers of the blocks of each parameter by name, ``(blocks,)`` on the device.
@@ -164,14 +174,17 @@ class BlockOptimizer(LibraryOptimizer):
         members = []
         self._fallback_params: list[list[Tensor]] = []
         self.state = self._state_beside_params()
+        self._reasons = {}
         for group in self.param_groups:
             fallback = []
             for name, param in self._named(group):
-                if falls_back(name, param, group):
+                reason = reason_to_fall_back(name, param, group, self._kind(name, param))
+                if reason is None:
+                    members.append(Member(name, param, group))
+                else:
                     fallback.append(param)
                     self.state[param] = empty_state(param)
-                else:
-                    members.append(Member(name, param, group))
+                    self._reasons[param] = reason
             self._fallback_params.append(fallback)
         self._meet()
         self._engine = None
@@ -195,7 +208,7 @@ class BlockOptimizer(LibraryOptimizer):
         self._number_blocks()
 
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
-        return not falls_back(name, param, group)
+        return self.preconditions(param)
 
     def _planned(self, member: Member) -> Parameter:
         param, options = member.param, member.options
@@ -223,7 +236,7 @@ class BlockOptimizer(LibraryOptimizer):
 
     def _claim(self, param: Described) -> Claim | None:
         """What a parameter of another stage needs of the refresh period."""
-        if falls_back(param.name, param.tensor, param.options):
+        if falls_back(param.name, param.tensor, param.options, param.kind):
             return None
         grid = _grid(param.name, param.tensor, param.options)
         costs = [self.rule.cost(grid.block_shape(p), param.options)[1] for p in grid.positions()]

@@ -56,6 +56,7 @@ def check_methods(settings: Settings) -> None:
     """
     _check_read_by_a_method(settings)
     _check_patterns(settings)
+    _check_precondition(settings)
     for table in (_SHAMPOO, _SOAP, _KL_SHAMPOO, _SGD):
         _check_momentum(settings, table)
     for name in _LAYERS.values():
@@ -137,6 +138,14 @@ def _check_patterns(settings: Settings) -> None:
         except re.error as error:
             name = f"optimizer.groups[{index}].pattern"
             raise settings.error(name, f"not a regular expression: {error}") from None
+
+
+def _check_precondition(settings: Settings) -> None:
+    for index, group in enumerate(settings["optimizer.groups"]):
+        method = group.get("optimizer") or settings["optimizer.name"]
+        if group.get("precondition") is not None and method in _TORCH:
+            name = f"optimizer.groups[{index}].precondition"
+            raise settings.error(name, f"is not read by {method}; remove it")
 
 
 def _check_momentum(settings: Settings, table: str, default: float = 0.0) -> None:

@@ -331,6 +331,12 @@ class Group:
     weight_decay: float | None = None
     """Weight decay for these parameters; not set: the method's"""
 
+    precondition: bool | None = None
+    """
+    Whether the matrices among these parameters are preconditioned, whatever their names and modules
+    are; not set: all but embeddings, output heads and routers
+    """
+
 
 @dataclass
 class Optimizer:

@@ -6,7 +6,7 @@ and only vectors and scalars travel. Everything is read off the parameter.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,16 @@ class Tile:
     def shape(self) -> tuple[int, ...]:
         """Of what is stored here."""
         return tuple(stop - start for start, stop in self.ranges)
+
+    def transposed(self) -> "Tile":
+        """The same of a matrix whose rows are this one's columns."""
+        return replace(
+            self,
+            ranges=self.ranges[::-1],
+            seen=self.seen[::-1],
+            is_first=(self.is_first[1], self.is_first[0]),
+            cut_dims=frozenset(1 - dim for dim in self.cut_dims),
+        )
 
     def positions_in_seen(self, dims: slice) -> Tensor:
         """Where the stored ranges of ``dims`` lie in what is seen of them, flat."""
@@ -120,15 +130,18 @@ def _cuts(param: DTensor) -> list[tuple[int, int]]:
     return [(axes[position], dim) for position, dim in order]
 
 
-def vector_tile(vector: Tensor, weight: Tensor, name: str) -> tuple[Interval, bool] | None:
+def vector_tile(
+    vector: Tensor, weight: Tensor, name: str, *, dim: int = 0
+) -> tuple[Interval, bool] | None:
     """Which entries of a layer's bias are stored here, and whether no earlier rank has the same.
 
     None if its ranks are not those of ``weight``, so that the two cannot be worked on together.
 
     Args:
         vector: The bias, ``(d_out,)``.
-        weight: ``(d_out, ...)`` of the same layer.
+        weight: Of the same layer.
         name: Of the bias, for errors.
+        dim: Of the weight, ``d_out`` long.
     """
     if not isinstance(vector, DTensor) or not isinstance(weight, DTensor):
         same_kind = isinstance(vector, DTensor) == isinstance(weight, DTensor)
@@ -140,7 +153,7 @@ def vector_tile(vector: Tensor, weight: Tensor, name: str) -> tuple[Interval, bo
     coordinate = vector.device_mesh.get_coordinate()
     assert coordinate is not None, "a parameter lies on a mesh without this rank"
     (interval,) = tile_of(vector, None, name).ranges
-    rows = tile_of(weight, None, name).ranges[0]
+    rows = tile_of(weight, None, name).ranges[dim]
     inside = rows[0] <= interval[0] and interval[1] <= rows[1]
     if not own <= axes or not (inside or interval[0] == interval[1]):
         return None

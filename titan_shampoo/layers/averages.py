@@ -4,7 +4,6 @@ All layers of one token group are one flat tensor, so that a step costs one all-
 of operations, however many layers there are. A rank keeps the entries that its tiles need.
 """
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ class Averages:
         """The same of each layer, ``(1,)``, or ``(matrices,)`` of a stack."""
         self.rows = torch.zeros_like(self.count)
         """Rows that the last batch had on all ranks, ``(matrices,)``."""
-        self._numbers = numbers
         layer_of = torch.arange(len(layers)).repeat_interleave(torch.tensor(numbers))
         self._layer_of = layer_of.to(self.device)
         shapes = self._find_entries(torch.arange(sum(numbers)).split(numbers))
@@ -115,15 +113,6 @@ class Averages:
         counted = self.rows if taken is None else torch.where(taken, self.rows, 0)
         running_average_(self._flat, new, self.count[owners], counted[owners], decay[owners])
         self.count += counted > 0
-
-    def unseen(self) -> list[str]:
-        """Layers of which no rank saw a row in the last batch; asks the device."""
-        rows = iter(self.rows.tolist())
-        return [
-            layer.name
-            for layer, number in zip(self.layers, self._numbers, strict=True)
-            if not any(list(itertools.islice(rows, number)))  # a list, so that all are taken
-        ]
 
 
 def averages_of(layers: Sequence[Layer], *, with_outputs: bool) -> list[Averages]:

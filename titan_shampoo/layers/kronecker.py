@@ -77,7 +77,10 @@ class KroneckerStep(LayerStep):
     def _planned(self, layer: Layer, group: int, replicas: dist.ProcessGroup | None) -> Parameter:
         """The joint matrix of weight and bias, cut like the weight."""
         team, sharding = layout_of(layer.weight, replicas, layer.name)
-        shape: tuple[int, ...] = tuple(layer.weight.shape)
+        if layer.is_transposed:
+            cuts = tuple((axis, 1 - dim) for axis, dim in sharding.cuts)
+            sharding = Sharding(sharding.num_shards, cuts)
+        shape: tuple[int, ...] = tuple(layer.shape)
         rows, columns = shape[0], math.prod(shape[1:])
         if layer.bias is not None:
             if any(dim > 0 for _, dim in sharding.cuts):
@@ -152,7 +155,8 @@ class KroneckerStep(LayerStep):
             found = found * scale.to(found.dtype)
             columns = math.prod(layer.tile.shape[1:])
             if layer.weight in grads:
-                group.add_whole(layer.weight, found[:, :columns].contiguous(), self.momentum)
+                stored = layer.as_stored(found[:, :columns])
+                group.add_whole(layer.weight, stored, self.momentum)
             if layer.bias is not None and layer.bias in grads:
                 bias = found[layer.bias_rows, columns].contiguous()
                 group.add_whole(layer.bias, bias, self.momentum)
@@ -261,16 +265,6 @@ class KroneckerStep(LayerStep):
     def statistics(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
         return self._moments.here()
-
-    def unseen(self) -> list[str]:
-        """Layers of which no rank saw a row since the taps were reset; asks the device."""
-        counts = [layer.tapped.input_sum[-1] for layer in self.layers if layer.tapped is not None]
-        seen = torch.stack(counts).to(self.dtype)
-        for number, layer in enumerate(self.layers):
-            if layer.tile.token_group is not None:
-                dist.all_reduce(seen[number : number + 1], group=layer.tile.token_group)
-        pairs = zip(self.layers, seen.tolist(), strict=True)
-        return [layer.name for layer, rows in pairs if rows == 0]
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """``cosine`` of the angle between direction and gradient of each layer."""

@@ -36,7 +36,9 @@ class Span(NamedTuple):
 class Layer:
     """A weight ``(d_out, ...)`` that is preconditioned, with its bias if that is joined to it.
 
-    Or a stack of weights, each of which is preconditioned by itself.
+    Or a stack of weights, each of which is preconditioned by itself. A weight that is stored as
+    ``(d_in, d_out)`` is seen as its transpose: ``shape`` and ``tile`` are those of ``(d_out,
+    d_in)``.
     """
 
     name: str
@@ -55,6 +57,16 @@ class Layer:
     """By what the sum of the gradients of all ranks is divided."""
     batch_dims: int = 0
     """Leading dims of the weight that stack matrices, 0 or 1."""
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as ``(d_in, d_out)``."""
+        return self.tapped is not None and self.tapped.is_transposed
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole weight, rows first."""
+        return self.weight.shape[::-1] if self.is_transposed else self.weight.shape
 
     @property
     def num_matrices(self) -> int:
@@ -94,15 +106,21 @@ class Layer:
 
         Of a stack ``(matrices, rows, columns)``.
         """
+        if self.is_transposed:
+            return tensor.T
         shape, rows = self.tile.shape, self.batch_dims
         return tensor.reshape(*shape[: rows + 1], math.prod(shape[rows + 1 :]))
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix ``(rows, columns)`` as the weight is stored; contiguous."""
+        return (matrix.T if self.is_transposed else matrix).contiguous()
 
     def spans(self, dims: list[slice]) -> list[Span]:
         """Where vectors along each of ``dims`` lie; ``slice(1, None)`` for all columns."""
         tile, spans = self.tile, []
         for some in dims:
             kept = self._dims(some)
-            sizes = [self.weight.shape[dim] for dim in kept]
+            sizes = [self.shape[dim] for dim in kept]
             inside = tuple(slice(*tile.ranges[dim]) for dim in kept)
             positions = torch.arange(math.prod(sizes)).view(sizes)[inside].flatten()
             is_partial = any(dim not in kept for dim in tile.cut_dims)
@@ -125,8 +143,10 @@ class Layer:
         local = local.view([self.tile.shape[dim] for dim in kept])
         if not kept or not isinstance(self.weight, DTensor):
             return local
-        shape = torch.Size([self.weight.shape[dim] for dim in kept])
+        shape = torch.Size([self.shape[dim] for dim in kept])
         stride = torch.empty(shape, device="meta").stride()
+        if self.is_transposed:
+            kept = [1 - dim for dim in kept]
         placements = [_along(placement, kept) for placement in self.weight.placements]
         mesh = self.weight.device_mesh
         return DTensor.from_local(

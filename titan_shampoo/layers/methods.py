@@ -10,18 +10,19 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_shampoo.distributed.memory import bytes_by_rank
 from titan_shampoo.distributed.summary import Summary, summarize
 from titan_shampoo.functional.scaling import Scaling
 from titan_shampoo.layers.kronecker import KroneckerStep
 from titan_shampoo.layers.layer import Layer
-from titan_shampoo.layers.optimizer import LayerOptimizer, Model
+from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.layers.rank_one import RankOneStep
 from titan_shampoo.layers.step import LayerStep
 from titan_shampoo.library_optimizer import Params
 from titan_shampoo.options import options_among
+from titan_shampoo.recognition import Model
 
 __all__ = ["FOOF", "KFAC", "Eva", "EvaF", "EvaS"]
 
@@ -32,8 +33,11 @@ DampingMode = Literal["absolute", "relative"]
 class Eva(LayerOptimizer):
     """Eva (Zhang et al. 2023, ICLR): K-FAC with the mean input and output gradient of each layer.
 
-    Linear and Conv2d layers of ``model`` are preconditioned, and stacks of experts in groups with
-    ``batch_dims=1``; all other parameters, embeddings and output heads are stepped by the fallback.
+    Linear and Conv2d layers of ``model`` are preconditioned (the Conv1D of transformers is a linear
+    layer, too), and stacks of experts in groups with ``batch_dims=1``; all other parameters,
+    embeddings and output heads (``titan_shampoo.recognition``) are stepped by the fallback. In a
+    parameter group, ``precondition`` = True takes its layers whatever their names are, False takes
+    none of them.
     To be constructed when the model is sharded and compiled, where it computes, and before its
     first forward pass. Copies and pickles of the optimizer take the model along: copy or pickle the
     two together.
@@ -167,7 +171,7 @@ class EvaS(LayerOptimizer):
     """Eva-s (Zhang et al. 2023, arXiv 2308.02123): Shampoo with the means of the gradient.
 
     Needs no model. Every matrix is preconditioned, by its own marginal means, and its direction has
-    the length of its gradient.
+    the length of its gradient; embeddings, output heads and routers are stepped by the fallback.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, groups, or a model. All options that are not
@@ -178,6 +182,7 @@ class EvaS(LayerOptimizer):
         statistics_decay: Weight of the old value in that running mean.
         merge: ``"matrix"`` (first dim by all others), or ``"none"``: one mean for each dim.
         scaling: Beside each direction's own.
+        model: As for ``Shampoo``: tells embeddings and output heads, and is not kept.
     """
 
     method = "EvaS"
@@ -208,8 +213,9 @@ class EvaS(LayerOptimizer):
         max_skipped: int = 20,
         process_group: dist.ProcessGroup | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
+        model: Model | None = None,
     ) -> None:
-        super().__init__(params, options_among(locals()), None, process_group, pipeline_group)
+        super().__init__(params, options_among(locals()), model, process_group, pipeline_group)
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         return RankOneStep(layers, "gradient", self._pipeline_group)
@@ -259,8 +265,8 @@ class FOOF(KroneckerOptimizer):
             each turn of the moments.)
         max_factor_dim: Factors are cut into diagonal blocks of this size; None for whole ones.
         max_failures: Inversions of one block in a row that may fail.
-        all_params: The whole model's ``(name, tensor)`` pairs or groups, shapes alone count, where
-            ``params`` are one stage of a pipeline: inversions are then spread as in one process.
+        all_params: The whole model, or its ``(name, tensor)`` pairs or groups, shapes alone count,
+            where ``params`` are one stage of a pipeline: inversions are spread as in one process.
     """
 
     method = "FOOF"
@@ -296,7 +302,7 @@ class FOOF(KroneckerOptimizer):
         max_failures: int = 3,
         process_group: dist.ProcessGroup | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
     ) -> None:
         options = options_among(locals())
         super().__init__(params, options, model, process_group, pipeline_group, all_params)
@@ -351,7 +357,7 @@ class KFAC(KroneckerOptimizer):
         max_failures: int = 3,
         process_group: dist.ProcessGroup | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
     ) -> None:
         options = options_among(locals())
         super().__init__(params, options, model, process_group, pipeline_group, all_params)

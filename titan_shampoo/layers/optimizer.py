@@ -5,7 +5,8 @@ parameters, how gradients are reduced off FSDP2.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,20 +18,26 @@ from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.failure import norms_of
-from titan_shampoo.fallback import adamw_step, empty_state
+from titan_shampoo.fallback import adamw_step, empty_state, reason_to_fall_back
 from titan_shampoo.functional.descent import descend_, peak_rate
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 from titan_shampoo.layers.options import OF_THE_WHOLE_STEP, check_layer_options
 from titan_shampoo.layers.search import LayerSearch
 from titan_shampoo.layers.step import LayerStep, summed_over_stages
-from titan_shampoo.library_optimizer import LibraryOptimizer, Params, not_traced, warn_without_names
+from titan_shampoo.library_optimizer import FALLBACKS, LibraryOptimizer, Params, not_traced
+from titan_shampoo.recognition import (
+    CANNOT_BE_TAPPED,
+    Model,
+    kinds_of,
+    parts_of,
+    shortened,
+    warn_without_names,
+    with_names,
+)
 from titan_shampoo.saved_state import BLOCKS, GlobalState
 from titan_shampoo.statistics import reshard
 
 logger = logging.getLogger(__name__)
-
-Model = nn.Module | Sequence[nn.Module]
-"""A model, or the parts of a pipeline that are on this rank."""
 
 
 class LayerOptimizer(LibraryOptimizer):
@@ -59,15 +66,19 @@ class LayerOptimizer(LibraryOptimizer):
         model: Model | None,
         process_group: dist.ProcessGroup | None,
         pipeline_group: dist.ProcessGroup | None,
-        all_params: Iterable[Any] | None = None,
+        all_params: Iterable[Any] | nn.Module | None = None,
     ) -> None:
-        self._models = [] if self.moments is None else _parts(model, params, self.method)
+        models = _given(model, params, is_wanted_by=self.method if self.moments else None)
+        self._models = [] if self.moments is None else models
         defaults = defaults | {"method": self.method}
-        super().__init__(params, defaults, process_group, pipeline_group, all_params)
+        if self.moments is None and models:
+            params = with_names(params, models)
+        super().__init__(params, defaults, process_group, pipeline_group, all_params, models)
         if self.moments is None:  # else names are those of the model's layers
             warn_without_names(self.param_groups)
         self._build()
         self._prepare()
+        self._say_who_steps_what()
 
     def _make_step(self, layers: list[Layer]) -> LayerStep:
         raise NotImplementedError
@@ -91,10 +102,12 @@ class LayerOptimizer(LibraryOptimizer):
                 their taps did not see.
         """
         self._check_not_scaled()
+        self._is_refused = False
         return super().step(closure)
 
     def _forget_measured(self) -> None:
-        self._reset_taps()
+        if not self._is_refused:  # else the next step finds what this one did
+            self._reset_taps()
 
     def _worst_failure(self) -> Tensor:
         return super()._worst_failure() if self._step is None else self._step.worst_failure()
@@ -113,8 +126,8 @@ class LayerOptimizer(LibraryOptimizer):
         if self._step is None:
             self._follow_other_stages(grads)
         else:
-            self._step.observe(taken)
             self._check_taps(grads)
+            self._step.observe(taken)
             mine = {param: grads[param] for param in self._joined if param in grads}
             if taken is not None:  # nothing is as nothing does: gradients of zero move nothing
                 mine = {param: grad.where(taken, 0.0) for param, grad in mine.items()}
@@ -197,7 +210,9 @@ class LayerOptimizer(LibraryOptimizer):
     def _build(self) -> None:
         """Find the layers and allocate all state."""
         self._is_checked = self._has_told_lost = False
-        reshard(self._models)  # a root that is gathered would have no parameters of ours
+        if self._models:
+            reshard(self._models)  # a root that is gathered would have no parameters of ours
+            self._kinds = kinds_of(self._models)
         self.state = self._state_beside_params()
         names = self._names_in_models()
         self._named_params = {
@@ -207,18 +222,45 @@ class LayerOptimizer(LibraryOptimizer):
         }
         self._groups_of = {p: group for group in self.param_groups for p in group["params"]}
         self._meet()
-        search = LayerSearch(self._named_params, self._groups_of, self._replicas())
+        kinds = {p: self._kind(name, p) for p, name in self._named_params.items()}
+        known = {param: kind for param, kind in kinds.items() if kind is not None}
+        search = LayerSearch(self._named_params, self._groups_of, known, self._replicas())
         if self.moments is None:
             layers = search.plain()
         else:
             layers = search.tapped(self._models, self.moments, output_sums=self.output_sums)
         self._allocate_layers(layers)
+        self._untapped = search.left_out(self._models, layers)
+        self._reasons = {
+            param: reason_to_fall_back(name, param, self._groups_of[param], known.get(param))
+            or CANNOT_BE_TAPPED
+            for param, name in self._named_params.items()
+            if param not in self._joined
+        }
         self._check_agreement(self._layer_facts)
         self._fallback: dict[int, list[Tensor]] = {}
         self._buffers: dict[Tensor, Tensor] = {}
         for param in self._groups_of:
             if param not in self._joined:
                 self._allocate_other(param)
+
+    def _say_who_steps_what(self) -> None:
+        super()._say_who_steps_what()
+        if not self._speaks or self._device.type == "meta" or self.moments is None:
+            return
+        names: dict[str, list[str]] = defaultdict(list)
+        for param, why in self._untapped.items():
+            names[why].append(self._named_params[param])
+        left = "; ".join(f"{shortened(some)}: it {why}" for why, some in names.items())
+        fallback = FALLBACKS[self.param_groups[0]["fallback"]]
+        remedy = "Shampoo, SOAP, KLShampoo and EvaS need no layers"
+        if self._step is None and self._pipeline_group is None:
+            logger.warning("%s: %s steps everything, as no layer can be tapped%s; %s",
+                           self.method, fallback, left and f": {left}", remedy)  # fmt: skip
+        elif left:
+            logger.warning("%s: %s steps what cannot be tapped: %s; %s, and precondition = False "
+                           "in a parameter group says that it is meant",
+                           self.method, fallback, left, remedy)  # fmt: skip
 
     def _carry_over(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         super()._carry_over(before)
@@ -231,6 +273,7 @@ class LayerOptimizer(LibraryOptimizer):
 
     def _allocate_layers(self, layers: list[Layer]) -> None:
         """The step of the layers, and views of its state."""
+        self._stacks = {layer.name for layer in layers if layer.batch_dims}
         self._tapped = [layer.tapped for layer in layers if layer.tapped is not None]
         both = (param for layer in layers for param in (layer.weight, layer.bias))
         self._joined = {param: None for param in both if param is not None}
@@ -352,23 +395,25 @@ class LayerOptimizer(LibraryOptimizer):
         """In the first step: refuse layers that were trained unseen, on all ranks alike."""
         if self._is_checked:
             return
-        self._is_checked = True
-        unseen = [] if self._step is None else self._trained_unseen(self._step, grads)
-        which = self._first_anywhere(unseen, "a layer of another pipeline stage")
+        unseen = [] if self._step is None else self._step.unseen()
+        trained = [] if self._step is None else self._trained(self._step, grads)
+        wanted = [name for name in unseen if name in trained]
+        which = self._first_anywhere(wanted, "a layer of another pipeline stage")
         if which is not None:
-            raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
-                               "the optimizer before the first forward pass")  # fmt: skip
+            self._is_refused = True
+            cause = _cause(seen_any=len(wanted) < len(trained), is_stack=which in self._stacks)
+            raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen: {cause}")
+        self._is_checked = True
 
     @staticmethod
-    def _trained_unseen(step: LayerStep, grads: Grads) -> list[str]:
-        """Layers with a gradient in which no rank measured anything."""
+    def _trained(step: LayerStep, grads: Grads) -> set[str]:
+        """Layers with a gradient."""
         # Experts that are given no rows have gradients of zero.
-        trained = {
+        return {
             layer.name
             for layer in step.layers
             if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
         }
-        return [name for name in step.unseen() if name in trained]
 
     def _reset_taps(self) -> None:
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""
@@ -377,14 +422,35 @@ class LayerOptimizer(LibraryOptimizer):
         self._prepare()
 
 
-def _parts(model: Model | None, params: Params, method: str) -> list[nn.Module]:
+def _given(model: Model | None, params: Params, *, is_wanted_by: str | None) -> list[nn.Module]:
     """Parts of the model on this rank, which may have been given in place of its parameters."""
-    if model is None:
-        if not isinstance(params, nn.Module):
-            raise ValueError(f"model: got None, wanted the model whose layers {method} looks into; "
-                             "set model=model")  # fmt: skip
+    if model is None and isinstance(params, nn.Module):
         model = params
-    return [model] if isinstance(model, nn.Module) else list(model)
+    if model is None and is_wanted_by is not None:
+        raise ValueError(f"model: got None, wanted the model whose layers {is_wanted_by} looks "
+                         "into; set model=model")  # fmt: skip
+    return parts_of(model)
+
+
+def _cause(*, seen_any: bool, is_stack: bool) -> str:
+    """What may have kept a tap from seeing anything, and what to do.
+
+    Args:
+        seen_any: Whether other layers were seen in the same step.
+        is_stack: Whether the tap is of a stack of matrices.
+    """
+    unused = ("its module multiplies by it otherwise than by matmul, mm, bmm, linear or grouped_mm "
+              "(as by einsum); take one of these, or put it into a parameter group with "
+              "precondition = False" if is_stack else
+              "its weight is used without calling its module, as by F.linear(x, layer.weight); "
+              "call the module, or put the weight into a parameter group with precondition = "
+              "False")  # fmt: skip
+    by_hand = ("its gradient was set by hand; take a method that needs no layers (Shampoo, SOAP, "
+               "KLShampoo, EvaS)")  # fmt: skip
+    if seen_any:
+        return f"others were; either {unused}; or {by_hand}"
+    return ("nor were those of any other layer; either the optimizer was made after the forward "
+            f"pass; make it before; or {by_hand}; or {unused}")  # fmt: skip
 
 
 def _fallback_rates(options: Mapping[str, Any]) -> dict[str, float]:

@@ -49,6 +49,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "batch_dims": (0, 1),
     "refresh": SHARED_CHOICES["refresh"],
     "fallback": ("adamw", "sgd"),
+    "precondition": SHARED_CHOICES["precondition"],
     "factored_damping": SWITCH,
     "nesterov": SWITCH,
 }

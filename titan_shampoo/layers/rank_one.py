@@ -272,7 +272,9 @@ class RankOneStep(LayerStep):
                 factor = factors[number].to(layer.dtype)
                 right, kept = rights[number], self.momentum
                 group = moves_of(layer, moves, taken)
-                if layer.weight in grads:
+                if layer.weight in grads and layer.is_transposed:
+                    group.add_rank_one(layer.weight, matrix.T, right, left, factor, kept)
+                elif layer.weight in grads:
                     group.add_rank_one(layer.weight, matrix, left, right, factor, kept)
                 if layer.bias is not None and layer.bias in grads:
                     grad = grads[layer.bias].to(layer.dtype)[:, None]
@@ -300,10 +302,6 @@ class RankOneStep(LayerStep):
     def statistics(self) -> Vectors:
         """What this rank's layers have summed since they were reset."""
         return [tensor for averages in self.averages for tensor in averages.local_sums()]
-
-    def unseen(self) -> list[str]:
-        """Layers of which no rank saw a row in the last batch; asks the device."""
-        return [name for averages in self.averages for name in averages.unseen()]
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """``rho`` and ``cosine`` of each layer in the last step; of a stack, means."""

@@ -1,6 +1,5 @@
 """Which parameters a method for layers preconditions, and what it needs to know of each layer."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_shampoo.distributed.tiles import tile_of, vector_tile
-from titan_shampoo.fallback import NOT_MULTIPLIED, falls_back
+from titan_shampoo.fallback import falls_back
 from titan_shampoo.layers.layer import Layer
+from titan_shampoo.recognition import Kind, reason_not_multiplied
 from titan_shampoo.statistics import TappedLayer, tap, untapped
 from titan_shampoo.statistics.layers import Moments, unwrapped_name
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +23,13 @@ class LayerSearch:
     Args:
         names: Name of every parameter of the optimizer.
         groups: Parameter group of each.
+        kinds: What modules say of some parameters.
         replicas: Ranks that hold plain tensors as replicas; None for one process.
     """
 
     names: Mapping[Tensor, str]
     groups: Mapping[Tensor, dict[str, Any]]
+    kinds: Mapping[Tensor, Kind]
     replicas: dist.ProcessGroup | None
 
     def tapped(
@@ -63,7 +63,6 @@ class LayerSearch:
                 skip=others.__contains__,
                 is_stack=stacks.__contains__,
             )
-            self._say_what_is_left_out(model, found)
             layers += [self._layer(tapped.weight, tapped) for tapped in found]
         return layers
 
@@ -72,16 +71,19 @@ class LayerSearch:
         return [
             self._layer(param, None)
             for param, name in self.names.items()
-            if not falls_back(name, param, self.groups[param])
+            if not falls_back(name, param, self.groups[param], self.kinds.get(param))
         ]
 
     def _is_multiplied(self, param: Tensor | None) -> bool:
         """Whether a parameter is a matrix of ours, or in a group of stacks one of them.
 
-        And not, by its name, one that is looked up in or chosen from.
+        And not one that is looked up in or chosen from, nor one that its group leaves alone.
         """
         name = None if param is None else self.names.get(param)
-        if param is None or name is None or NOT_MULTIPLIED.search(name) is not None:
+        if param is None or name is None:
+            return False
+        options, kind = self.groups[param], self.kinds.get(param)
+        if reason_not_multiplied(name, param, options, kind) is not None:
             return False
         return param.ndim >= 2 + self._batch_dims(param)
 
@@ -99,13 +101,16 @@ class LayerSearch:
         """How many leading dims of a parameter of ours stack matrices."""
         return int(self.groups[param].get("batch_dims", 0))
 
-    def _say_what_is_left_out(self, model: nn.Module, tapped: Sequence[TappedLayer]) -> None:
-        """Log which of our matrices have no statistics, and why."""
-        params = {name: param for param, name in self.names.items()}
-        for name, reason in untapped(model, tapped).items():
-            if name in params and self._is_multiplied(params[name]):
-                fallback = self.groups[params[name]]["fallback"]
-                logger.warning("%s is stepped by %s: it %s", name, fallback, reason)
+    def left_out(self, models: Sequence[nn.Module], layers: Sequence[Layer]) -> dict[Tensor, str]:
+        """Why some of our matrices have no statistics: clauses, to complete "it ..."."""
+        tapped = [layer.tapped for layer in layers if layer.tapped is not None]
+        elsewhere = "is not a parameter of the model; give the model that it is in, as it is now"
+        reasons = dict.fromkeys(self.names, elsewhere)
+        for model in models:
+            by_name = untapped(model, tapped)
+            for path, param in model.named_parameters():
+                reasons[param] = by_name.get(unwrapped_name(path, model), "")
+        return {param: why for param, why in reasons.items() if why and self._is_multiplied(param)}
 
     def _layer(self, weight: Tensor, tapped: TappedLayer | None) -> Layer:
         """What is to be known of the layer of ``weight``."""
@@ -113,6 +118,9 @@ class LayerSearch:
         row_axes = () if tapped is None else tapped.sharding.row_axes
         stacked = self._batch_dims(weight)
         tile = tile_of(weight, self.replicas, name, row_axes=row_axes, batch_dims=stacked)
+        is_transposed = tapped is not None and tapped.is_transposed
+        if is_transposed:
+            tile = tile.transposed()
         # DDP may be wrapped around the model that we know.
         divisor = 1.0 if tile.token_group is None else float(tile.token_group.size())
         if tapped is not None and isinstance(weight, DTensor):
@@ -123,7 +131,7 @@ class LayerSearch:
         if bias is None or self.groups.get(bias) is not options:
             return Layer(name, weight, None, options, tile, tapped=tapped, gradient_divisor=divisor,
                          batch_dims=stacked)  # fmt: skip
-        place = vector_tile(bias, weight, name)
+        place = vector_tile(bias, weight, name, dim=int(is_transposed))
         if place is None:
             raise ValueError(f"{name}: its bias is stored on other ranks than the weight; "
                              "set bias='separate'")  # fmt: skip

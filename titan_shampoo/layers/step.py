@@ -108,8 +108,18 @@ class LayerStep:
         raise NotImplementedError
 
     def unseen(self) -> list[str]:
-        """Layers in which no rank measured anything that was last taken; asks the device."""
-        raise NotImplementedError
+        """Layers of which no rank saw a row since the taps were reset; asks the device."""
+        by_group: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
+        for layer in self.layers:
+            if layer.tapped is not None:
+                count = layer.tapped.input_sum[..., -1].sum().to(self.dtype)
+                by_group[layer.tile.token_group].append((layer.name, count))
+        unseen = []
+        for group, counts in by_group.items():
+            names, rows_here = zip(*counts, strict=True)
+            seen = torch.stack(all_reduce_together(rows_here, group)).tolist()
+            unseen += [name for name, rows in zip(names, seen, strict=True) if rows == 0]
+        return unseen
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """Numbers of the last step by layer, 0-dim."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from titan_shampoo.distributed.assignment import Claim, spread_turns
 from titan_shampoo.distributed.plan import Parameter
-from titan_shampoo.fallback import NOT_MULTIPLIED
+from titan_shampoo.recognition import reason_not_multiplied
 from titan_shampoo.whole_model import Described, claims_of_model, turns_in_model
 
 NUMBERED_PART = re.compile(r"(?:.*?\.)?[0-9]+(?=\.)")
@@ -100,8 +100,9 @@ def _is_layer(param: Described) -> bool:
 
     Others of two dims and more, such as stacks of experts, are nobody's to invert.
     """
-    is_weight = param.name.rpartition(".")[2] == "weight" and param.tensor.ndim in (2, 4)
-    return is_weight and NOT_MULTIPLIED.search(param.name) is None
+    if param.name.rpartition(".")[2] != "weight" or param.tensor.ndim not in (2, 4):
+        return False
+    return reason_not_multiplied(param.name, param.tensor, param.options, param.kind) is None
 
 
 def _joint_shape(param: Described, names: Collection[str]) -> tuple[int, int]:

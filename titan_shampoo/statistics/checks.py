@@ -5,11 +5,22 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.parametrize import ParametrizationList
 
-from titan_shampoo.statistics.layers import TappedLayer, unwrapped_name
+from titan_shampoo.statistics.layers import (
+    TappedLayer,
+    is_transposed,
+    uncalled_layers,
+    unwrapped_name,
+)
 
 SPLIT_BACKWARD_SCHEDULES = frozenset({"interleavedzerobubble", "zbvzerobubble", "dualpipev"})
 """Pipeline schedules that differentiate by weights apart, and by weights alone: not by leaves."""
+
+
+TAPPED = "nn.Linear, nn.Conv2d and the Conv1D of transformers"
+"""Layers that can be tapped, for messages."""
 
 
 def check_schedule(schedule: object) -> None:
@@ -53,7 +64,8 @@ def check_counts(
         if count == 0 and layer.weight.grad is not None:
             raise RuntimeError(
                 f"{layer.name}: its weight has a gradient, but its tap saw no rows; tap the model "
-                "before its first forward pass, and skip layers whose forward is not called"
+                "before its first forward pass, and skip layers whose weight is used without them, "
+                "as by F.linear(x, layer.weight)"
             )
         wanted = count if expected_rows is None else expected_rows.get(layer.name, count)
         if count != wanted:
@@ -70,6 +82,7 @@ def untapped(model: nn.Module, layers: Sequence[TappedLayer]) -> dict[str, str]:
     Returns:
         A clause for each such parameter, by its name, to complete "... has no statistics: it".
     """
+    uncalled = uncalled_layers(model)
     tapped = {(id(layer.module), layer.weight_name) for layer in layers}
     users = Counter(id(param) for module in model.modules() for param in _own(module).values())
     reasons = {}
@@ -80,22 +93,32 @@ def untapped(model: nn.Module, layers: Sequence[TappedLayer]) -> dict[str, str]:
             if (id(module), name) in tapped:
                 continue
             path = f"{prefix}.{name}" if prefix else name
-            reasons[unwrapped_name(path, model)] = _reason(module, param, users[id(param)])
+            is_uncalled = module in uncalled or isinstance(module, nn.MultiheadAttention)
+            reasons[unwrapped_name(path, model)] = (
+                f"is shared by {users[id(param)]} modules" if users[id(param)] > 1
+                else "is multiplied inside nn.MultiheadAttention, which calls no layer for it"
+                if is_uncalled else _reason(module, name, param)
+            )  # fmt: skip
     return reasons
 
 
-def _reason(module: nn.Module, param: nn.Parameter, num_users: int) -> str:
-    kind = type(module).__name__.removeprefix("FSDP")  # FSDP2 makes a class of its own
-    if num_users > 1:
-        return f"is shared by {num_users} modules"
-    if isinstance(module, nn.Linear | nn.Conv2d):
+def _reason(module: nn.Module, name: str, param: nn.Parameter) -> str:
+    # FSDP2 makes classes of its own.
+    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    is_layer = issubclass(kind, nn.Linear | nn.Conv2d)
+    if issubclass(kind, ParametrizationList) or (is_layer and name != "weight"):
+        return "is not a weight itself: a parametrization (as weight norm) forms one from it"
+    if is_layer or is_transposed(module):
         return "was skipped"
-    if param.dim() == 3 and not isinstance(module, nn.Conv1d):
-        return (
-            f"is a stack of matrices in {kind}; Eva, EvaF and EvaS take those of a parameter group "
-            "with batch_dims = 1 one by one"
-        )
-    return f"belongs to {kind}, which is neither a linear layer nor a 2-d convolution"
+    of_torch = kind.__module__.startswith("torch.nn.")
+    called = f"nn.{kind.__name__}" if of_torch else kind.__name__
+    if hasattr(nn, kind.__name__) and not of_torch:
+        called = f"{kind.__module__}.{kind.__name__}"
+    reason = f"belongs to {called}, and only {TAPPED} can be tapped"
+    if param.dim() == 3 and not of_torch:
+        reason += ("; if it is a stack of matrices (n, d_out, d_in), Eva, EvaF and EvaS take each "
+                   "of them in a parameter group with batch_dims = 1")  # fmt: skip
+    return reason
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:

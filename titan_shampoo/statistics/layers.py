@@ -29,6 +29,11 @@ from titan_shampoo.statistics.tap import LEAVES, Leaves, attach
 
 Moments = Literal["none", "input", "both"]
 
+_TRANSPOSED = frozenset(
+    {("transformers.pytorch_utils", "Conv1D"), ("transformers.modeling_utils", "Conv1D")}
+)
+"""Linear layers of others whose weight is ``(d_in, d_out)``; their packages need not be there."""
+
 # What torch.compile and activation checkpointing put into a name.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -56,6 +61,8 @@ class TappedLayer:
     """Of the parameter in the module."""
     batch_dims: int = 0
     """Leading dims of the weight that stack matrices."""
+    is_transposed: bool
+    """Whether the weight is ``(d_in, d_out)``."""
     sharding: LayerSharding
     """Which axes of the mesh of ``weight`` cut rows, inputs and outputs."""
 
@@ -64,7 +71,10 @@ class TappedLayer:
         self.module = module
         self._data = data
         stored = data[self.weight_name]
-        self.sharding = layer_sharding(self.weight, stored, batch_dims=self.batch_dims)
+        self.is_transposed = is_transposed(module)
+        self.sharding = layer_sharding(
+            self.weight, stored, batch_dims=self.batch_dims, is_transposed=self.is_transposed
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: {tuple(self.weight.shape)})"
@@ -193,6 +203,9 @@ def tap(
 ) -> list[TappedLayer]:
     """Tap every linear layer and 2-D convolution; return them in model order.
 
+    Linear layers are those of torch and their subclasses, and the ``Conv1D`` of transformers, whose
+    weight is transposed.
+
     To be called once the model is sharded and where it computes, before its first forward pass;
     a second call finds the taps of the first and fits them to what has become of the model.
     Layers whose weight is shared with another module (tied) are left out. A frozen layer is tapped,
@@ -214,6 +227,7 @@ def tap(
     if moments not in get_args(Moments):
         raise ValueError(f"moments: got {moments!r}, want one of {', '.join(get_args(Moments))}")
     data = data_parallelism(model)
+    uncalled = uncalled_layers(model)
     users = Counter(id(param) for module in model.modules() for param in _own_parameters(module))
     layers: list[TappedLayer] = []
     for name, module in model.named_modules():
@@ -225,7 +239,7 @@ def tap(
             path = f"{prefix}.{key}" if prefix else key
             if is_stack is not None and is_stack(path):
                 layers.append(TappedStack(path, module, key, found))
-            elif _is_layer(module, key) and not (skip and skip(prefix)):
+            elif _is_layer(module, key, uncalled) and not (skip and skip(prefix)):
                 bias = data.get((id(module), "bias"), NO_DATA_PARALLELISM)
                 layers.append(TappedLayer(prefix, module, {"weight": found, "bias": bias}))
     return [layer for layer in layers if _is_tapped(layer, moments, output_sums)]
@@ -253,9 +267,32 @@ def untap(model: nn.Module) -> None:
             del module.forward
 
 
-def _is_layer(module: nn.Module, name: str) -> bool:
+def _is_layer(module: nn.Module, name: str, uncalled: set[nn.Module]) -> bool:
     """Whether parameter ``name`` of ``module`` is the weight of a layer that can be tapped."""
-    return name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
+    is_linear = isinstance(module, nn.Linear) or is_transposed(module)
+    return (
+        name == "weight"
+        and (is_linear or isinstance(module, nn.Conv2d))
+        and (module not in uncalled)
+    )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer whose weight is ``(d_in, d_out)``."""
+    return any((kind.__module__, kind.__name__) in _TRANSPOSED for kind in type(module).__mro__)
+
+
+def uncalled_layers(model: nn.Module) -> set[nn.Module]:
+    """Linear layers of ``model`` whose weight is taken from them, and whose forward is not called.
+
+    Those of ``nn.MultiheadAttention``, unless a subclass has a forward of its own.
+    """
+    return {
+        module.out_proj
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward
+    }
 
 
 def unwrapped_name(name: str, model: nn.Module) -> str:
@@ -286,12 +323,14 @@ def _attached(layer: TappedLayer) -> Leaves:
             stacks.attach(module, layer.weight_name, Leaves(layer.name, None))
         return layer.leaves
     patches = None
+    is_convolution = isinstance(module, nn.Conv2d)
+    if (is_convolution or layer.is_transposed) and (sharding.input_axes or sharding.output_axes):
+        kind = "a convolution" if is_convolution else "a transposed linear layer"
+        raise ValueError(
+            f"{layer.name}: {kind} under tensor parallelism cannot be tapped; shard it with FSDP2 "
+            "only, or leave it to the fallback in a parameter group with precondition = False"
+        )
     if isinstance(module, nn.Conv2d):
-        if sharding.input_axes or sharding.output_axes:
-            raise ValueError(
-                f"{layer.name}: a convolution under tensor parallelism cannot be tapped; shard it "
-                "with FSDP2 only, or skip it"
-            )
         patches = patches_of(module)
     attach(module, Leaves(layer.name, patches))
     return layer.leaves
@@ -303,7 +342,8 @@ def _leaf_shapes(layer: TappedLayer, moments: Moments) -> dict[str, tuple[int, .
     experts = tuple(
         local_size(size, weight, sharding.expert_axes) for size in weight.shape[:batch_dims]
     )
-    d_out, d_in = weight.shape[batch_dims], math.prod(weight.shape[batch_dims + 1 :])
+    shape = weight.shape[::-1] if layer.is_transposed else weight.shape
+    d_out, d_in = shape[batch_dims], math.prod(shape[batch_dims + 1 :])
     shapes: dict[str, tuple[int, ...]] = {
         "input": (*experts, local_size(d_in, weight, sharding.input_axes) + 1),
         "output": (*experts, local_size(d_out, weight, sharding.output_axes)),

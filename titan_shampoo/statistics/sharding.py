@@ -71,17 +71,21 @@ class LayerSharding:
     """
 
 
-def layer_sharding(weight: Tensor, data: DataParallelism, *, batch_dims: int = 0) -> LayerSharding:
+def layer_sharding(
+    weight: Tensor, data: DataParallelism, *, batch_dims: int = 0, is_transposed: bool = False
+) -> LayerSharding:
     """How the layer of ``weight`` is cut.
 
     Args:
         weight: ``(d_out, d_in, ...)``, behind ``batch_dims``.
         data: How FSDP2, HSDP or DDP treat it.
         batch_dims: Leading dims that stack matrices.
+        is_transposed: Whether the weight is ``(d_in, d_out)``.
     """
     if not isinstance(weight, DTensor):
         return LayerSharding(gradient_divisor=data.gradient_divisor)
     row_axes = _axes_of(data.mesh, weight.device_mesh)
+    output_dim, input_dim = (1, 0) if is_transposed else (batch_dims, batch_dims + 1)
     cut_dims = {
         axis: placement.dim
         for axis, placement in enumerate(weight.placements)
@@ -89,8 +93,8 @@ def layer_sharding(weight: Tensor, data: DataParallelism, *, batch_dims: int = 0
     }
     return LayerSharding(
         row_axes=row_axes,
-        input_axes=tuple(axis for axis, dim in cut_dims.items() if dim == batch_dims + 1),
-        output_axes=tuple(axis for axis, dim in cut_dims.items() if dim == batch_dims),
+        input_axes=tuple(axis for axis, dim in cut_dims.items() if dim == input_dim),
+        output_axes=tuple(axis for axis, dim in cut_dims.items() if dim == output_dim),
         expert_axes=tuple(axis for axis, dim in cut_dims.items() if dim < batch_dims),
         gradient_divisor=data.gradient_divisor,
     )

@@ -93,7 +93,8 @@ def replace_forward(module: nn.Module, tapped: Callable[..., Any], name: str) ->
     if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
         raise ValueError(
             f"{name}: its forward was replaced on the instance, so that it cannot be tapped; "
-            "skip this layer, or replace its forward after it is tapped"
+            "replace its forward after the optimizer is made, or leave its weight to the fallback "
+            "in a parameter group with precondition = False"
         )
     module.forward = MethodType(tapped, module)
 
@@ -204,7 +205,8 @@ def _check_fit(input: Tensor, leaves: Leaves) -> None:
     if isinstance(input, DTensor) and not _rows_are_whole(input):
         raise ValueError(
             f"{leaves.name}: its input is placed as {input.placements}, want whole rows: Replicate "
-            "or a cut of the last dim; gather it before the layer, or skip this layer"
+            "or a cut of the last dim; gather it before the layer, or leave its weight to the "
+            "fallback in a parameter group with precondition = False"
         )
 
 

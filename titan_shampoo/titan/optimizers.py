@@ -8,7 +8,7 @@ to the checkpoint, keyed by parameter name, which are loaded in place.
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -27,6 +27,7 @@ from titan_shampoo.config import ConfigError, nearest, tables
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
+from titan_shampoo.recognition import Kind, kinds_of, reason_not_multiplied
 from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.initialization import unwrapped_name
 from titan_shampoo.titan.layer_metrics import (
@@ -39,8 +40,9 @@ from titan_shampoo.titan.layer_metrics import (
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
-Members = list[tuple[str, nn.Parameter, int]]
-"""Names, parameters, and along how many leading dims each stacks independent matrices."""
+Members = list[tuple[str, nn.Parameter, int, Kind | None]]
+"""Names, parameters, along how many leading dims each stacks independent matrices, and what the
+module of each is."""
 
 Preconditioner = BlockOptimizer | LayerOptimizer
 
@@ -67,8 +69,8 @@ _TAKING_TURNS = (*_BLOCK_METHODS, "FOOF", "KFAC")
 _TAKING_STACKS = (*_BLOCK_METHODS, "Eva", "EvaF", "EvaS")
 """Methods that take the matrices of a stack one by one."""
 
-_TAPPING = tuple(method for method in _LAYER_METHODS if method != "EvaS")
-"""Methods that see what goes through layers."""
+_CHOICES = (None, True, False)
+"""Of ``precondition``, in the order of parameter groups."""
 
 
 class OptimizersContainer(TorchtitanContainer[Optimizer]):
@@ -95,13 +97,15 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
         self._stages = _stage_group(parallel_dims)
         everyone = list(itertools.chain.from_iterable(map(members, model_parts)))
         _check_patterns(whole_model or everyone, config)
-        by_part = [_grouped(members(part), config) for part in model_parts]
+        # A stage of a pipeline does not see whether a layer is shaped like an embedding of another.
+        kinds = {unwrapped_name(name): kind for name, _, _, kind in whole_model or everyone}
+        by_part = [_grouped(members(part), config, kinds) for part in model_parts]
         if not all(by_part):
             raise ConfigError("the model has no parameter that is trained; see optimizer.groups")
         if self._stages is not None:
             _check_stages(by_part, self._stages)
-        whole = _grouped(everyone, config)
-        everywhere = {} if whole_model is None else _grouped(whole_model, config)
+        whole = _grouped(everyone, config, kinds)
+        everywhere = {} if whole_model is None else _grouped(whole_model, config, kinds)
         common = {
             "process_group": replica_group(parallel_dims),
             "pipeline_group": self._stages,
@@ -112,8 +116,7 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
                 distribution: dict[str, Any] = dict(common)
                 if method in _TAKING_TURNS:
                     distribution["all_params"] = everywhere.get(method)
-                if method in _TAPPING:
-                    distribution["model"] = model_parts
+                distribution["model"] = model_parts
                 self.optimizers.append(_build(method, groups, config, distribution))
         params = [
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
@@ -253,7 +256,7 @@ def _check_patterns(
     Raises:
         ConfigError: The same on all ranks.
     """
-    names = [unwrapped_name(name) for name, param, _ in whole_model if param.requires_grad]
+    names = [unwrapped_name(name) for name, param, *_ in whole_model if param.requires_grad]
     left = names
     for index, group in enumerate(config.groups):
         if not any(re.search(group.pattern, name) for name in left):
@@ -274,35 +277,61 @@ def members(model: nn.Module) -> Members:
         if isinstance(module, GroupedExperts)
         for param in module.parameters(recurse=False)
     }
-    return [(name, param, int(param in experts)) for name, param in model.named_parameters()]
+    kinds = kinds_of([model])
+    return [
+        (name, param, int(param in experts), kinds.get(param))
+        for name, param in model.named_parameters()
+    ]
 
 
 def _grouped(
-    params: Iterable[tuple[str, nn.Parameter, int]],
+    params: Members,
     config: Any,  # noqa: ANN401 - merged dataclass
+    kinds: Mapping[str, Kind | None],
 ) -> dict[str, list[dict[str, Any]]]:
     """Parameter groups by method: one per ``[[optimizer.groups]]``, and one for the rest.
 
-    Stacks of experts are a group of their own, where a method works on matrices one by one.
+    Stacks of experts are a group of their own, where a method works on matrices one by one; so are
+    parameters of which modules say other than names.
+
+    Args:
+        params: What :func:`members` says of them.
+        config: The ``[optimizer]`` table.
+        kinds: What modules of the whole model say, by name.
     """
     claims = [*config.groups, tables.Group(pattern="")]
-    claimed: dict[tuple[int, int], NamedParameters] = {}
-    for wrapped_name, param, batch_dims in params:
+    claimed: dict[tuple[int, int, int], NamedParameters] = {}
+    for wrapped_name, param, batch_dims, _ in params:
         name = unwrapped_name(wrapped_name)
         if param.requires_grad:
             index = next(i for i, claim in enumerate(claims) if re.search(claim.pattern, name))
-            works_on_matrices = (claims[index].optimizer or config.name) in _TAKING_STACKS
-            key = (index, batch_dims if works_on_matrices else 0)
+            method = claims[index].optimizer or config.name
+            stacked = batch_dims if method in _TAKING_STACKS else 0
+            wanted = claims[index].precondition
+            if wanted is None and method in {*_BLOCK_METHODS, *_LAYER_METHODS}:
+                wanted = _other_than_by_name(name, param, kinds[name])
+            key = (index, stacked, _CHOICES.index(wanted))
             claimed.setdefault(key, []).append((name, param))
     by_method: dict[str, list[dict[str, Any]]] = {}
-    for (index, batch_dims), named in sorted(claimed.items(), key=itemgetter(0)):
+    for (index, batch_dims, wanted), named in sorted(claimed.items(), key=itemgetter(0)):
         claim = claims[index]
-        own = {"lr": claim.lr, "weight_decay": claim.weight_decay, "batch_dims": batch_dims or None}
+        own = {
+            "lr": claim.lr,
+            "weight_decay": claim.weight_decay,
+            "batch_dims": batch_dims or None,
+            "precondition": _CHOICES[wanted],
+        }
         group = {"params": named} | {
             key: value for key, value in own.items() if value is not None
         }  # fmt: skip
         by_method.setdefault(claim.optimizer or config.name, []).append(group)
     return by_method
+
+
+def _other_than_by_name(name: str, param: Tensor, kind: Kind | None) -> bool | None:
+    """Whether a parameter is preconditioned, if its module and its name say different things."""
+    by_module, by_name = (reason_not_multiplied(name, param, {}, k) is None for k in (kind, None))
+    return None if by_module == by_name else by_module
 
 
 def _of_blocks(by_method: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
-from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.distributed.summary import readable
-from titan_shampoo.fallback import falls_back
 from titan_shampoo.layers.optimizer import LayerOptimizer
-from titan_shampoo.titan.optimizers import OptimizersContainer
+from titan_shampoo.titan.optimizers import OptimizersContainer, Preconditioner
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 _DIAGONAL = {"adamw": "AdamW", "sgd": "SGD"}
@@ -79,9 +77,8 @@ def optimizer_line(optimizer: Optimizer) -> str:
     numbers: Counter[str] = Counter()
     rates: dict[bool, set[float]] = {False: set(), True: set()}
     for group in optimizer.param_groups:
-        names = group.get("param_names", [""] * len(group["params"]))
-        for name, param in zip(names, group["params"], strict=True):
-            fallback = _fallback(optimizer, name, param, group)
+        for param in group["params"]:
+            fallback = _fallback(optimizer, param, group)
             label = f"{fallback} (fallback)" if fallback else type(optimizer).__name__
             tensors[label] += 1
             numbers[label] += param.numel()
@@ -111,14 +108,10 @@ def decay_warnings(optimizers: Iterable[Optimizer]) -> Iterator[str]:
             )
 
 
-def _fallback(
-    optimizer: Optimizer, name: str, param: Tensor, group: Mapping[str, Any]
-) -> str | None:
+def _fallback(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) -> str | None:
     """The diagonal method that steps a parameter in place of the optimizer's own, if one does."""
-    if isinstance(optimizer, LayerOptimizer) and not optimizer.preconditions(param):
+    if isinstance(optimizer, Preconditioner) and not optimizer.preconditions(param):
         return _DIAGONAL[group["fallback"]]
-    if isinstance(optimizer, BlockOptimizer) and falls_back(name, param, group):
-        return "AdamW"
     return None
 
 
