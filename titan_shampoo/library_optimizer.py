@@ -5,6 +5,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,8 @@ class LibraryOptimizer(torch.optim.Optimizer):
     """All parameters, where those here are of one stage of a pipeline."""
     _watch: Watch
     _norms_before: Grads
+    _first_numbers: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    """Place of each group and number of its first parameter, by id of the group."""
 
     def __init__(
         self,
@@ -96,10 +99,24 @@ class LibraryOptimizer(torch.optim.Optimizer):
 
     def _as_given(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters with the names that they were given, else with numbers in the optimizer."""
-        before = itertools.takewhile(lambda other: other is not group, self.param_groups)
-        first = sum(len(other["params"]) for other in before)
-        numbers = range(first, first + len(group["params"]))
-        return zip(group.get("param_names") or map(str, numbers), group["params"], strict=False)
+        names = group.get("param_names") or map(str, itertools.count(self._first_number(group)))
+        return zip(names, group["params"], strict=False)
+
+    def _first_number(self, group: Mapping[str, Any]) -> int:
+        """Number in the optimizer of the first parameter of a group.
+
+        Kept for all groups: counted anew for each, thousands of groups would take minutes.
+        """
+        groups = self.param_groups
+        place, first = self._first_numbers.get(id(group), (len(groups), 0))
+        if place >= len(groups) or groups[place] is not group:
+            firsts = itertools.accumulate((len(other["params"]) for other in groups), initial=0)
+            self._first_numbers = {
+                id(other): numbers
+                for other, numbers in zip(groups, enumerate(firsts), strict=False)
+            }
+            _, first = self._first_numbers[id(group)]
+        return first
 
     def _all_named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their names, group by group."""
@@ -132,10 +149,11 @@ class LibraryOptimizer(torch.optim.Optimizer):
         group.setdefault("peak_lr", float(group["lr"]))
         self._check_options()
         check_alike(self.param_groups, self.step_options)
-        for name, param in self._as_given(group):
-            if param.is_complex():
-                raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
-                                 "pass torch.view_as_real of it")  # fmt: skip
+        unreal = next((param for param in group["params"] if param.is_complex()), None)
+        if unreal is not None:
+            name = next(name for name, param in self._as_given(group) if param is unreal)
+            raise ValueError(f"{name}: got {unreal.dtype}, wanted a real dtype; "
+                             "pass torch.view_as_real of it")  # fmt: skip
 
     def _check_kept(self, before: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Raise ValueError on all ranks, if blocks of any have new owners and begun state."""

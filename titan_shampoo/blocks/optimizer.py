@@ -159,7 +159,8 @@ class BlockOptimizer(LibraryOptimizer):
             self._fallback_params.append(fallback)
         self._meet()
         self._engine = None
-        planned = [self._planned(member) for member in members]
+        numbers = {id(group): number for number, group in enumerate(self.param_groups)}
+        planned = [self._planned(member, numbers[id(member.options)]) for member in members]
         claims = [param.claim for param in planned]
         plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
         params = [member.param for member in members]
@@ -174,7 +175,7 @@ class BlockOptimizer(LibraryOptimizer):
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return not falls_back(name, param, group)
 
-    def _planned(self, member: Member) -> Parameter:
+    def _planned(self, member: Member, group: int) -> Parameter:
         param, options = member.param, member.options
         grid = _grid(member.name, param, options)
         team, sharding = layout_of(param, self._replicas(), member.name)
@@ -188,7 +189,7 @@ class BlockOptimizer(LibraryOptimizer):
             grid=grid,
             team=team,
             sharding=sharding,
-            group=next(i for i, group in enumerate(self.param_groups) if group is options),
+            group=group,
             dtype=dtype,
             period=options["precondition_frequency"],
             cost=lambda shape: Cost(*self.rule.cost(shape, options)),

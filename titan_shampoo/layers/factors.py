@@ -43,6 +43,15 @@ class Factors:
         """Refreshes that were not taken since the start."""
         self._repairs = Repairs(self._block_name, self._refresh_anew)
         self._places: dict[tuple[int, ...], Tensor] = {}
+        self._blocks: list[list[Block]] = [[] for _ in layers]
+        """All blocks of each layer."""
+        for block in plan.blocks:
+            self._blocks[block.param].append(block)
+        self._owned: list[list[tuple[Block, int, int]]] = [[] for _ in layers]
+        """This rank's blocks of each layer, with the number of their stack and their place in it."""
+        for number, stack in enumerate(plan.stacks):
+            for position, block in enumerate(stack.blocks):
+                self._owned[block.param].append((block, number, position))
 
     def _empty_state(self, stack: Stack) -> State:
         """Zero, but for inverses: until the first refresh, a direction is its gradient."""
@@ -175,7 +184,7 @@ class Factors:
         """State of this rank's blocks of one layer, ``"right.3"`` for block 3."""
         return {
             f"{name}.{block.index}": value
-            for block, values in self._owned(number)
+            for block, values in self._views(number)
             for name, value in values.items()
         }
 
@@ -184,12 +193,12 @@ class Factors:
         param, options = self.plan.params[number], self.layers[number].options
         counts: dict[tuple[int, ...], int] = defaultdict(int)
         places, sizes = {}, {}
-        for block in (block for block in self.plan.blocks if block.param == number):
+        for block in self._blocks[number]:
             places[block.index] = counts[block.shape]
             counts[block.shape] += 1
             sizes[block.shape] = state_of_block(block.shape, options, two_sided=self.two_sided)
         chunks: dict[str, dict[tuple[int, ...], Tensor]] = defaultdict(dict)
-        for block, values in self._owned(number):
+        for block, values in self._views(number):
             for name, value in values.items():
                 start = (places[block.index], *[0] * value.ndim)
                 chunks[_global_key(name, block.shape)][start] = value.unsqueeze(0)
@@ -201,12 +210,10 @@ class Factors:
             for name, shape in shapes.items()
         }
 
-    def _owned(self, number: int) -> Iterator[tuple[Block, State]]:
+    def _views(self, number: int) -> Iterator[tuple[Block, State]]:
         """This rank's blocks of one layer, with views of their state."""
-        for state, stack in zip(self.states, self.plan.stacks, strict=True):
-            for position, block in enumerate(stack.blocks):
-                if block.param == number:
-                    yield block, {name: value[position] for name, value in state.items()}
+        for block, stack, position in self._owned[number]:
+            yield block, {name: value[position] for name, value in self.states[stack].items()}
 
 
 def state_of_block(
