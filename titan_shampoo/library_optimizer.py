@@ -6,6 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -93,6 +94,8 @@ class LibraryOptimizer(SavedStateOptimizer):
     _as_made: AsMade
     _is_fresh = False
     """Whether no step has been taken, and no state of one been loaded."""
+    _first_numbers: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    """Place of each group and number of its first parameter, by id of the group."""
 
     def __init__(
         self,
@@ -140,10 +143,24 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def _as_given(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters with the names that they were given, else with numbers in the optimizer."""
-        before = itertools.takewhile(lambda other: other is not group, self.param_groups)
-        first = sum(len(other["params"]) for other in before)
-        numbers = range(first, first + len(group["params"]))
-        return zip(group.get("param_names") or map(str, numbers), group["params"], strict=False)
+        names = group.get("param_names") or map(str, itertools.count(self._first_number(group)))
+        return zip(names, group["params"], strict=False)
+
+    def _first_number(self, group: Mapping[str, Any]) -> int:
+        """Number in the optimizer of the first parameter of a group.
+
+        Kept for all groups: counted anew for each, thousands of groups would take minutes.
+        """
+        groups = self.param_groups
+        place, first = self._first_numbers.get(id(group), (len(groups), 0))
+        if place >= len(groups) or groups[place] is not group:
+            firsts = itertools.accumulate((len(other["params"]) for other in groups), initial=0)
+            self._first_numbers = {
+                id(other): numbers
+                for other, numbers in zip(groups, enumerate(firsts), strict=False)
+            }
+            _, first = self._first_numbers[id(group)]
+        return first
 
     def _all_named(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters with their names, group by group."""

@@ -188,9 +188,10 @@ class BlockOptimizer(LibraryOptimizer):
             self._fallback_params.append(fallback)
         self._meet()
         self._engine = None
+        numbers = {id(group): number for number, group in enumerate(self.param_groups)}
         self._orders: dict[int, dict[int, tuple[str, set[str]]]] = defaultdict(dict)
         """By group: one parameter of each number of dims, and the names of its state."""
-        planned = [self._planned(member) for member in members]
+        planned = [self._planned(member, numbers[id(member.options)]) for member in members]
         for member, plan_of in zip(members, planned, strict=True):
             order, orders = plan_of.grid.order, self._orders[id(member.options)]
             if order not in orders:
@@ -210,7 +211,7 @@ class BlockOptimizer(LibraryOptimizer):
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return self.preconditions(param)
 
-    def _planned(self, member: Member) -> Parameter:
+    def _planned(self, member: Member, group: int) -> Parameter:
         param, options = member.param, member.options
         grid = _grid(member.name, param, options)
         team, sharding = layout_of(param, self._replicas(), member.name)
@@ -224,7 +225,7 @@ class BlockOptimizer(LibraryOptimizer):
             grid=grid,
             team=team,
             sharding=sharding,
-            group=next(i for i, group in enumerate(self.param_groups) if group is options),
+            group=group,
             dtype=dtype,
             period=options["precondition_frequency"],
             cost=lambda shape: Cost(*self.rule.cost(shape, options)),

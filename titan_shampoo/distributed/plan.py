@@ -131,15 +131,15 @@ def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None
 def bucket_members(params: Sequence[Parameter]) -> list[list[int]]:
     """Parameters of one team and message dtype, in order, of at most BUCKET_NUMEL elements."""
     buckets: list[list[int]] = []
-    latest: dict[tuple[object, ...], int] = {}
+    latest: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for number, param in enumerate(params):
         key = (param.team.ranks, param.message_dtype)
-        if key in latest:
-            members = buckets[latest[key]]
-            numel = sum(math.prod(params[i].shape) for i in [*members, number])
-            if len(param.team.ranks) * len(param.team.ranks[0]) == 1 or numel <= BUCKET_NUMEL:
-                members.append(number)
-                continue
-        latest[key] = len(buckets)
-        buckets.append([number])
+        members, filled = latest.get(key, ([], 0))
+        filled += math.prod(param.shape)
+        is_alone = len(param.team.ranks) * len(param.team.ranks[0]) == 1
+        if not members or not (is_alone or filled <= BUCKET_NUMEL):
+            members, filled = [], math.prod(param.shape)
+            buckets.append(members)
+        members.append(number)
+        latest[key] = members, filled
     return buckets

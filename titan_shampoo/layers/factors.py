@@ -46,6 +46,15 @@ class Factors:
         self._places: dict[tuple[int, ...], Tensor] = {}
         self._waiting_until = [0] * len(plan.stacks)
         """Step before which a stack may have blocks that are yet to be refreshed."""
+        self._blocks: list[list[Block]] = [[] for _ in layers]
+        """All blocks of each layer."""
+        for block in plan.blocks:
+            self._blocks[block.param].append(block)
+        self._owned: list[list[tuple[Block, int, int]]] = [[] for _ in layers]
+        """This rank's blocks of each layer, with their stacks and their places in these."""
+        for number, stack in enumerate(plan.stacks):
+            for position, block in enumerate(stack.blocks):
+                self._owned[block.param].append((block, number, position))
 
     def _empty_state(self, stack: Stack) -> State:
         """Zero, but for inverses: until the first refresh, a direction is its gradient."""
@@ -208,12 +217,12 @@ class Factors:
         param, options = self.plan.params[number], self.layers[number].options
         counts: dict[tuple[int, ...], int] = defaultdict(int)
         places, sizes = {}, {}
-        for block in (block for block in self.plan.blocks if block.param == number):
+        for block in self._blocks[number]:
             places[block.index] = counts[block.shape]
             counts[block.shape] += 1
             sizes[block.shape] = state_of_block(block.shape, options, two_sided=self.two_sided)
         chunks: dict[str, dict[tuple[int, ...], Tensor]] = defaultdict(dict)
-        for block, values in self._owned(number):
+        for block, values in self._views(number):
             for name, value in values.items():
                 start = (places[block.index], *[0] * value.ndim)
                 chunks[_global_key(name, block.shape)][start] = value.unsqueeze(0)
@@ -225,12 +234,10 @@ class Factors:
             for name, shape in shapes.items()
         }
 
-    def _owned(self, number: int) -> Iterator[tuple[Block, State]]:
+    def _views(self, number: int) -> Iterator[tuple[Block, State]]:
         """This rank's blocks of one layer, with views of their state."""
-        for state, stack in zip(self.states, self.plan.stacks, strict=True):
-            for position, block in enumerate(stack.blocks):
-                if block.param == number:
-                    yield block, {name: value[position] for name, value in state.items()}
+        for block, stack, position in self._owned[number]:
+            yield block, {name: value[position] for name, value in self.states[stack].items()}
 
 
 def state_of_block(
