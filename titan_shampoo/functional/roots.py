@@ -17,7 +17,7 @@ RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
 
 SMALLEST_DAMPING = 1e-30
-"""Keeps the inverse of nothing finite under relative damping: its direction is 0, and not 0 / 0."""
+"""Relative damping of nothing: keeps its inverse finite, so that its direction is 0, not 0 / 0."""
 NEWTON_TOLERANCE = 1e-6
 NEWTON_ITERATIONS = 1000
 POWER_ITERATIONS = 16
@@ -25,6 +25,17 @@ CONDITION_ITERATIONS = 4
 """Power iterations for the condition number of a root; they are nothing beside its products."""
 NEWTON_SCHULZ_MIN_EXTENT = 512
 """Extent from which ``"auto"`` prefers matrix products to eigendecomposition on accelerators."""
+
+
+def not_nothing(damping: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Relative damping, but ``SMALLEST_DAMPING`` where there is nothing to be relative to.
+
+    Args:
+        damping: At least zero.
+        dtype: Of what is damped: below its smallest number there is nothing; None for the same.
+    """
+    tiny = torch.finfo(dtype or damping.dtype).tiny
+    return torch.where(damping < tiny, SMALLEST_DAMPING, damping)
 
 
 class Root(NamedTuple):

@@ -17,6 +17,9 @@ from titan_shampoo.functional.heavy_ball import Motion, move_by_buffers_, rank_o
 from titan_shampoo.functional.scaling import Scaling, global_scale
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 
+SCALARS = torch.float64
+"""Dtype of scalars of layers: float32 does not hold powers of small and of large gradients."""
+
 MAX_KEPT = 1000
 """Vectors of settings that are kept on the device; schedules change them without end."""
 
@@ -34,7 +37,7 @@ class LayerStep:
         self.device = layers[0].weight.device
         wide = any(layer.dtype == torch.float64 for layer in layers)
         self.dtype = torch.float64 if wide else torch.float32
-        """Of scalars."""
+        """Of what all layers have in common."""
         self._pipeline_group = pipeline_group
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self.momentum = {
@@ -138,7 +141,7 @@ class LayerStep:
             # From pinned memory: the host does not wait until an accelerator has read it. Meta
             # tensors are those of a plan, on a machine that need not have one.
             pinned = self.device.type not in ("cpu", "meta")
-            on_host = torch.tensor(key, dtype=self.dtype, pin_memory=pinned)
+            on_host = torch.tensor(key, dtype=SCALARS, pin_memory=pinned)
             self._constants[key] = on_host.to(self.device, non_blocking=True)
         return self._constants[key]
 
