@@ -71,6 +71,8 @@ class RankOneStep(LayerStep):
         """Running mean of the curvature's eigenvalue, ``(rows,)``, for relative damping."""
         self._spans = [layer.spans(_vector_dims(layer, curvature)) for layer in layers]
         self._bias_square = self.of_rows([float(layer.bias is not None) for layer in layers])
+        self._numel = self.of_rows([_numel(layer) for layer in layers])
+        self._orders = self.of_rows([len(spans) for spans in self._spans])
         self._table: Tensor | None = None
         self._damping = torch.ones_like(self.step_count, dtype=SCALARS)
         self._is_reduced = True
@@ -112,12 +114,14 @@ class RankOneStep(LayerStep):
         """This rank's part of ``|G|^2`` of each layer, 0-dim; of a stack ``(matrices here,)``."""
         squares = []
         for layer in self.layers:
+            own = [
+                self._norm(layer, param, grads, norms).square()
+                for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts))
+                if param is not None and param in grads and counts
+            ]
             here = layer.tile.shape[: layer.batch_dims]
-            square = torch.zeros(here, dtype=layer.dtype, device=self.device)
-            for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts)):
-                if param is not None and param in grads and counts:
-                    square = square + self._norm(layer, param, grads, norms).square()
-            squares.append(square)
+            nothing = [torch.zeros(here, dtype=layer.dtype, device=self.device)]
+            squares.append(own[0] if len(own) == 1 else torch.stack(own or nothing).sum(0))
         return squares
 
     def _factors(
@@ -146,20 +150,20 @@ class RankOneStep(LayerStep):
         return self._rows.table([scalar.to(self.dtype) for scalar in scalars]).to(SCALARS)
 
     def _units(self, squares: Vectors) -> Sequence[Tensor]:
-        """Root mean square of the gradient of each matrix here, ``(matrices here,)``."""
-        flat = torch.cat([square.reshape(-1) for square in squares])
-        numbers = [len(layer.matrices_here) for layer in self.layers]
-        counts = [_numel(one) for one, number in zip(self.layers, numbers, strict=True)
-                  for _ in range(number)]  # fmt: skip
-        return root_mean_square(flat, self.constant(counts).to(flat.dtype)).split(numbers)
+        """One over the root mean square of the gradient of each matrix here, like ``squares``."""
+        if not any(layer.batch_dims for layer in self.layers):
+            flat = torch.stack(list(squares))
+            return root_mean_square(flat, self._numel.to(flat.dtype)).reciprocal().unbind()
+        return [
+            root_mean_square(square, _numel(layer)).reciprocal()
+            for layer, square in zip(self.layers, squares, strict=True)
+        ]
 
     def _powers(self, table: Tensor) -> Tensor | None:
         """By what vectors of columns were divided, ``(rows,)``; None where they were not."""
         if self.curvature != "gradient":
             return None
-        numel = self.of_rows([_numel(layer) for layer in self.layers])
-        orders = self.of_rows([len(spans) - 1 for spans in self._spans])
-        return root_mean_square(table[:, 0], numel) ** orders
+        return root_mean_square(table[:, 0], self._numel) ** (self._orders - 1)
 
     def _norm(self, layer: Layer, param: Tensor, grads: Grads, norms: Grads) -> Tensor:
         """Of the gradient of a weight or a bias here; of a stack, of each of its matrices."""
@@ -187,7 +191,7 @@ class RankOneStep(LayerStep):
     ) -> tuple[Vectors, Vectors]:
         """Means of the gradient over all dims but one, those of the columns multiplied out.
 
-        Those of the columns in ``units``, so that their products stay within the range of floats.
+        Those of the columns times ``units``: their products stay within the range of floats.
         """
         sums = []
         for layer, matrix, spans in zip(self.layers, matrices, self._spans, strict=True):
@@ -200,7 +204,7 @@ class RankOneStep(LayerStep):
         completed = zip(self.layers, self._spans, self._completed(sums), units, strict=True)
         for layer, spans, totals, unit in completed:
             shares = [span.size / max(1, layer.weight.numel()) for span in spans]
-            scale = (unit[:, None] if layer.batch_dims else unit).reciprocal()
+            scale = unit[:, None] if layer.batch_dims else unit
             lefts.append(totals[0] * shares[0])
             pairs = zip(totals[1:], shares[1:], strict=True)
             rights.append(outer([total * (scale * share) for total, share in pairs]))
@@ -256,15 +260,14 @@ class RankOneStep(LayerStep):
         damping = self.option("damping") * torch.where(relative > 0, mean, 1.0)
         if self.curvature == "gradient":  # which never divides by it
             return damping.clamp(min=torch.finfo(SCALARS).tiny)
-        return not_nothing(damping, torch.float32)
+        return not_nothing(damping)
 
     def _above_rounding(self, curvature: Tensor) -> Tensor:
         """Curvature of which something is left: means that should be zero are never quite."""
         if self.curvature != "gradient":
             return curvature
         assert self._table is not None, "no step has been taken"
-        numel = self.of_rows([_numel(layer) for layer in self.layers])
-        orders = self.of_rows([len(spans) for spans in self._spans])
+        numel, orders = self._numel, self._orders
         noise = (self._table[:, 0] / numel) ** orders * numel ** (2 - orders)
         eps = self.of_rows([torch.finfo(layer.dtype).eps for layer in self.layers])
         return torch.maximum(curvature, eps * noise)
