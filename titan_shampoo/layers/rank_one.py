@@ -290,7 +290,10 @@ class RankOneStep(LayerStep):
             own = torch.where(square > 0, (found.grad_square / square).sqrt(), 1.0)
         scales = own * self._common_scale(found, own, inner, square)
         # Squares of a gradient that underflow tell no length: it is not made longer then.
-        return torch.where(found.grad_square > 0, scales, scales.clamp(max=1.0))
+        scales = torch.where(found.grad_square > 0, scales, scales.clamp(max=1.0))
+        fits = scales * found.grad_square.sqrt() < torch.finfo(self.dtype).max
+        self.beyond = (~fits).any()
+        return torch.where(fits, scales, 0.0)
 
     def _common_scale(self, found: Terms, own: Tensor, inner: Tensor, square: Tensor) -> Tensor:
         """The global scale, ``(rows,)`` or 0-dim.

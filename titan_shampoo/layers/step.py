@@ -12,6 +12,7 @@ from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.tiles import all_reduce_together
+from titan_shampoo.failure import norms_of
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.functional.heavy_ball import Motion, move_by_buffers_, rank_one_
 from titan_shampoo.functional.scaling import Scaling, global_scale
@@ -39,6 +40,8 @@ class LayerStep:
         self.dtype = torch.float64 if wide else torch.float32
         """Of what all layers have in common."""
         self._pipeline_group = pipeline_group
+        self.beyond = torch.zeros((), device=self.device)
+        """1 where a direction of the last step was beyond the range of its dtype and rested."""
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self.momentum = {
             param: torch.zeros_like(param, memory_format=torch.contiguous_format)
@@ -104,6 +107,10 @@ class LayerStep:
     def statistics(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
         raise NotImplementedError
+
+    def norms(self) -> list[Tensor]:
+        """Norms of these, 0-dim, or whatever else is finite if and only if they are."""
+        return norms_of(self.statistics())
 
     def unseen(self) -> list[str]:
         """Layers in which no rank measured anything that was last taken; asks the device."""
