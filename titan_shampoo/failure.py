@@ -2,7 +2,8 @@
 
 One number per step, the maximum over all ranks, says all: infinity where a gradient is not finite,
 else how many refreshes of a block have failed in a row. (Beside it travels whether any rank has
-other gradients than the ranks last agreed on; see ``distributed.presence``.) A CPU reads it at
+other gradients than the ranks last agreed on, see ``distributed.presence``, and whether a direction
+of the step before was beyond the range of its dtype.) A CPU reads it at
 once. An accelerator would stand still while its host waits: there the step decides for itself, on
 the device, whether it changes anything, and the host reads the numbers of the step before.
 """
@@ -25,12 +26,13 @@ def verdict_of(
     *,
     is_news: bool,
     parts_replicas: bool,
+    beyond: Tensor,
 ) -> Tensor:
-    """Four numbers that are the same on all ranks, ``(4,)``; one all-reduce per group.
+    """Five numbers that are the same on all ranks, ``(5,)``; one all-reduce per group.
 
     The first is infinity if a gradient of any rank is not finite, else the most failures of any
     rank. The second is 1 if something is news to any rank, the third if it is none to any; else 0;
-    the fourth if replicas would part.
+    the fourth if replicas would part, the fifth if a direction was beyond the range of floats.
 
     Args:
         norms: Of local gradients, and of whatever else must be finite, 0-dim.
@@ -38,13 +40,15 @@ def verdict_of(
         groups: Reduced over in turn.
         is_news: Whether this rank has other gradients than when the ranks last agreed.
         parts_replicas: Whether any of these are of a parameter with replicas.
+        beyond: Whether a direction of this rank was, in the step before, 0-dim.
     """
     worst = failures
     lengths = list(norms)
     if lengths:
         worst = worst.masked_fill(~torch.stack(lengths).isfinite().all(), math.inf)
     numbers = (is_news, not is_news, parts_replicas)
-    verdict = torch.stack([worst, *(torch.full_like(worst, float(flag)) for flag in numbers)])
+    flags = [torch.full_like(worst, float(flag)) for flag in numbers]
+    verdict = torch.stack([worst, *flags, beyond.to(worst.dtype)])
     for group in groups:
         dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=group)
     return verdict
@@ -55,7 +59,7 @@ def may_be_taken(verdict: Tensor, *, is_agreed: bool) -> Tensor:
 
     Not if replicas would part: some have other gradients, and the others do not know it yet.
     """
-    worst, _, is_known, parts_replicas = verdict
+    worst, _, is_known, parts_replicas, _ = verdict
     finite = worst.isfinite()
     return finite if is_agreed else finite & ~((is_known > 0) & (parts_replicas > 0))
 
@@ -99,25 +103,31 @@ class Watch:
             arrival.synchronize()  # a whole forward and backward pass ago: nothing to wait for
         return numbers.tolist()
 
-    def count(self, worst: float, max_skipped: int) -> None:
-        """Count a skipped step.
+    def count(self, worst: float, beyond: float, max_skipped: int) -> None:
+        """Count a skipped step, and the one before if a direction of it was left out.
 
         Args:
             worst: The first number that :meth:`read` returned.
+            beyond: The last one.
             max_skipped: Skipped steps in a row that end the run.
 
         Raises:
             RuntimeError: On all ranks alike, after ``max_skipped`` in a row.
         """
-        if worst != math.inf:
+        reasons = []
+        if beyond:
+            reasons.append("a direction that is beyond the range of its dtype")
+        if worst == math.inf:
+            reasons.append("a gradient that is not finite, or whose square is not")
+        if not reasons:
             self._in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self._in_a_row += 1
-        logger.warning("step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
-        if self._in_a_row >= max_skipped:
-            raise RuntimeError(f"{self._in_a_row} steps in a row had a gradient that is not "
-                               "finite; lower lr, or raise max_skipped")  # fmt: skip
+        for reason in reasons:
+            self.skipped_steps += 1
+            self._in_a_row += 1
+            logger.warning("step skipped: it had %s (%d so far)", reason, self.skipped_steps)
+            if self._in_a_row >= max_skipped:
+                raise RuntimeError(f"{self._in_a_row} steps in a row had {reason}; lower lr, or "
+                                   "raise max_skipped")  # fmt: skip
 
 
 def sent_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:

@@ -275,8 +275,10 @@ class LibraryOptimizer(SavedStateOptimizer):
         Parameters without a gradient on any rank do not move and do not age; a shard that lacks its
         part counts as zero, a replica takes it from one that has it. If any gradient on any rank is
         not finite (or a statistic of a layer), nothing changes on any rank but the schedule of
-        refreshes, which goes on, and ``skipped_steps`` grows. A refresh that fails leaves its block
-        the last good roots or inverses and is repeated in float64 in the next step.
+        refreshes, which goes on, and ``skipped_steps`` grows. (A direction that is beyond the range
+        of its dtype rests alone, and its step is counted with the next one.) A refresh that fails
+        leaves its block the last good roots or inverses and is repeated in float64 in the next
+        step.
 
         Raises:
             RuntimeError: On all ranks, after ``max_skipped`` steps or ``max_failures`` refreshes of
@@ -300,11 +302,11 @@ class LibraryOptimizer(SavedStateOptimizer):
         verdict = verdict_of(
             [*norms.values(), *self._norms_beside()], self._worst_failure().float(), self._judges,
             is_news=self._presence.is_news(here),
-            parts_replicas=self._presence.parts_replicas(here),
+            parts_replicas=self._presence.parts_replicas(here), beyond=self._beyond(),
         )  # fmt: skip
-        worst, *flags, _ = self._watch.read(verdict)
+        worst, *flags, _, beyond = self._watch.read(verdict)
         self._name_bad(worst, norms)
-        self._watch.count(worst, self.param_groups[0]["max_skipped"])
+        self._watch.count(worst, beyond, self.param_groups[0]["max_skipped"])
         self._see_to_failures(worst)
         now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
         is_agreed = self._presence.follow(here, flags, now)
@@ -397,6 +399,10 @@ class LibraryOptimizer(SavedStateOptimizer):
         """How many refreshes of any block here failed in a row, 0-dim."""
         return torch.zeros((), device=self._device)
 
+    def _beyond(self) -> Tensor:
+        """Whether a direction was left out since this was asked last, 0-dim."""
+        return torch.zeros((), device=self._device)
+
     def _repair(self) -> list[str]:
         """Repeat failed refreshes, and return what is to be said about each."""
         return []
@@ -423,7 +429,8 @@ class LibraryOptimizer(SavedStateOptimizer):
     def skipped_steps(self) -> int:
         """Steps that changed nothing because a gradient or a statistic was not finite.
 
-        On accelerators the host knows of one a step late.
+        And those in which a direction was beyond the range of its dtype: its block or layer rested.
+        They are counted in the step after. On accelerators the host knows of one a step late.
         """
         return self._watch.skipped_steps
 

@@ -93,6 +93,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         For distributed checkpoints: every tensor is global, and its key and shape depend neither
         on the rank nor on the mesh. Nothing is copied or sent.
         """
+        self._follow_others()
         names = self._names()
         return {names[param]: state for param, state in self._global_state().items()}
 

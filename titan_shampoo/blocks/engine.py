@@ -278,6 +278,9 @@ class Engine:
         """What a refresh gives for state in float64 of blocks at ``failing``."""
         members = self._members_of[number][failing.cpu().numpy()]
         options = self.members[members[0]].options
+        if options.get("root_method") in ("auto", "newton", "newton_schulz"):
+            # Products find no root where rounding left an eigenvalue below zero, in float64 either.
+            options = options | {"root_method": "eigh"}
         everyone = torch.arange(len(failing), device=self.device)
         step = self.step_count[self._on_device(members)]
         clock = Clock(step, ready=False, starts_at_one=torch.zeros_like(step, dtype=torch.bool))

@@ -9,8 +9,13 @@ the gradients at its output and ``v_j`` the mean of G over all dims but ``j``
     Eva-s    V = v_1 x v_2 x ...     c = <G, V> / (y + |V|^2)
 
 so that three scalars of a layer give ``<P, G>`` and ``|P|^2`` without another pass over a matrix.
+
+For gradients ``c`` times as large, ``|V|^2`` of Eva-s of order ``k`` is ``c^(2 k)`` times as large:
+float32 holds that of no gradient below 1e-5. Hence scalars are float64, and its vectors of columns
+are means of the gradient in units of its root mean square.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,18 +41,26 @@ class Terms(NamedTuple):
 
     def inner(self) -> Tensor:
         """``<P, G> = (|G|^2 - c <G, V>) / y``, at least zero."""
-        product = self.grad_square - self.coefficient * self.overlap
-        return product.clamp(min=0) / self.damping  # zero at most by rounding
+        return self.undamped_inner() / self.damping
 
     def direction_square(self) -> Tensor:
         """``|P|^2 = (|G|^2 - 2 c <G, V> + c^2 |V|^2) / y^2``."""
+        return self.undamped_square() / self.damping**2
+
+    def undamped_inner(self) -> Tensor:
+        """``<y P, G>``, at least zero."""
+        product = self.grad_square - self.coefficient * self.overlap
+        return product.clamp(min=0)  # zero at most by rounding
+
+    def undamped_square(self) -> Tensor:
+        """``|y P|^2``, which has no power of the damping that may leave the range of floats."""
         cross = self.coefficient * (self.coefficient * self.square - 2 * self.overlap)
-        return (self.grad_square + cross).clamp(min=0) / self.damping**2
+        return (self.grad_square + cross).clamp(min=0)
 
     def cosine(self) -> Tensor:
         """Cosine of the angle between P and G; 1 where the gradient is zero."""
-        lengths = (self.grad_square * self.direction_square()).sqrt()
-        return torch.where(lengths > 0, self.inner() / lengths, 1.0)
+        lengths = self.grad_square.sqrt() * self.undamped_square().sqrt()
+        return torch.where(lengths > 0, self.undamped_inner() / lengths, 1.0)
 
 
 def curvature_square(curvature: Curvature, left_square: Tensor, right_square: Tensor) -> Tensor:
@@ -93,13 +106,13 @@ def eva(grad: Tensor, input_mean: Tensor, output_sum: Tensor, *, damping: float)
         output_sum: ``b``, ``(d_out,)``.
         damping: ``y``, greater than zero.
     """
-    return _direction("input_output", grad, output_sum, input_mean, damping)
+    return _undamped("input_output", grad, output_sum, input_mean, damping) / damping
 
 
 def eva_f(grad: Tensor, input_mean: Tensor, *, damping: float) -> Tensor:
     """``grad (a a^T + y I)^-1``; arguments as for :func:`eva`."""
     left = grad.flatten(1) @ input_mean
-    return _direction("input", grad, left, input_mean, damping)
+    return _undamped("input", grad, left, input_mean, damping) / damping
 
 
 def eva_s(grad: Tensor, *, damping: float) -> Tensor:
@@ -109,25 +122,40 @@ def eva_s(grad: Tensor, *, damping: float) -> Tensor:
         grad: ``(d_1, ..., d_k)``.
         damping: ``y``, greater than zero.
     """
-    vectors = marginal_means(grad)
-    direction = _direction("gradient", grad, vectors[0], outer(vectors[1:]), damping)
-    return direction * (grad.norm() / direction.norm())
+    unit = root_mean_square(grad.square().sum(), grad.numel())
+    scaled = grad / unit
+    vectors = marginal_means(scaled)
+    in_units = damping / unit.double() ** (2 * grad.ndim)
+    undamped = _undamped("gradient", scaled, vectors[0], outer(vectors[1:]), in_units)
+    length = undamped.norm()
+    return undamped * torch.where(length > 0, grad.norm() / length, 1.0)
 
 
-def _direction(
-    curvature: Curvature, grad: Tensor, left: Tensor, right: Tensor, damping: float
+def root_mean_square(square: Tensor, numel: int | Tensor) -> Tensor:
+    """``|G| / sqrt(numel)``, greater than zero: 1 where the gradient is zero.
+
+    Args:
+        square: ``|G|^2``.
+        numel: Elements of G.
+    """
+    return torch.where(square > 0, square.sqrt() / numel**0.5, 1.0)
+
+
+def _undamped(
+    curvature: Curvature, grad: Tensor, left: Tensor, right: Tensor, damping: float | Tensor
 ) -> Tensor:
-    """``(G - c left right^T) / y``, of the shape of ``grad``."""
-    matrix = grad.reshape(grad.shape[0], -1)
+    """``G - c left right^T``, of the shape of ``grad``."""
+    matrix = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
     found = terms(
         curvature,
-        grad_square=matrix.square().sum(),
-        overlap=left @ matrix @ right,
-        left_square=left @ left,
-        right_square=right @ right,
-        damping=grad.new_tensor(damping),
+        grad_square=matrix.square().sum().double(),
+        overlap=(left @ matrix @ right).double(),
+        left_square=(left @ left).double(),
+        right_square=(right @ right).double(),
+        damping=torch.as_tensor(damping, dtype=torch.float64, device=grad.device),
     )
-    return torch.addr(matrix, left * found.coefficient, right, alpha=-1).div(damping).view_as(grad)
+    coefficient = found.coefficient.to(grad.dtype)
+    return torch.addr(matrix, left * coefficient, right, alpha=-1).view_as(grad)
 
 
 def marginal_means(grad: Tensor) -> list[Tensor]:

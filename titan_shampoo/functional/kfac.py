@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_shampoo.functional.roots import SMALLEST_DAMPING, eigh
+from titan_shampoo.functional.roots import SMALLEST_DAMPING, eigh, not_nothing
 
 State = dict[str, Tensor]
 Damping = Literal["factored", "exact"]
@@ -50,8 +50,9 @@ def refreshed(
         is_relative: Whether ``y`` is the damping times the mean eigenvalue of the curvature.
         kind: How K-FAC is damped.
     """
+    shares = None if left is None else _shares(damping, left, right, is_relative=is_relative)
     damping = _absolute(damping, left, right) if is_relative else damping
-    if left is None:
+    if left is None or shares is None:
         return {"right_inverse": damped_inverse(right, damping)}
     if kind == "exact":
         left_values, left_basis = eigh(left)
@@ -63,10 +64,9 @@ def refreshed(
             "right_values": right_values.clamp(min=0),
             "damping": damping,
         }
-    left_damping, right_damping = _shares(damping, left, right)
     return {
-        "left_inverse": damped_inverse(left, left_damping),
-        "right_inverse": damped_inverse(right, right_damping),
+        "left_inverse": damped_inverse(left, shares[0]),
+        "right_inverse": damped_inverse(right, shares[1]),
     }
 
 
@@ -78,9 +78,10 @@ def bounded(
     A factor is at most that, so that no direction becomes longer than by its inverse: for blocks
     that wait for their first refresh. Arguments as for :func:`refreshed`.
     """
+    shares = None if left is None else _shares(damping, left, right, is_relative=is_relative)
     damping = _absolute(damping, left, right) if is_relative else damping
     over = right.diagonal(dim1=-2, dim2=-1).sum(-1)
-    if left is None:
+    if left is None or shares is None:
         return {"right_inverse": _scaled_identity(right, 1 / (over + damping))}
     under = left.diagonal(dim1=-2, dim2=-1).sum(-1)
     if kind == "exact":
@@ -91,10 +92,9 @@ def bounded(
             "right_values": over.unsqueeze(-1).expand(right.shape[:-1]),
             "damping": damping,
         }
-    left_damping, right_damping = _shares(damping, left, right)
     return {
-        "left_inverse": _scaled_identity(left, 1 / (under + left_damping)),
-        "right_inverse": _scaled_identity(right, 1 / (over + right_damping)),
+        "left_inverse": _scaled_identity(left, 1 / (under + shares[0])),
+        "right_inverse": _scaled_identity(right, 1 / (over + shares[1])),
     }
 
 
@@ -124,20 +124,32 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     triangle, failed = torch.linalg.cholesky_ex(damped)
-    inverse = torch.cholesky_inverse(triangle)
-    return torch.where((failed == 0).view(-1, 1, 1), inverse, torch.nan)
+    sound = (failed == 0).view(-1, 1, 1)
+    # Of a triangle with a zero on its diagonal, the inverse is an error and no NaN.
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.cholesky_inverse(torch.where(sound, triangle, identity))
+    return torch.where(sound, inverse, torch.nan)
 
 
 def _absolute(damping: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
     """``y`` of a damping relative to the mean eigenvalue of the curvature, ``(n,)``."""
     scale = _mean_eigenvalue(right)
     scale = scale if left is None else scale * _mean_eigenvalue(left)
-    return (damping * scale).clamp(min=SMALLEST_DAMPING)
+    return not_nothing(damping * scale)
 
 
-def _shares(damping: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Damping of both factors: ``sqrt(y) / pi`` and ``sqrt(y) pi``, with pi 1 if a trace is 0."""
+def _shares(
+    damping: Tensor, left: Tensor, right: Tensor, *, is_relative: bool
+) -> tuple[Tensor, Tensor]:
+    """Damping of both factors: ``sqrt(y) / pi`` and ``sqrt(y) pi``, with pi 1 if a trace is 0.
+
+    Under relative damping that is ``sqrt(damping)`` times the mean eigenvalue of each, so that a
+    trace of 0 takes no damping from the other factor.
+    """
     over, under = _mean_eigenvalue(right), _mean_eigenvalue(left)
+    if is_relative:
+        root, smallest = damping.sqrt(), SMALLEST_DAMPING**0.5
+        return not_nothing(root * under, smallest), not_nothing(root * over, smallest)
     usable = (over > 0) & (under > 0)
     ratio = torch.where(usable, over / torch.where(usable, under, 1.0), 1.0).sqrt()
     root = damping.sqrt()

@@ -17,14 +17,36 @@ RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
 
 SMALLEST_DAMPING = 1e-30
-"""Keeps the inverse of nothing finite under relative damping: its direction is 0, and not 0 / 0."""
+"""Relative damping of nothing: keeps its inverse finite, so that its direction is 0, not 0 / 0."""
+RANGE = 1e-24
+"""Smallest damping of float32 factors, relative to the largest eigenvalue.
+
+Roots of a factor of 1e24 with a damping of 1e-12 would differ by more than float32 holds of squares
+of directions. Ordinary factors, up to 1e24 times the damping, know nothing of it.
+"""
+NEWTON_NOISE = 8
+"""Damping of the coupled Newton iteration, at least, in roundings of the largest eigenvalue.
+
+Averages of thousands of steps have eigenvalues of -3 of them where they should be zero.
+"""
 NEWTON_TOLERANCE = 1e-6
-NEWTON_ITERATIONS = 1000
+NEWTON_ITERATIONS = 100
+"""Four times as many as eigenvalues at the rounding of float32 need, twice those of float64."""
 POWER_ITERATIONS = 16
 CONDITION_ITERATIONS = 4
 """Power iterations for the condition number of a root; they are nothing beside its products."""
 NEWTON_SCHULZ_MIN_EXTENT = 512
 """Extent from which ``"auto"`` prefers matrix products to eigendecomposition on accelerators."""
+
+
+def not_nothing(damping: Tensor, smallest: float = SMALLEST_DAMPING) -> Tensor:
+    """Relative damping, but ``smallest`` where there is nothing to be relative to.
+
+    Args:
+        damping: At least zero; float32 has no inverse of what is below its smallest number.
+        smallest: Greater than zero.
+    """
+    return torch.where(damping < torch.finfo(torch.float32).tiny, smallest, damping)
 
 
 class Root(NamedTuple):
@@ -55,9 +77,11 @@ def inverse_root(
         eps: Damping, absolute.
         eps_relative: Damping relative to the largest eigenvalue, used instead of ``eps`` if given.
         method: ``"newton"`` needs ``1 / exponent`` to be a whole number, ``"newton_schulz"`` a
-            power of two from 2 on; its damping is at least the rounding of the largest eigenvalue.
-            ``"auto"`` is ``"newton_schulz"`` for large matrices on accelerators, else ``"eigh"``.
-            (``"qr"`` needs the basis of the last refresh: see ``next_basis``.)
+            power of two from 2 on. They find no root where an eigenvalue may as well be negative:
+            their damping is at least the rounding of the largest eigenvalue (``"newton"``: eight
+            times that, 1e-6 of it in float32). ``"auto"`` is ``"newton_schulz"`` for large matrices
+            on accelerators, else ``"eigh"``. (``"qr"`` needs the basis of the last refresh: see
+            ``next_basis``.)
     """
     if method == "auto":
         is_large = matrices.is_cuda and matrices.shape[-1] >= NEWTON_SCHULZ_MIN_EXTENT
@@ -83,8 +107,10 @@ def root_from_eigenvalues(
     """
     if eps_relative is None:
         damping = torch.full_like(values[:, :1], eps)
+        if values.dtype == torch.float32:
+            damping = damping.maximum(RANGE * values.amax(1, keepdim=True))
     else:
-        damping = (eps_relative * values.amax(1, keepdim=True)).clamp(min=SMALLEST_DAMPING)
+        damping = not_nothing(eps_relative * values.amax(1, keepdim=True))
     lift = (-values.amin(1, keepdim=True)).clamp(min=0.0)
     # In this order: beside a lift, damping may be less than rounding.
     return _root_of(values + lift + damping, vectors, exponent)
@@ -102,13 +128,26 @@ def condition_number(values: Tensor) -> Tensor:
     return ratio.clamp(max=torch.finfo(values.dtype).max)
 
 
+def semidefinite(matrices: Tensor) -> Tensor:
+    """The matrices with eigenvalues raised to what those of float64 are good to, ``(n, d, d)``.
+
+    Rounding in a narrower dtype leaves eigenvalues below zero where they should be zero.
+
+    Args:
+        matrices: Symmetric, ``(n, d, d)`` float64.
+    """
+    values, vectors = eigh(matrices)
+    noise = values.shape[-1] * torch.finfo(values.dtype).eps * values[:, -1:]
+    return (vectors * values.maximum(noise).unsqueeze(-2)) @ vectors.mT
+
+
 def lifted(values: Tensor) -> Tensor:
     """Eigenvalues ``(n, d)`` of positive semi-definite matrices, lifted by what they are good to.
 
     That is the rounding of the largest of each.
     """
     noise = torch.finfo(values.dtype).eps * values.amax(1, keepdim=True)
-    return values.clamp(min=0.0) + noise.clamp(min=SMALLEST_DAMPING)
+    return values.clamp(min=0.0) + not_nothing(noise)
 
 
 def _estimated_condition(damped: Tensor, root: Tensor, exponent: float) -> Tensor:
@@ -134,6 +173,14 @@ def halvings(exponent: float) -> int:
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors; NaN for a matrix that has none."""
+    if matrices.device.type != "cpu":  # LAPACK scales what others take squares of
+        unit = _units(matrices, 1.0)
+        values, vectors = _decomposed(matrices / unit)
+        return values * unit.squeeze(-1), vectors
+    return _decomposed(matrices)
+
+
+def _decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = side_by_side(torch.linalg.eigh, matrices)
     except torch.linalg.LinAlgError:
@@ -165,22 +212,43 @@ def _newton(matrices: Tensor, exponent: float, eps: float, eps_relative: float |
     """Coupled Newton iteration; each matrix stops when ``max|M - I|`` is below the tolerance."""
     order = round(1 / exponent)
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    damping: Tensor | float = eps
-    if eps_relative is not None:
-        largest = _eigenvalues(matrices)[:, -1:, None]
-        damping = (eps_relative * largest).clamp(min=SMALLEST_DAMPING)
+    noise = torch.finfo(matrices.dtype).eps
+    unit = _units(matrices, eps if eps_relative is None else SMALLEST_DAMPING)
+    matrices = matrices / unit
+    if eps_relative is None:
+        damping = eps / unit
+    else:
+        damping = not_nothing(eps_relative * _eigenvalues(matrices)[:, -1:, None], smallest=1.0)
+    damping = damping.maximum(NEWTON_NOISE * noise * _largest_eigenvalues(matrices))
     damped = matrices + damping * identity
     scale = (order + 1) / (2 * torch.linalg.matrix_norm(damped, keepdim=True))
     root, coupled = scale.pow(exponent) * identity, scale * damped
+    tolerance = max(NEWTON_TOLERANCE, order * noise)
     for _ in range(NEWTON_ITERATIONS):
-        active = (coupled - identity).abs().amax(dim=(-2, -1), keepdim=True) > NEWTON_TOLERANCE
+        error = (coupled - identity).abs().amax(dim=(-2, -1), keepdim=True)
+        active = error > tolerance
         if not active.any():
             break
         factor = identity * (1 + 1 / order) - coupled / order
         root = torch.where(active, root @ factor, root)
         coupled = torch.where(active, torch.linalg.matrix_power(factor, order) @ coupled, coupled)
-    root = torch.where(active, torch.nan, root)
-    return Root(root, _estimated_condition(damped, root, exponent))
+    root = torch.where(error <= tolerance, root, torch.nan)
+    condition = _estimated_condition(damped, root, exponent)
+    return Root(root / unit**exponent, condition)
+
+
+def _units(matrices: Tensor, of_nothing: float) -> Tensor:
+    """Powers of two of the size of the largest entry of each matrix, ``(n, 1, 1)``.
+
+    The squares in a norm would leave the range of floats long before the entries do.
+
+    Args:
+        matrices: ``(n, d, d)``.
+        of_nothing: That of a matrix of zeros.
+    """
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    unit = torch.exp2(torch.frexp(largest).exponent.to(largest.dtype))
+    return torch.where(largest > 0, unit, of_nothing)
 
 
 def _newton_schulz(
@@ -188,22 +256,28 @@ def _newton_schulz(
 ) -> Root:
     """Inverse root by repeated square roots, the last one inverted; matrix products only."""
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    unit = _units(matrices, eps if eps_relative is None else SMALLEST_DAMPING)
+    matrices = matrices / unit
     norms = torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=SMALLEST_DAMPING)
     noise = torch.finfo(matrices.dtype).eps
     largest = _largest_eigenvalues(matrices / norms)
-    relative = eps / norms if eps_relative is None else eps_relative * largest
+    relative = eps / unit / norms if eps_relative is None else eps_relative * largest
     # Below the rounding of the largest eigenvalue there is nothing to take a root of.
     relative = relative.maximum(noise * largest).clamp(min=SMALLEST_DAMPING)
     root = matrices / norms + relative * identity
     scale = 1 / (1 + relative)  # of norm 1 at most, eigenvalues at least the damping
     damped = root = root * scale
     smallest = relative * scale
+    bound = smallest.pow(-exponent)
     for _ in range(halvings(exponent) - 1):
         root, _ = _square_roots(root, smallest, noise)
         smallest = smallest.sqrt()
     _, inverse = _square_roots(root, smallest, noise)
     condition = _estimated_condition(damped, inverse, exponent)
-    return Root(inverse * (scale / norms) ** exponent, condition)
+    # With a negative eigenvalue the iteration may end at something large that is no root.
+    size = inverse.abs().amax((-2, -1), keepdim=True)
+    inverse = torch.where(size <= 1.5 * bound, inverse, torch.nan)
+    return Root(inverse * (scale / norms) ** exponent / unit**exponent, condition)
 
 
 def _largest_eigenvalues(matrices: Tensor, iterations: int = POWER_ITERATIONS) -> Tensor:
@@ -238,7 +312,7 @@ def _square_roots(matrices: Tensor, smallest: Tensor, noise: float) -> tuple[Ten
 def floored_inverse_root(matrices: Tensor, exponent: float, *, floor: float) -> Root:
     """``A^(-exponent)`` with eigenvalues raised to ``floor`` times the largest."""
     values, vectors = eigh(matrices)
-    smallest = (floor * values[:, -1:]).clamp(min=SMALLEST_DAMPING)
+    smallest = not_nothing(floor * values[:, -1:])
     return _root_of(values.maximum(smallest), vectors, exponent)
 
 

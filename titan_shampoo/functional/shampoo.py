@@ -45,7 +45,8 @@ from titan_shampoo.functional.rule import (
 )
 from titan_shampoo.functional.symmetric import unpack
 
-TINY_NORM = 1e-16
+TINY_NORM = 1e-19
+"""Smallest norm of a block of float32, whose square is the smallest number of that."""
 
 NUM_MEASURED = StateShape("num_measured", ())
 """How many gradients the factors of a block have taken, where that is not its number of steps."""

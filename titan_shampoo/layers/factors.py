@@ -21,6 +21,7 @@ from titan_shampoo.functional.kfac import (
     refreshed,
     state_shapes,
 )
+from titan_shampoo.functional.roots import semidefinite
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import BlockKey
 from titan_shampoo.repair import Repairs, put_, take_, worst_failure
@@ -170,8 +171,12 @@ class Factors:
         return f"{self.layers[block.param].name}, block {block.index}"
 
     def _refresh_anew(self, number: int, wide: State, _failing: Tensor) -> State:
-        """What a refresh gives for state in float64 of some blocks."""
-        return self._inverted(number, wide, refreshed)
+        """What a refresh gives for state in float64 of some blocks.
+
+        Of factors without the negative eigenvalues that rounding left, which damping may not lift.
+        """
+        factors = {name: semidefinite(wide[name]) for name in ("left", "right") if name in wide}
+        return self._inverted(number, wide | factors, refreshed)
 
     def _options_of(self, number: int) -> dict[str, Any]:
         """The parameter group of a stack."""

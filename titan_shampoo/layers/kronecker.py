@@ -24,7 +24,7 @@ from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.factors import Factors, state_of_block
 from titan_shampoo.layers.layer import Layer
 from titan_shampoo.layers.moments import Moments
-from titan_shampoo.layers.step import LayerStep, Moves, moves_of
+from titan_shampoo.layers.step import SCALARS, LayerStep, Moves, moves_of
 from titan_shampoo.layers.turns import (
     block_edges,
     inversion_cost,
@@ -147,12 +147,14 @@ class KroneckerStep(LayerStep):
             if layer.moves(grads)
         }
         directions = self._directions(matrices)
-        scale = self._scale(matrices, directions)
+        scale, fits = self._scale(matrices, directions)
         moves: dict[int, Moves] = {}
         for number, found in directions.items():
             layer = self.layers[number]
             group = moves_of(layer, moves, taken)
             found = found * scale.to(found.dtype)
+            if self.device.type != "cpu" or not fits[number]:
+                found = torch.where(fits[number], found, 0.0)
             columns = math.prod(layer.tile.shape[1:])
             if layer.weight in grads:
                 stored = layer.as_stored(found[:, :columns])
@@ -195,24 +197,32 @@ class KroneckerStep(LayerStep):
         size = torch.Size((len(stack.blocks), *stack.shape))
         return size, self.layers[stack.blocks[0].param].dtype
 
-    def _scale(self, matrices: dict[int, Tensor], directions: dict[int, Tensor]) -> Tensor:
-        """The global scale; also keeps ``<P, G>, |P|^2, |G|^2`` of each layer."""
-        nothing = torch.zeros(3, dtype=self.dtype, device=self.device)
+    def _scale(
+        self, matrices: dict[int, Tensor], directions: dict[int, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The global scale, 0-dim, and which directions are within the range, ``(layers,)``.
+
+        Also keeps ``<P, G>, |P|^2, |G|^2`` of each layer.
+        """
+        nothing = torch.zeros(3, dtype=SCALARS, device=self.device)
         rows = [nothing] * len(self.layers)
         for number, grad in matrices.items():
             found, grad = directions[number].flatten(), grad.flatten()
             scalars = torch.stack([found.dot(grad), found.dot(found), grad.dot(grad)])
-            rows[number] = scalars.to(self.dtype)
-        self._scalars = table = torch.stack(rows)
+            rows[number] = scalars.to(SCALARS)
+        table = torch.stack(rows)
+        if self.scaling is not None:
+            table = self.summed_over_tiles(table)
+        fits = table.isfinite().all(1)
+        self.beyond = (~fits).any()
+        self._scalars = table = torch.where(fits[:, None], table, 0.0)
         if self.scaling is None:
-            return torch.ones((), dtype=self.dtype, device=self.device)
-        self._scalars = table = self.summed_over_tiles(table)
+            return torch.ones((), dtype=SCALARS, device=self.device), fits
         kl_clip = float(self.layers[0].options["kl_clip"])
         inner, square, grad_square = table.unbind(1)
         damping, lr = self.option("damping"), self.learning_rates()
-        return self.scale_of_all_stages(
-            scaling_sums(self.scaling, inner, square, grad_square, damping, lr, kl_clip)
-        )
+        sums = scaling_sums(self.scaling, inner, square, grad_square, damping, lr, kl_clip)
+        return self.scale_of_all_stages(sums), fits
 
     # What others ask for
 
@@ -265,6 +275,10 @@ class KroneckerStep(LayerStep):
     def statistics(self) -> list[Tensor]:
         """What this rank's layers have summed since they were reset."""
         return self._moments.here()
+
+    def norms(self) -> list[Tensor]:
+        """Bounds of these and of their sums over ranks, 0-dim."""
+        return self._moments.bounds()
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """``cosine`` of the angle between direction and gradient of each layer."""

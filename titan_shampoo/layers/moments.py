@@ -70,6 +70,26 @@ class Moments:
         both = [moment for one in tapped for moment in (one.input_moment, one.output_moment)]
         return [moment for moment in both if moment is not None]
 
+    def bounds(self) -> list[Tensor]:
+        """Of the entries of what layers have summed and of its sums over ranks, 0-dim float32.
+
+        No entry of a sum of ``g g^T`` is larger than its trace, and the trace is finite only if all
+        are. Norms would square squares: those of the moments of gradients of 1e10 overflow.
+        """
+        found = []
+        for layer in self.layers:
+            tapped, group = layer.tapped, layer.tile.token_group
+            if tapped is None:
+                continue
+            num_ranks = 1 if group is None else group.size()
+            if tapped.input_moment is not None:
+                found.append(tapped.input_moment.diagonal().sum().double() * num_ranks)
+            if tapped.output_moment is not None:
+                count = layer.options["loss_normaliser"] or tapped.input_sum[-1].clamp(min=1)
+                trace = tapped.output_moment.diagonal().sum().double() * num_ranks
+                found.append(trace.maximum(trace * count * num_ranks / layer.gradient_divisor**2))
+        return [bound.to(torch.float32) for bound in found]
+
     def formed_bytes(self) -> int:
         """Bytes of the moments of all layers on this rank."""
         return sum(

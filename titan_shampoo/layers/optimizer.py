@@ -17,7 +17,6 @@ from titan_shampoo.distributed.agreement import Facts
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
-from titan_shampoo.failure import norms_of
 from titan_shampoo.fallback import adamw_step, empty_state, reason_to_fall_back
 from titan_shampoo.functional.descent import descend_, peak_rate
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
@@ -112,11 +111,17 @@ class LayerOptimizer(LibraryOptimizer):
     def _worst_failure(self) -> Tensor:
         return super()._worst_failure() if self._step is None else self._step.worst_failure()
 
+    def _beyond(self) -> Tensor:
+        if self._step is None:
+            return super()._beyond()
+        before, self._step.beyond = self._step.beyond, super()._beyond()
+        return before
+
     def _repair(self) -> list[str]:
         return [] if self._step is None else self._step.repair()
 
     def _norms_beside(self) -> list[Tensor]:
-        return [] if self._step is None else norms_of(self._step.statistics())
+        return [] if self._step is None else self._step.norms()
 
     def _pass_time(self, grads: Grads) -> None:
         if self._step is not None:

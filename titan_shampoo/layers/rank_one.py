@@ -22,15 +22,16 @@ from titan_shampoo.functional.eva import (
     curvature_square,
     marginal_sums,
     outer,
+    root_mean_square,
     running_average_,
     terms,
 )
-from titan_shampoo.functional.roots import SMALLEST_DAMPING
+from titan_shampoo.functional.roots import not_nothing
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.averages import averages_of
 from titan_shampoo.layers.layer import Layer, Span
 from titan_shampoo.layers.rows import RowsOfLayers
-from titan_shampoo.layers.step import LayerStep, Moves, moves_of
+from titan_shampoo.layers.step import SCALARS, LayerStep, Moves, moves_of
 
 _ROWS, _COLUMNS = slice(1), slice(1, None)
 
@@ -65,12 +66,15 @@ class RankOneStep(LayerStep):
         self._rows = RowsOfLayers(layers, self.device)
         self.step_count = torch.zeros(len(self._rows), dtype=self.dtype, device=self.device)
         """Steps that each layer has taken, ``(rows,)``."""
-        self.curvature_mean = torch.zeros_like(self.step_count)
+        wide = SCALARS if curvature == "gradient" else self.dtype
+        self.curvature_mean = torch.zeros_like(self.step_count, dtype=wide)
         """Running mean of the curvature's eigenvalue, ``(rows,)``, for relative damping."""
         self._spans = [layer.spans(_vector_dims(layer, curvature)) for layer in layers]
         self._bias_square = self.of_rows([float(layer.bias is not None) for layer in layers])
+        self._numel = self.of_rows([_numel(layer) for layer in layers])
+        self._orders = self.of_rows([len(spans) for spans in self._spans])
         self._table: Tensor | None = None
-        self._damping = torch.ones_like(self.step_count)
+        self._damping = torch.ones_like(self.step_count, dtype=SCALARS)
         self._is_reduced = True
 
     def observe(self, taken: Tensor | None) -> None:
@@ -89,23 +93,45 @@ class RankOneStep(LayerStep):
             layer.gradient(grads) if moves else None
             for layer, moves in zip(self.layers, moving, strict=True)
         ]
-        lefts, rights, products = self._factors(matrices, grads)
-        self._table = self._scalars(grads, norms, lefts, rights, products)
+        squares = self._grad_squares(grads, norms)
+        lefts, rights, products = self._factors(matrices, grads, squares)
+        self._table = self._scalars(squares, lefts, rights, products)
+        powers = self._powers(self._table)
+        if powers is not None:
+            self._table[:, 1] *= powers
+            self._table[:, 3] *= powers.square()
         self._is_reduced = False
         if self._needs_other_ranks():
             self._table, self._is_reduced = self._reduced(self._table), True
         counted = self.of_rows(moving)
         self._damping = self._next_damping(counted if taken is None else counted * taken)
         found = self._terms(self._table, self._damping)
-        self._apply(matrices, grads, lefts, rights, found, taken)
+        self._apply(matrices, grads, lefts, rights, found, powers, taken)
 
     # Scalars: from which all coefficients follow
 
+    def _grad_squares(self, grads: Grads, norms: Grads) -> Vectors:
+        """This rank's part of ``|G|^2`` of each layer, 0-dim; of a stack ``(matrices here,)``."""
+        squares = []
+        for layer in self.layers:
+            own = [
+                self._norm(layer, param, grads, norms).square()
+                for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts))
+                if param is not None and param in grads and counts
+            ]
+            here = layer.tile.shape[: layer.batch_dims]
+            nothing = [torch.zeros(here, dtype=layer.dtype, device=self.device)]
+            squares.append(own[0] if len(own) == 1 else torch.stack(own or nothing).sum(0))
+        return squares
+
     def _factors(
-        self, matrices: Sequence[Tensor | None], grads: Grads
+        self, matrices: Sequence[Tensor | None], grads: Grads, squares: Vectors
     ) -> tuple[Vectors, Vectors, Vectors]:
-        """The two vectors of each V, and this rank's part of ``G right``."""
-        lefts, rights = self._vectors(matrices)
+        """The two vectors of each V, and this rank's part of ``G right``.
+
+        Those of Eva-s's columns are products of means in units of :meth:`_units`.
+        """
+        lefts, rights = self._vectors(matrices, squares)
         products = [
             self._product(layer, matrix, right, grads)
             for layer, matrix, right in zip(self.layers, matrices, rights, strict=True)
@@ -115,39 +141,58 @@ class RankOneStep(LayerStep):
         return lefts, rights, products
 
     def _scalars(
-        self, grads: Grads, norms: Grads, lefts: Vectors, rights: Vectors, products: Vectors
+        self, squares: Vectors, lefts: Vectors, rights: Vectors, products: Vectors
     ) -> Tensor:
         """This rank's part of ``|G|^2, <G, V>, |left|^2, |right|^2``, ``(rows, 4)``."""
         scalars = []
-        for layer, left, right, product in zip(self.layers, lefts, rights, products, strict=True):
-            square = left.new_zeros(left.shape[:-1])
-            for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts)):
-                if param is not None and param in grads and counts:
-                    square = square + self._norm(layer, param, grads, norms).square()
+        for square, left, right, product in zip(squares, lefts, rights, products, strict=True):
             scalars += [square, _dot(left, product), _dot(left, left), _dot(right, right)]
-        return self._rows.table([scalar.to(self.dtype) for scalar in scalars])
+        return self._rows.table([scalar.to(self.dtype) for scalar in scalars]).to(SCALARS)
+
+    def _units(self, squares: Vectors) -> Sequence[Tensor]:
+        """One over the root mean square of the gradient of each matrix here, like ``squares``."""
+        if not any(layer.batch_dims for layer in self.layers):
+            flat = torch.stack(list(squares))
+            return root_mean_square(flat, self._numel.to(flat.dtype)).reciprocal().unbind()
+        return [
+            root_mean_square(square, _numel(layer)).reciprocal()
+            for layer, square in zip(self.layers, squares, strict=True)
+        ]
+
+    def _powers(self, table: Tensor) -> Tensor | None:
+        """By what vectors of columns were divided, ``(rows,)``; None where they were not."""
+        if self.curvature != "gradient":
+            return None
+        return root_mean_square(table[:, 0], self._numel) ** (self._orders - 1)
 
     def _norm(self, layer: Layer, param: Tensor, grads: Grads, norms: Grads) -> Tensor:
         """Of the gradient of a weight or a bias here; of a stack, of each of its matrices."""
         if layer.batch_dims:
             return torch.linalg.vector_norm(layer.matrix(grads[param]), dim=(1, 2),
-                                            dtype=self.dtype)  # fmt: skip
+                                            dtype=layer.dtype)  # fmt: skip
         if param in norms:
             return norms[param]
-        return torch.linalg.vector_norm(grads[param], dtype=self.dtype)
+        return torch.linalg.vector_norm(grads[param], dtype=layer.dtype)
 
-    def _vectors(self, matrices: Sequence[Tensor | None]) -> tuple[Vectors, Vectors]:
+    def _vectors(
+        self, matrices: Sequence[Tensor | None], squares: Vectors
+    ) -> tuple[Vectors, Vectors]:
         """Vectors of V along rows and columns; those of Eva-f's rows come later."""
         if self.curvature == "gradient":
-            return self._marginals(matrices)
+            return self._marginals(matrices, self._units(squares))
         places = [self._place[id(layer)] for layer in self.layers]
         rights = [averages.inputs[position] for averages, position in places]
         if self.curvature == "input":
             return [], rights
         return [averages.outputs[position] for averages, position in places], rights
 
-    def _marginals(self, matrices: Sequence[Tensor | None]) -> tuple[Vectors, Vectors]:
-        """Means of the gradient over all dims but one, those of the columns multiplied out."""
+    def _marginals(
+        self, matrices: Sequence[Tensor | None], units: Sequence[Tensor]
+    ) -> tuple[Vectors, Vectors]:
+        """Means of the gradient over all dims but one, those of the columns multiplied out.
+
+        Those of the columns times ``units``: their products stay within the range of floats.
+        """
         sums = []
         for layer, matrix, spans in zip(self.layers, matrices, self._spans, strict=True):
             stacked = layer.batch_dims
@@ -155,11 +200,15 @@ class RankOneStep(LayerStep):
             empty = torch.zeros(shape, dtype=layer.dtype, device=self.device)
             sums.append(marginal_sums(empty if matrix is None else matrix.view(shape),
                                       batch_dims=stacked))  # fmt: skip
-        means = [
-            [total * (span.size / layer.weight.numel()) for span, total in zip(*both, strict=True)]
-            for layer, *both in zip(self.layers, self._spans, self._completed(sums), strict=True)
-        ]
-        return [vectors[0] for vectors in means], [outer(vectors[1:]) for vectors in means]
+        lefts, rights = [], []
+        completed = zip(self.layers, self._spans, self._completed(sums), units, strict=True)
+        for layer, spans, totals, unit in completed:
+            shares = [span.size / max(1, layer.weight.numel()) for span in spans]
+            scale = unit[:, None] if layer.batch_dims else unit
+            lefts.append(totals[0] * shares[0])
+            pairs = zip(totals[1:], shares[1:], strict=True)
+            rights.append(outer([total * (scale * share) for total, share in pairs]))
+        return lefts, rights
 
     def _completed(self, partial: Sequence[Vectors]) -> list[Vectors]:
         """Vectors along the spans of each layer, summed over all ranks that have a part of them."""
@@ -207,19 +256,21 @@ class RankOneStep(LayerStep):
         square = curvature_square(self.curvature, *self._squares())
         running_average_(self.curvature_mean, square, self.step_count, moving, decay)
         self.step_count += moving
-        factor = torch.where(relative > 0, self._above_rounding(self.curvature_mean), 1.0)
-        return (self.option("damping") * factor).clamp(min=SMALLEST_DAMPING)
+        mean = self._above_rounding(self.curvature_mean.to(SCALARS))
+        damping = self.option("damping") * torch.where(relative > 0, mean, 1.0)
+        if self.curvature == "gradient":  # which never divides by it
+            return damping.clamp(min=torch.finfo(SCALARS).tiny)
+        return not_nothing(damping)
 
     def _above_rounding(self, curvature: Tensor) -> Tensor:
         """Curvature of which something is left: means that should be zero are never quite."""
         if self.curvature != "gradient":
             return curvature
         assert self._table is not None, "no step has been taken"
-        numel = self.of_rows(
-            [layer.weight.numel() // max(1, layer.num_matrices) for layer in self.layers]
-        )
-        floor = torch.finfo(self.dtype).eps * (self._table[:, 0] / numel.clamp(min=1)).square()
-        return torch.maximum(curvature, floor)
+        numel, orders = self._numel, self._orders
+        noise = (self._table[:, 0] / numel) ** orders * numel ** (2 - orders)
+        eps = self.of_rows([torch.finfo(layer.dtype).eps for layer in self.layers])
+        return torch.maximum(curvature, eps * noise)
 
     def _squares(self) -> tuple[Tensor, Tensor]:
         """``|left|^2`` and ``|right|^2``, the constant 1 of a bias included."""
@@ -232,13 +283,29 @@ class RankOneStep(LayerStep):
     # Directions: never stored, unless they must be
 
     def _scales(self, found: Terms) -> Tensor:
-        """By what each direction is multiplied, ``(rows,)``."""
-        inner, square = found.inner(), found.direction_square()
-        own = torch.ones_like(inner)
+        """By what ``G - c V`` is multiplied, ``(rows,)``."""
+        inner, square = found.undamped_inner(), found.undamped_square()
+        own = 1 / found.damping
         if self.curvature == "gradient":
-            own = torch.where(square > 0, (found.grad_square / square).sqrt(), own)
+            own = torch.where(square > 0, (found.grad_square / square).sqrt(), 1.0)
+        scales = own * self._common_scale(found, own, inner, square)
+        # Squares of a gradient that underflow tell no length: it is not made longer then.
+        scales = torch.where(found.grad_square > 0, scales, scales.clamp(max=1.0))
+        fits = scales * found.grad_square.sqrt() < torch.finfo(self.dtype).max
+        self.beyond = (~fits).any()
+        return torch.where(fits, scales, 0.0)
+
+    def _common_scale(self, found: Terms, own: Tensor, inner: Tensor, square: Tensor) -> Tensor:
+        """The global scale, ``(rows,)`` or 0-dim.
+
+        Args:
+            found: Of all layers.
+            own: By what ``G - c V`` is multiplied without it, ``(rows,)``.
+            inner: ``<G - c V, G>``.
+            square: ``|G - c V|^2``.
+        """
         if self.scaling is None:
-            return own
+            return torch.ones_like(own)
         kl_clip = float(self.layers[0].options["kl_clip"])
         sums = scaling_sums(
             self.scaling,
@@ -250,7 +317,7 @@ class RankOneStep(LayerStep):
             kl_clip,
         )
         scale = self.scale_of_all_stages(sums)
-        return own * scale * (found.damping if self.scaling == "kl_norm" else 1)
+        return scale * found.damping if self.scaling == "kl_norm" else scale
 
     def _apply(
         self,
@@ -259,12 +326,14 @@ class RankOneStep(LayerStep):
         lefts: Vectors,
         rights: Vectors,
         found: Terms,
+        powers: Tensor | None,
         taken: Tensor | None,
     ) -> None:
         """Move the parameters by ``f G - left right^T``, layer by layer and group by group."""
-        scales = self._scales(found) / found.damping
-        factors = self._rows.of_layers_here(scales)
-        amounts = self._rows.of_layers_here(scales * found.coefficient)
+        scales = self._scales(found)
+        coefficients = found.coefficient if powers is None else found.coefficient * powers
+        factors = self._rows.of_layers_here(scales.to(self.dtype))
+        amounts = self._rows.of_layers_here((scales * coefficients).to(self.dtype))
         moves: dict[int, Moves] = {}
         for number, (layer, matrix) in enumerate(zip(self.layers, matrices, strict=True)):
             if matrix is not None:
@@ -329,6 +398,11 @@ class RankOneStep(LayerStep):
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Inner product of two vectors, or of each pair of two stacks of them."""
     return left.dot(right) if left.dim() == 1 else (left * right).sum(-1)
+
+
+def _numel(layer: Layer) -> int:
+    """Elements of a weight, or of each matrix of a stack; 1 for none."""
+    return max(1, layer.weight.numel() // max(1, layer.num_matrices))
 
 
 def _is_cut(layer: Layer) -> bool:

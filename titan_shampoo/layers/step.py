@@ -13,10 +13,14 @@ from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.distributed.tiles import all_reduce_together
+from titan_shampoo.failure import norms_of
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.functional.heavy_ball import Motion, move_by_buffers_, rank_one_
 from titan_shampoo.functional.scaling import Scaling, global_scale
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
+
+SCALARS = torch.float64
+"""Dtype of scalars of layers: float32 does not hold powers of small and of large gradients."""
 
 MAX_KEPT = 1000
 """Vectors of settings that are kept on the device; schedules change them without end."""
@@ -35,8 +39,10 @@ class LayerStep:
         self.device = layers[0].weight.device
         wide = any(layer.dtype == torch.float64 for layer in layers)
         self.dtype = torch.float64 if wide else torch.float32
-        """Of scalars."""
+        """Of what all layers have in common."""
         self._pipeline_group = pipeline_group
+        self.beyond = torch.zeros((), device=self.device)
+        """1 where a direction of the last step was beyond the range of its dtype and rested."""
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self.momentum = {
             param: torch.zeros_like(param, memory_format=torch.contiguous_format)
@@ -107,6 +113,10 @@ class LayerStep:
         """What this rank's layers have summed since they were reset."""
         raise NotImplementedError
 
+    def norms(self) -> list[Tensor]:
+        """Norms of these, 0-dim, or whatever else is finite if and only if they are."""
+        return norms_of(self.statistics())
+
     def unseen(self) -> list[str]:
         """Layers of which no rank saw a row since the taps were reset; asks the device."""
         by_group: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
@@ -153,7 +163,7 @@ class LayerStep:
             # From pinned memory: the host does not wait until an accelerator has read it. Meta
             # tensors are those of a plan, on a machine that need not have one.
             pinned = self.device.type not in ("cpu", "meta")
-            on_host = torch.tensor(key, dtype=self.dtype, pin_memory=pinned)
+            on_host = torch.tensor(key, dtype=SCALARS, pin_memory=pinned)
             self._constants[key] = on_host.to(self.device, non_blocking=True)
         return self._constants[key]
 
