@@ -157,7 +157,9 @@ def test_broken_rows_are_counted_and_too_many_refused(tmp_path):
     assert list(counted._texts(0)) == texts
     assert counted.skipped.count == 1
     strict = TextStream(source, tokenizer=ByteTokenizer(), seq_len=8, lanes=1)
-    with pytest.raises(DataError, match=r"training.max_bad_fraction = 0 allows, such as .*row 50"):
+    with pytest.raises(
+        DataError, match=r"training.max_bad_fraction = 0 allows, such as .*a.jsonl:51: "
+    ):
         list(strict._texts(0))
 
 

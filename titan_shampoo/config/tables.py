@@ -420,6 +420,13 @@ class Training:
     samples depends on it, and not on the number of ranks
     """
 
+    document_separators: bool = True
+    """
+    Begin each document with the tokenizer's bos_token and end it with its eos_token, one of them if
+    they are the same (without a tokenizer, end it with a zero byte); false: add only what the
+    tokenizer's files say
+    """
+
     max_bad_fraction: float = 0.01
     """
     Share of the images, lines or rows that may be unreadable: they are skipped, counted and

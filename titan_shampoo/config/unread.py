@@ -36,6 +36,7 @@ _NOT_READ_BY_MODEL: Mapping[str, tuple[str, ...]] = {
     "resnet": (
         "debug.moe_force_load_balance",
         "model.hf_assets_path",
+        "training.document_separators",
         "training.seq_len",
         "validation.seq_len",
     ),

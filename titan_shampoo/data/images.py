@@ -10,7 +10,6 @@ torchvision does.
 """
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from titan_shampoo.data import DataError, UnreadableSampleError
+from titan_shampoo.data.files import no_file, walk
 from titan_shampoo.data.paths import missing_path
-from titan_shampoo.data.sources import is_held_out, load_hub_split
+from titan_shampoo.data.sources import has_tables, is_held_out, load_hub_split
 
 __all__ = ["ImageFiles", "TransformedImages", "open_images"]
 
@@ -56,15 +56,21 @@ class ImageFiles:
         """The image, decoded, and its class.
 
         Raises:
-            UnreadableSampleError: If the file is gone, cut short, or no image.
+            UnreadableSampleError: If the file is gone, cut short, or no image, or has no class.
         """
         try:
-            return _decoded(self.data(index)), int(self.labels[index])
+            return _decoded(self.data(index)), self._label(index)
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             message = (str(error).splitlines() or [""])[0]
             raise UnreadableSampleError(
                 f"{self.name(index)}: {type(error).__name__}: {message}"
             ) from error
+
+    def _label(self, index: int) -> int:
+        label = int(self.labels[index])
+        if not 0 <= label < len(self.classes):  # -1 is what hub data sets call unknown
+            raise ValueError(f"class {label}, there are {len(self.classes)}")
+        return label
 
     def shortage(self, num_needed: int) -> str:
         """The sentence that refuses a run which needs at least ``num_needed`` images."""
@@ -116,11 +122,13 @@ def open_images(
     Raises:
         DataError: If there is no such thing, it has no labelled images, or an unknown class.
     """
+    problem = missing_path(source)
+    if problem is None and Path(source).expanduser().is_file():
+        problem = "is a file, a folder is needed"
+    if problem is not None:
+        raise DataError(f'{key} = "{source}": {problem}')
     folder = Path(source).expanduser()
-    problem = None if folder.is_dir() else missing_path(source)
-    if problem is not None or folder.is_file():
-        raise DataError(f'{key} = "{source}": {problem or "is a file, a folder is needed"}')
-    if folder.is_dir() and not _has_parquet(folder):
+    if folder.is_dir() and not _has_tables(folder):
         images = _folder_images(folder, source, part, key, hold_out)
     else:
         images = _hub_images(source, part, key)
@@ -130,13 +138,15 @@ def open_images(
 
 
 @cache
-def _has_parquet(folder: Path) -> bool:
+def _has_tables(folder: Path) -> bool:
     """Whether ``folder`` is a local copy of a hub data set; looks at every file if it is none."""
-    return any(folder.rglob("*.parquet"))
+    return has_tables(folder)
 
 
 def _decoded(data: Any) -> Image.Image:  # noqa: ANN401 (a path or a file)
     """The image in RGB; transparent palettes and 16-bit greys included."""
+    if isinstance(data, str) and (problem := no_file(Path(data))):  # a FIFO would wait for ever
+        raise OSError(problem)
     with Image.open(data) as file:
         image: Image.Image = file
         if image.mode.startswith("I"):  # of which Pillow keeps the lowest 8 bits
@@ -187,7 +197,15 @@ def _refuse_empty_classes(root: Path, classes: list[str], where: str) -> None:
 
 
 def _class_folders(root: Path) -> list[Path]:
-    return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name[0] != "."]
+    try:
+        shown = [entry for entry in sorted(root.iterdir()) if entry.name[0] != "."]
+        lost = [entry for entry in shown if entry.is_symlink() and not entry.exists()]
+        folders = [entry for entry in shown if entry.is_dir()]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    if lost:
+        raise DataError(f"{lost[0]}: a link that leads nowhere, which may be a class; remove it")
+    return folders
 
 
 def _is_held_out(file: str, folder: Path) -> bool:
@@ -209,12 +227,11 @@ def _labelled_files(root: Path) -> list[tuple[str, str]]:
     """(file, class) pairs below ``root`` by path; the class is the folder right below it."""
     found = []
     for entry in _class_folders(root):
-        for folder, subfolders, names in os.walk(entry, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for folder, names in walk(entry):
             found += [
                 (f"{folder}/{name}", entry.name)
-                for name in sorted(names)
-                if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+                for name in names
+                if name.lower().endswith(_SUFFIXES)
             ]
     return found
 
@@ -253,7 +270,9 @@ def _hub_images(source: str, part: Part, key: str) -> ImageFiles:
         list(rows.features[label].names),
         rows.with_format("numpy")[label][:],
         _HubName(source),
-        _HubBytes(rows.cast_column(image, datasets.Image(decode=False)), image),
+        _HubBytes(
+            rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image
+        ),
     )
 
 

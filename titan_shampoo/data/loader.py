@@ -343,7 +343,7 @@ def _batches(
     try:
         yield from loader
     except DataError as error:  # of a worker: its traceback, and the message in the last line
-        message = str(error).strip().splitlines()[-1]
+        message = str(error.args[0]).strip().splitlines()[-1]
         raise DataError(message.removeprefix("titan_shampoo.data.DataError: ")) from None
 
 

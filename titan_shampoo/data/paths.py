@@ -19,11 +19,24 @@ DEFAULT_IMAGE_SIZE = 224
 
 
 def missing_path(source: str) -> str | None:
-    """What is wrong with ``source`` if it is meant as a path and nothing is there, else None."""
-    path = Path(source).expanduser()
-    if path.exists() or not _is_meant_as_path(source, path):
-        return None
-    return f"no such file or folder{nearest_path(path)}"
+    """Reason why ``source``, if it is meant as a path, can hold no data; None if it may."""
+    if "\0" in source:
+        return "has NUL, which neither paths nor names of data sets have"
+    try:
+        path = Path(source).expanduser()
+        if path.is_file() or path.is_dir():
+            return None
+        if path.exists():
+            return "is neither a file nor a folder"
+        if path.is_symlink():
+            return f"is a link that leads nowhere: {path.readlink()}"
+        if not _is_meant_as_path(source, path):
+            return None
+        return f"no such file or folder{nearest_path(path)}"
+    except OSError as error:
+        return f"cannot be looked for: {error.strerror}"
+    except RuntimeError as error:  # the home of a user who does not exist
+        return str(error)
 
 
 def _is_meant_as_path(source: str, path: Path) -> bool:
@@ -36,9 +49,14 @@ def _is_meant_as_path(source: str, path: Path) -> bool:
     return has_suffix or ("/" in name and path.parent.is_dir())
 
 
+def is_folder(source: str) -> bool:
+    """True if ``source`` is the path of a folder."""
+    return missing_path(source) is None and Path(source).expanduser().is_dir()
+
+
 def nearest_path(path: Path) -> str:
     """A question that names what may have been meant, or nothing."""
-    in_folder = {str(entry): entry for entry in _entries(path.parent)}
+    in_folder = [str(entry) for entry in _entries(path.parent) if entry != path]
     close = difflib.get_close_matches(str(path), [*in_folder, PYTHON_STDLIB], n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from titan_shampoo.data import DataError
 
-__all__ = ["SkippedSamples", "check_share"]
+__all__ = ["AT_LEAST", "SkippedSamples", "check_share"]
 
-_AT_LEAST = 1000
+AT_LEAST = 1000
 """So many samples are allowed for from the start: one broken image among ten is no verdict yet."""
 
 _NUM_NAMED = 3
@@ -45,7 +45,7 @@ class SkippedSamples:
                 more = "; more will only be counted" if self.count == _NUM_NAMED else ""
                 _logger.warning("skipped %s%s", message, more)
         if messages:
-            total = max(self._num_read + self.count, _AT_LEAST)
+            total = max(self._num_read + self.count, AT_LEAST)
             check_share(self.count, total, self._max_fraction, messages[-1])
 
 

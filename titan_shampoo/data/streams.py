@@ -9,7 +9,8 @@ other. Documents come in the order of the data set. A resumed run reads its lane
 position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from titan_shampoo.data import DataError, UnreadableSampleError
+from titan_shampoo.data.documents import Document, Row, json_rows, table_rows
 from titan_shampoo.data.loader import Batch
 from titan_shampoo.data.skipped import SkippedSamples
-from titan_shampoo.data.sources import load_hub_split, row_document
+from titan_shampoo.data.sources import (
+    check_folder,
+    load_hub_split,
+    local_json_lines,
+    readable_tables,
+)
 from titan_shampoo.data.tokenizer import Tokenizer
 
 __all__ = ["StreamLoader", "StreamedWindows", "TextStream"]
@@ -57,7 +64,12 @@ class TextStream:
         Raises:
             DataError: If it cannot be had.
         """
-        self._rows: Any = load_hub_split(source, key=key, streaming=True)
+        self._files = local_json_lines(source)
+        self._rows: Any = None
+        if not self._files:
+            self._rows = load_hub_split(source, key=key, streaming=True)
+        self._num_files: int = len(self._files) or self._rows.num_shards
+        check_folder(source, max_bad_fraction)
         self._source = source
         self._tokenizer = tokenizer
         self._seq_len = seq_len
@@ -83,15 +95,16 @@ class TextStream:
                     yield left[: self._seq_len + 1]
                     left = left[self._seq_len :]
             if size <= 1:
+                skipped = f" ({self.skipped.count} rows were skipped)" if self.skipped.count else ""
                 raise DataError(
-                    f"{self._where}: lane {lane} of {self.lanes} has no text to train on; lower "
-                    "training.stream_lanes, or set training.streaming = false"
+                    f"{self._where}: lane {lane} of {self.lanes} has no text to train on{skipped}; "
+                    "lower training.stream_lanes, or set training.streaming = false"
                 )
 
     def held_out(self, num_windows: int) -> Iterator[Window]:
         """The first windows of the documents that no lane trains on, as many as there are."""
         left = np.empty(0, dtype=np.int64)
-        for document in self._documents(self._rows):
+        for document in self._documents(self._rows_of(file) for file in range(self._num_files)):
             if num_windows and document["held_out"]:
                 tokens = np.asarray(self._tokenizer.encode(document["text"]), dtype=np.int64)
                 left = np.concatenate([left, tokens])
@@ -108,25 +121,30 @@ class TextStream:
             if not (self._hold_out and document["held_out"]):
                 yield document["text"]
 
-    def _documents(self, rows: Any) -> Iterator[Any]:  # noqa: ANN401 (datasets is untyped)
-        for number, row in enumerate(rows):
-            document = row_document(row, f"{self._source}: row {number}")
-            if isinstance(document, UnreadableSampleError):
-                self.skipped.add([str(document)], num_read=0)
-            elif document is not None:
+    def _documents(self, files: Iterable[Iterator[Row]]) -> Iterator[Document]:
+        for row in chain.from_iterable(files):
+            if isinstance(row, UnreadableSampleError):
+                self.skipped.add([str(row)], num_read=0)
+            elif row is not None:
                 self.skipped.add([], num_read=1)
-                yield document
+                yield row
 
-    def _lane_rows(self, lane: int) -> Any:  # noqa: ANN401 (datasets is untyped)
-        num_files = self._rows.num_shards
-        if num_files >= self.lanes:
-            return self._rows.shard(num_shards=self.lanes, index=lane, contiguous=False)
-        file = lane % num_files
-        sharing = len(range(file, self.lanes, num_files))  # lanes of this file
-        rows = self._rows.shard(num_shards=num_files, index=file, contiguous=False)
-        return rows.filter(
-            lambda _, number: number % sharing == lane // num_files, with_indices=True
-        )
+    def _lane_rows(self, lane: int) -> Iterator[Iterator[Row]]:
+        """Rows of a lane by file: of its own files, or its share of one that lanes share."""
+        if self._num_files >= self.lanes:
+            files = range(lane, self._num_files, self.lanes)
+            return (self._rows_of(file) for file in files)
+        file = lane % self._num_files
+        sharing = len(range(file, self.lanes, self._num_files))
+        return iter([self._rows_of(file, part=lane // self._num_files, parts=sharing)])
+
+    def _rows_of(self, file: int, *, part: int = 0, parts: int = 1) -> Iterator[Row]:
+        """Rows ``part``, ``part + parts``, ... of a file."""
+        if self._files:
+            return json_rows(self._files[file], part=part, parts=parts)
+        place = f"{self._source}: file {file + 1} of {self._num_files}"
+        rows = self._rows.shard(num_shards=self._num_files, index=file, contiguous=False)
+        return table_rows(readable_tables(rows, place), place, part=part, parts=parts)
 
 
 class StreamLoader:

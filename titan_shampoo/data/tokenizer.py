@@ -3,7 +3,8 @@
 A tokenizer adds its own separators: ``encode`` is called once per document.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 __all__ = ["ByteTokenizer", "Tokenizer"]
 
@@ -20,19 +21,23 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass
 class ByteTokenizer:
     """The UTF-8 bytes of the text, then a zero byte that ends the document.
 
-    Zero does not occur in text, so 256 ids suffice and the vocabulary divides evenly over
-    tensor-parallel ranks.
+    Texts with zeros are refused as bad samples, so 256 ids suffice and the vocabulary divides
+    evenly over tensor-parallel ranks.
     """
 
-    bos_id: int | None = None
-    eos_id: int | None = 0
+    bos_id: ClassVar[int | None] = None
+    eos_id: ClassVar[int | None] = 0
+
+    separators: bool = True
+    """Put the zero byte; without it, documents run into each other."""
 
     def encode(self, text: str) -> list[int]:
         """The bytes of ``text`` and the end of the document."""
-        return [*text.encode(), 0]
+        return [*text.encode(), 0] if self.separators else [*text.encode()]
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of ``token_ids`` without the ends of documents."""

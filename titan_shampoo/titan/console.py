@@ -4,6 +4,7 @@ torchtitan logs through the root logger some forty lines per rank that help nobo
 well. Warnings of whatever origin are shown, but for a few about hardware which is not there.
 """
 
+import io
 import logging
 import sys
 import warnings
@@ -51,6 +52,8 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
     """Standard output for people."""
 
     def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
         super().__init__(sys.stdout)
         self.addFilter(_is_worth_reading)
 

@@ -5,15 +5,16 @@ How a model is sharded is handed in (``parallel/``). Flavours without a vocabula
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, llama3_args
@@ -22,6 +23,7 @@ from torchtitan.models.llama4 import Transformer as MixtureTransformer
 from torchtitan.protocols.train_spec import ParallelizeFunction, PipeliningFunction, TrainSpec
 
 from titan_shampoo.config.errors import ConfigError
+from titan_shampoo.data import printable
 from titan_shampoo.data.loader import PositionedLoader
 from titan_shampoo.data.streams import StreamedWindows, StreamLoader, TextStream
 from titan_shampoo.data.text import TextDataset
@@ -42,7 +44,10 @@ from titan_shampoo.titan.learning_rates import build_learning_rates
 from titan_shampoo.titan.loaders import evaluation_loader, training_loader
 from titan_shampoo.titan.metrics import Progress
 from titan_shampoo.titan.optimizers import build_optimizers
+from titan_shampoo.titan.tokenizer import DocumentTokenizer
 from titan_shampoo.titan.validation import Validator
+
+_logger = logging.getLogger(__name__)
 
 TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
     # 0.87 M parameters.
@@ -150,41 +155,62 @@ def build_tokenizer(job_config: JobConfig, flavors: Mapping[str, Any] = TRANSFOR
     """Return the tokenizer in ``model.hf_assets_path``, or the byte-level one if that is empty.
 
     Args:
-        job_config: Names the folder and the flavour.
+        job_config: Names the folder and the flavour, and says whether documents are marked.
         flavors: Those of the model, each with its ``vocab_size``.
 
     Raises:
         ConfigError: If the folder has no tokenizer, or one that does not fit the model.
     """
     folder, flavor = job_config.model.hf_assets_path, job_config.model.flavor
+    separators = job_config.training.document_separators
     vocab_size = flavors[flavor].vocab_size
     model = f'model.flavor = "{flavor}" has a vocabulary of {vocab_size}'
     if not folder:
-        tokenizer = ByteTokenizer()
+        tokenizer = ByteTokenizer(separators)
         if tokenizer.get_vocab_size() != vocab_size:
             raise ConfigError(
                 f"{model}, bytes one of {tokenizer.get_vocab_size()}; set model.hf_assets_path to "
                 f'the folder of its tokenizer, or model.flavor = "{next(iter(flavors))}"'
             )
         return tokenizer
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = _read_tokenizer(folder, separators)
     if tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
             f"{model}, the tokenizer in model.hf_assets_path = {folder} one of "
             f"{tokenizer.get_vocab_size()}; set another model.flavor or another tokenizer"
         )
+    keeps_apart = getattr(flavors[flavor], "attn_mask_type", None) == "block_causal"
+    if keeps_apart and tokenizer.eos_id is None:
+        raise ConfigError(
+            f'model.flavor = "{flavor}" attends within documents, and the tokenizer in '
+            f"model.hf_assets_path = {folder} names no eos_token that ends them; {_MARKS_REMEDY}"
+        )
+    if separators and not tokenizer.encode("") and _is_first_rank():
+        _logger.warning(
+            "the tokenizer in model.hf_assets_path = %s names neither bos_token nor eos_token, so "
+            "documents run into each other; %s, or set training.document_separators = false",
+            printable(folder), _MARKS_REMEDY,
+        )  # fmt: skip
     return tokenizer
 
 
-def _read_tokenizer(folder: str) -> Any:  # noqa: ANN401 (torchtitan's, untyped)
+_MARKS_REMEDY = "put its tokenizer_config.json there, too"
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _read_tokenizer(folder: str, separators: bool = True) -> DocumentTokenizer:
     if not Path(folder).is_dir():
         raise ConfigError(f"model.hf_assets_path = {folder}: there is no such folder")
     try:
-        return HuggingFaceTokenizer(folder)
+        return DocumentTokenizer(folder, separators=separators)
     except Exception as error:  # the tokenizers library raises bare Exception for broken files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model.hf_assets_path = {folder}: no tokenizer can be read from it "
-            f"({str(error).splitlines()[0]}); it should hold tokenizer.json"
+            f"({reason}); it should hold tokenizer.json"
         ) from error
 
 

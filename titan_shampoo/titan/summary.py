@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from titan_shampoo.data import printable
 from titan_shampoo.distributed.summary import readable
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.titan.optimizers import OptimizersContainer, Preconditioner
@@ -139,11 +140,12 @@ def _data(job_config: JobConfig, dims: ParallelDims, num_samples: int | None, un
     readers = int(dims.dp_replicate * dims.dp_shard)
     batch = training.global_batch_size
     batch = training.local_batch_size * readers if batch == -1 else batch
+    source = printable(training.dataset)
     if num_samples is None:
-        return f"{training.dataset}, streaming; {training.steps:,} steps of {batch}"
+        return f"{source}, streaming; {training.steps:,} steps of {batch}"
     epochs = training.steps * batch / num_samples
     return (
-        f"{training.dataset}: {num_samples:,} {unit}; {training.steps:,} steps of {batch} "
+        f"{source}: {num_samples:,} {unit}; {training.steps:,} steps of {batch} "
         f"({epochs:.3g} epochs)"
     )
 
