@@ -12,9 +12,9 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from titan_shampoo.config.errors import ConfigError
 from titan_shampoo.own_files import open_own
@@ -48,7 +48,8 @@ class FolderLock:
             ConfigError: If another process has it, saying which.
         """
         self._folder, self._path = folder, folder / name
-        self._file: BinaryIO | None = None
+        self._descriptor = -1
+        self._close: Callable[[], object] = lambda: None
         if patience is None:
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
             patience = _RESTART_PATIENCE if restarted else 0.0
@@ -72,33 +73,33 @@ class FolderLock:
         It is not if the file or the folder was deleted, or put in place of the old one: another run
         may have the new one.
         """
-        if self._file is None:
+        if self._descriptor < 0:
             return False
         try:
-            mine, there = os.fstat(self._file.fileno()), self._path.lstat()
+            mine, there = os.fstat(self._descriptor), self._path.lstat()
         except OSError as error:  # of another kind, it says nothing about the file
             return error.errno not in _GONE
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     def release(self) -> None:
         """Let others in; the second call does nothing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._close()
+        self._descriptor = -1
 
     def _try(self) -> bool:
         """Open the file anew, for another run may have removed it, and lock it."""
         self.release()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(open_own(self._path, os.O_RDWR), "r+b")
+            self._descriptor = open_own(self._path, os.O_RDWR)
         except OSError as error:
             place = self._path if error.errno == errno.ELOOP else self._folder
             raise self.error(
                 f"{place}: cannot be written to: {error.strerror}; {self.remedy}"
             ) from error
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -110,18 +111,14 @@ class FolderLock:
         return self.is_held()
 
     def _sign(self) -> None:
-        assert self._file is not None
         since = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        self._file.truncate(0)
-        self._file.write(json.dumps(holder).encode())
-        self._file.flush()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def _holder(self) -> str:
-        assert self._file is not None
-        self._file.seek(0)
         try:
-            found = json.loads(self._file.read(4096))
+            found = json.loads(os.pread(self._descriptor, 4096, 0))
             told = f"process {found['pid']} on {found['host']} since {found['since']}"
         except (ValueError, KeyError, TypeError):
             return "it has not said which"
