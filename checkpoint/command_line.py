@@ -144,7 +144,8 @@ def _diff(options: argparse.Namespace) -> int:
         _print(json.dumps(found, indent=1))
     else:
         _print("\n".join(lines_of_comparison(found)))
-    return int(any(found[key] for key in ("settings", "geometry", "tensors", "values")))
+    different = ("settings", "counters", "geometry", "tensors", "values")
+    return int(any(found[key] for key in different))
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -159,12 +159,14 @@ def _table(
 _COUNT, _POSITIVE = _whole(0), _whole(1)
 _INDEX = _items(_COUNT)
 
+# By component; others than these are of recipes of one's own.
 _VALUES = _table(
     {
         "train_state": _table({"step": _COUNT, "num_labels_seen": _COUNT}),
         "lr_scheduler": _table({"last_epoch": _COUNT}),
         "dataloader": _table({"samples": _COUNT}, {"lanes": _POSITIVE}),
-    }
+    },
+    others=_each(_plain),
 )
 
 _GEOMETRY = _each(
