@@ -1,4 +1,4 @@
-"""Whether the position in the data means the same samples as in the run that saved it.
+"""Comparison of the order of a run's data with the order in which a checkpoint's were read.
 
 Data are a function of the seed and the number of samples consumed. With another seed, data set or
 length of windows the order is another one: a position in it repeats some samples and misses others.
@@ -20,7 +20,7 @@ _ORDER: Mapping[str, Callable[[Settings], Any]] = {
     "debug.seed": lambda of: of["debug.seed"] or 0,
     "validation.dataset": lambda of: bool(of["validation.dataset"]),  # else some are held out
 }
-"""What each setting that gives the data their order means for it."""
+"""Settings that give the data their order, each with its value as the order sees it."""
 
 
 def order_differences(

@@ -29,7 +29,7 @@ def entries_by_file(manifest: Manifest) -> dict[str, Entries]:
 
 
 def header_problem(path: Path, entries: Entries) -> str | None:
-    """What is wrong with the header of a file that should hold ``entries`` and nothing else."""
+    """Compare the header of a file with ``entries``; a line if they differ, None if they agree."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

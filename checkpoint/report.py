@@ -87,7 +87,7 @@ def _mesh(world: dict[str, Any]) -> str:
 
 
 def compared(first_path: Path, first: Manifest, second_path: Path, second: Manifest) -> Report:
-    """What differs in two checkpoints' settings, counters, geometry and tensors.
+    """Differences of two checkpoints' settings, counters, geometry and tensors.
 
     Values are not read: tensors of equal shape and dtype that do not lie in files with equal hashes
     are under ``"content"``, and may yet be equal.

@@ -36,7 +36,11 @@ def rng_rows(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def problem(rows: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with rows of :func:`rng_rows` that were loaded; no generator changes."""
+    """Try rows of :func:`rng_rows` that were loaded on generators that nobody uses.
+
+    Returns:
+        A line about the first that is not taken, or None.
+    """
     for key, row in _states(rows):
         try:
             if key == "python":

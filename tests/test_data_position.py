@@ -90,7 +90,7 @@ def three_steps(folder):
 
 
 def resumed(folder, settings, config):
-    """What is said, the position, and whether a refusal left everything as it was."""
+    """Lines that are said, the position, and a flag: a refusal left everything as it was."""
     logger, said = logging.getLogger("checkpoint"), Lines()
     logger.setLevel(logging.INFO)
     logger.addHandler(said)
@@ -180,7 +180,7 @@ class Stream(Counter):
 
 
 def streamed(folder):
-    """Where a run reads on that streams what was indexed."""
+    """Positions at which a run reads on that streams data which were indexed."""
     found = []
     for position in ("keep", "restart"):
         settings = {**ORDER, "training.streaming": True}
@@ -202,7 +202,7 @@ SAVING = {
 
 
 def positions(folder):
-    """What real trainers say that resume with other data, and where they read on."""
+    """Positions at which real trainers read on with other data, or their refusals."""
     train_all([text_run(folder, "run", **SAVING)])
     found = []
     for change in (

@@ -34,7 +34,7 @@ def victim(tmp_path):
 
 
 def plant(kind: str, place: Path, victim: Path) -> None:
-    """Put something where a run writes a file of its own."""
+    """Put a link or a pipe in place of a file that a run writes."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if kind == "symbolic link":
         place.symlink_to(victim)
@@ -195,7 +195,7 @@ def test_a_lock_notices_that_its_file_or_folder_is_another_one(tmp_path):
 
 
 def trained_over(folder, change, async_mode, keep):
-    """What a run of two ranks says whose folder is changed after step 2, and its last step."""
+    """Refusal and last step of a run of two ranks whose folder is changed after step 2."""
     with run_in(folder, "fsdp2", keep_latest_k=keep, async_mode=async_mode) as run:
         run.manager.load()
         run.train(2)

@@ -31,9 +31,9 @@ class FolderLock:
     """Holds a file in a folder until it is released or the process ends, however it ends."""
 
     error: type[ConfigError] = ConfigError
-    """What is raised."""
+    """Class of the errors that are raised."""
     remedy = "set job.dump_folder"
-    """How to write elsewhere."""
+    """Advice to those who are kept out."""
 
     def __init__(self, folder: Path, *, name: str = ".lock", patience: float | None = None) -> None:
         """Take the lock.

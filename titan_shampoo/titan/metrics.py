@@ -266,7 +266,7 @@ class Progress(MetricsProcessor):
 
 
 def _is_guest(job_config: JobConfig) -> bool:
-    """Whether a run only reads checkpoints that another run saves in the same dump folder."""
+    """Tell a run that only reads checkpoints, which another run saves in the same dump folder."""
     checkpoint, folder = job_config.checkpoint, Path(job_config.job.dump_folder).resolve()
     reads_only = checkpoint.enable and checkpoint.load_only
     return reads_only and (folder / checkpoint.folder).resolve().is_relative_to(folder)

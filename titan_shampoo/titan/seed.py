@@ -20,10 +20,10 @@ def run_seed(job_config: JobConfig) -> int:
 
 
 def set_determinism(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (torchtitan's)
-    """What torchtitan's does, which seeds torch alone, and Python's and numpy's from the same seed.
+    """Seed Python's and numpy's generators as torchtitan seeds torch's.
 
-    It is the same on all ranks but the stages of a pipeline. A resumed run takes its checkpoint's
-    generators, all of them.
+    The seed is the same on all ranks but those of other stages of a pipeline. A resumed run then
+    takes the states of its checkpoint, all of them.
     """
     _set_determinism(*args, **kwargs)
     seed = torch.initial_seed()
