@@ -491,7 +491,20 @@ def leaves(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 def drawn(draw: random.Random, old: Any) -> Any:
     numbers = (0, 1, 2, 7, -1, -5, 10**18, 1 << 63, 10**40, 1.5, math.inf, -math.inf, math.nan)
-    others = (None, [], {}, "", "x", "\ud800", "../x", True, False, [1], {"a": 1}, [[[]]])
+    others: tuple[Any, ...] = (
+        None,
+        [],
+        {},
+        "",
+        "x",
+        "\ud800",
+        "../x",
+        True,
+        False,
+        [1],
+        {"a": 1},
+        [[[]]],
+    )
     near = [old + 1, old - 1, old * 2] if type(old) is int else []
     return draw.choice([*numbers, *others, *near * 3, GONE])
 

@@ -20,6 +20,7 @@ from tests.checkpoint_runs import Counter, run_in
 from tests.ranks import run_on_ranks
 from tests.test_checkpoint_settings import Lines
 from tests.titan_runs import text_run, train_all, trainer_of, write_text
+from titan_shampoo.distributed.state import BlockTensor
 
 ORDER = {
     "debug.seed": 1,
@@ -287,7 +288,9 @@ def damaged_states():
     for name in ("torch", "python", "numpy"):
         rows = rng_rows(dist.get_rank(), 1)
         found.append(problem(rows))
-        (chunk,) = rows[f"rng.{name}"].chunks.values()
+        row = rows[f"rng.{name}"]
+        assert isinstance(row, BlockTensor)
+        (chunk,) = row.chunks.values()
         chunk.fill_(77 if name == "torch" else -1)
         found.append(problem(rows))
     return found

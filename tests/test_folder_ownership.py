@@ -161,7 +161,7 @@ def test_a_file_that_is_replaced_is_whole_or_the_old_one(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(TypeError), replacing(path) as file:
-        file.write("not bytes")  # type: ignore[arg-type]
+        file.write("not bytes")  # type: ignore[call-overload]
     assert path.read_text() == "old"
     with replacing(path) as file:
         file.write(b"new")

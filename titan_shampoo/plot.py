@@ -26,7 +26,7 @@ _AXES = ("step", "seconds")
 
 def read_records(file: Path) -> list[Record]:
     """All complete records of a run, oldest first; none if there is no such file."""
-    if not file.exists():
+    if not file.is_file():
         return []
     records = []
     for line in file.read_text(encoding="utf-8").splitlines():
