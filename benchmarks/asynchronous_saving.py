@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from checkpoint import CheckpointManager
 from parallel import transformer
-from tests.checkpoint_runs import Counter
+from tests.checkpoint_runs import Counter, Progress
 from tests.ranks import run_on_ranks
 from titan_shampoo import titan
 from titan_shampoo.config import check_world, read_config
@@ -67,7 +67,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device("cpu"))
     optimizers = OptimizersContainer([model], job_config.optimizer, dims)
-    progress = Counter("step")
+    progress = Progress("step")
     manager = CheckpointManager(
         dataloader=Counter("samples"), model_parts=[model], optimizers=optimizers,
         lr_schedulers=Counter("last_epoch"), states={"train_state": progress},

@@ -15,7 +15,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.folders import step_folder, steps_in
 from checkpoint.manifest import MANIFEST, Manifest
 from checkpoint.report import compared, described, lines_of_comparison, lines_of_description
-from checkpoint.verify import hash_problems, read_manifest
+from checkpoint.verify import file_problems, read_manifest
 from titan_shampoo.config.errors import ConfigError
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -125,7 +125,7 @@ def _problems(folder: Path) -> list[str]:
         return [str(error)]
     total = sum(file.bytes for file in manifest.files.values())
     with _bar(folder.name, total) as bar:
-        return list(map(str, hash_problems(folder, manifest.files.items(), bar.update)))
+        return list(map(str, file_problems(folder, manifest, progress=bar.update)))
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -144,7 +144,8 @@ def _diff(options: argparse.Namespace) -> int:
         _print(json.dumps(found, indent=1))
     else:
         _print("\n".join(lines_of_comparison(found)))
-    return int(any(found[key] for key in ("settings", "geometry", "tensors", "values")))
+    different = ("settings", "counters", "geometry", "tensors", "values")
+    return int(any(found[key] for key in different))
 
 
 def _export(options: argparse.Namespace) -> int:

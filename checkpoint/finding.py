@@ -15,7 +15,7 @@ from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
 from checkpoint.folders import set_aside, step_folder, steps_in
 from checkpoint.manifest import Manifest
 from checkpoint.ranks import from_rank_0, gathered, say
-from checkpoint.verify import hash_problems, read_manifest, shares
+from checkpoint.verify import file_problems, read_manifest, shares
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def verify_together(folder: Path, group: dist.ProcessGroup) -> Found:
     except MissingFileError as error:
         raise _agreed(error, 0, group) from error
     mine = shares(manifest, dist.get_world_size(group))[dist.get_rank(group)]
-    told = gathered(next(hash_problems(folder, mine), None), group)
+    told = gathered(next(file_problems(folder, manifest, mine), None), group)
     problems = [
         _agreed(problem, rank, group) for rank, problem in enumerate(told) if problem is not None
     ]

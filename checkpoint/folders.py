@@ -57,7 +57,7 @@ def commit(written: Path, place: Path) -> None:
         FileExistsError: If there is something at ``place``: it is not overwritten.
     """
     sync_folder(written)
-    if place.exists():  # rename() would replace an empty folder
+    if os.path.lexists(place):  # rename() would replace an empty folder
         raise FileExistsError(f"{place} exists, and a checkpoint is never overwritten")
     written.rename(place)
     sync_folder(place.parent)
@@ -65,7 +65,7 @@ def commit(written: Path, place: Path) -> None:
 
 def set_aside(place: Path, reason: str) -> Path:
     """Rename a checkpoint to ``<name>.<reason>``, or ``<name>.<reason>-2`` and so on."""
-    aside = next(name for name in _names(place, reason) if not name.exists())
+    aside = next(name for name in _names(place, reason) if not os.path.lexists(name))
     place.rename(aside)
     sync_folder(place.parent)
     return aside
@@ -77,7 +77,7 @@ def discard(place: Path) -> None:
     if not _TEMPORARY.fullmatch(place.name):
         trash = place.with_name(f"{place.name}.trash-{uuid.uuid4().hex[:8]}")
         place.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    _remove(trash)
 
 
 def sweep(folder: Path) -> None:
@@ -85,7 +85,14 @@ def sweep(folder: Path) -> None:
     if folder.exists():
         for entry in folder.iterdir():
             if _TEMPORARY.fullmatch(entry.name):
-                shutil.rmtree(entry, ignore_errors=True)
+                _remove(entry)
+
+
+def _remove(place: Path) -> None:
+    """Delete a folder, or a link to one: never what the link leads to."""
+    if place.is_symlink():
+        place.unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -148,7 +148,7 @@ def export_weights(
     Raises:
         CheckpointError: If something is there already, or the disk does not take it.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists; name another folder")
     writing = writing_name(out)
     try:

@@ -1,5 +1,6 @@
 """Checkpoints for other programs, and from them, in one process."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def export(
         weights = _told(model_weights(folder, manifest), told)
         export_weights(weights, out, adapter, convert_to)
         return
-    if out.exists():
+    if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists; name another folder")
     # Weights under the bare names that torchtitan gives them, everything else as it is here.
     tensors = {

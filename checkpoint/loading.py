@@ -21,6 +21,7 @@ from checkpoint.compare import (
     tensor_problems,
     unwanted,
 )
+from checkpoint.data_order import order_differences
 from checkpoint.errors import CheckpointError, in_one_line
 from checkpoint.finding import Found, verify_together
 from checkpoint.hugging_face import load_hugging_face
@@ -30,7 +31,7 @@ from checkpoint.ranks import from_rank_0, gathered, say
 from checkpoint.reader import Reader, whole_tensors
 from checkpoint.reblock import can_reblock, fill, grid_of, is_factor, is_per_block
 from checkpoint.settings import settings_differences
-from checkpoint.state import MODEL, OPTIMIZER, PREFIXES, PROGRESS, RunState
+from checkpoint.state import DATA, MODEL, OPTIMIZER, PREFIXES, PROGRESS, RunState
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Loading:
         settings: Of this run, by dotted name.
         group: All ranks.
         reblocks: Whether Shampoo's factors may be approximated for another block size.
+        data_position: What becomes of the position in the data if they are in another order.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Loading:
         group: dist.ProcessGroup,
         *,
         reblocks: bool,
+        data_position: str,
     ) -> None:
         self._state, self._settings, self._group = state, settings, group
-        self._reblocks = reblocks
+        self._reblocks, self._data_position = reblocks, data_position
 
     def load(self, found: Found, components: set[str]) -> None:
         """Load some components of a checkpoint that is good, if it is this run's.
@@ -70,16 +73,17 @@ class Loading:
         # Who begins at step 1 keeps the generators of a beginning.
         goes_on = PROGRESS in components
         rows = self._generators(found) if goes_on else {}
-        self._read(found, exact | rows)
+        self._read(found, exact)
         self._recut(found, recut, tensors)
         if MODEL in components:
             self._state.take_model(_without_prefix(tensors))
-        values = record.get("values", {})
-        self._state.take_values({name: values[name] for name in values if name in components})
+        self._state.take_values(self._values(record, components))
         if rows:
             rng.restore(rows)
         elif goes_on:
             self._reseed(manifest.step, record)
+        if DATA in components:
+            self._say_where_data_begin(record)
         if self._settings and record.get("settings"):
             for line in settings_differences(record["settings"], self._settings):
                 say(_logger, logging.INFO, "%s", line)
@@ -210,8 +214,49 @@ class Loading:
             own = {k: one for k, one in self._state.geometry().items() if k not in recut}
             yield from geometry_problems(own, record.get("geometry", {}))
         yield from tensor_problems(tensors, found.manifest)
-        for name in sorted(components - PREFIXES.keys() - record.get("values", {}).keys()):
-            yield f"{name}: not in the checkpoint"
+        if DATA in components and self._data_position == "refuse":
+            yield from self._order_problems(record)
+        values, own = self._values(record, components), self._state.values()
+        for name in sorted(components - PREFIXES.keys()):
+            for key in sorted(own[name].keys() - values.get(name, {}).keys()):
+                yield f"{name}.{key}: not in the checkpoint"
+
+    def _order_problems(self, record: Mapping[str, Any]) -> Iterator[str]:
+        differing = self._order_differences(record)
+        if differing:
+            yield (
+                f"{differing}: the data come in another order, in which the position of the "
+                "checkpoint repeats some samples and misses others; set it back, or "
+                'checkpoint.data_position = "restart" or "keep"'
+            )
+
+    def _order_differences(self, record: Mapping[str, Any]) -> str:
+        return order_differences(record, self._settings, self._state.num_samples)
+
+    def _values(self, record: Mapping[str, Any], components: set[str]) -> dict[str, Any]:
+        """Plain state to take over."""
+        saved = record.get("values", {})
+        values = {name: saved[name] for name in saved if name in components}
+        if DATA in values and self._data_position != "refuse" and self._order_differences(record):
+            position = (
+                {} if self._data_position == "restart" else {"samples": saved[DATA]["samples"]}
+            )
+            values[DATA] = self._state.values()[DATA] | position
+        return values
+
+    def _say_where_data_begin(self, record: Mapping[str, Any]) -> None:
+        differing = self._order_differences(record)
+        if differing:
+            restarts = self._data_position == "restart"
+            say(
+                _logger,
+                logging.WARNING,
+                "%s: the data come in another order, and are read from %s",
+                differing,
+                "their beginning"
+                if restarts
+                else "the position of the checkpoint: some samples may be repeated and some missed",
+            )
 
     def _read(self, found: Found, tensors: dict[str, Tensor]) -> None:
         reader = Reader(found.folder, found.manifest)
@@ -221,9 +266,19 @@ class Loading:
             raise in_one_line(found.folder, "cannot be loaded", error) from error
 
     def _generators(self, found: Found) -> dict[str, Tensor]:
-        """Rows of this rank's random generators to load; none if other ranks saved them."""
+        """States of this rank's random generators, read; none if other ranks saved them.
+
+        Raises:
+            CheckpointError: On every rank, if a generator would not take its state.
+        """
         rows = rng.rng_rows(dist.get_rank(), dist.get_world_size())
-        return {} if any(tensor_problems(rows, found.manifest)) else rows
+        if any(tensor_problems(rows, found.manifest)):
+            return {}
+        self._read(found, rows)
+        for wrong in gathered(rng.problem(rows), self._group):
+            if wrong is not None:
+                raise CheckpointError(f"{found.folder}: {wrong}")
+        return rows
 
     def _reseed(self, step: int, record: Mapping[str, Any]) -> None:
         rng.reseed(self._settings.get("debug.seed") or 0, step, dist.get_rank())

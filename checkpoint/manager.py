@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from checkpoint import rng
 from checkpoint.errors import CheckpointError
 from checkpoint.finding import find_newest, find_step
-from checkpoint.folders import step_folder, sweep
+from checkpoint.folders import step_folder, steps_in, sweep
 from checkpoint.hugging_face import export_weights
 from checkpoint.loading import Loading
 from checkpoint.lock import FolderLock
@@ -41,9 +41,6 @@ _logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(hours=2)
 """For collectives about checkpoints: a slow disk is no reason to end a run, a dead rank is noticed
 by its closed connection."""
-
-_RESTART_PATIENCE = 20.0
-"""Seconds that a restarted run waits for its predecessor's lock."""
 
 
 class CheckpointManager:
@@ -97,6 +94,7 @@ class CheckpointManager:
             self._settings,
             self._votes,
             reblocks=config.reblock == "approximate",
+            data_position=config.data_position,
         )
         self._background = BackgroundSave(
             self._group, pinned=config.async_mode == "async_with_pinned_mem"
@@ -107,6 +105,7 @@ class CheckpointManager:
         self._lock: FolderLock | None = None
         self._run = from_rank_0(lambda: uuid.uuid4().hex[:12], self._votes, self.folder)
         self._geometry: dict[str, Any] | None = None
+        self._begun: dict[str, Any] | None = None
         self._saved_step = -1
         self._pending_step = -1
         self._is_retry = False
@@ -127,6 +126,11 @@ class CheckpointManager:
         """
         if not self.enable:
             return False
+        found = self._load(step)
+        self._begun = self._state.values()
+        return found
+
+    def _load(self, step: int) -> bool:
         folder, writes = Path(self.folder), not self.load_only
         if writes:
             from_rank_0(self._take_folder, self._votes, folder)
@@ -155,10 +159,36 @@ class CheckpointManager:
     def _take_folder(self) -> None:
         """Make sure, on rank 0, that no other run writes here, and clean up after dead ones."""
         if self._lock is None:
-            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-            patience = _RESTART_PATIENCE if restarted else 0.0
-            self._lock = FolderLock(Path(self.folder), patience=patience)
+            self._lock = FolderLock(Path(self.folder))
         sweep(Path(self.folder))
+
+    def _keep_folder(self) -> bool:
+        """Return, on rank 0, whether the folder had been deleted and is now another one.
+
+        Raises:
+            CheckpointError: If it is another run's, or may be.
+        """
+        folder = Path(self.folder)
+        if self._lock is None:  # nothing was loaded
+            self._lock = FolderLock(folder)
+        if self._lock.is_held():
+            return False
+        self._lock.release()
+        self._lock = FolderLock(folder)
+        steps = steps_in(folder)
+        if steps:
+            self._lock.release()
+            raise CheckpointError(
+                f"{folder}: its .lock was removed while this run trained, and step-{steps[-1]} may "
+                "be another run's: this one has ended without saving more; start it again"
+            )
+        _logger.warning(
+            "%s: was deleted while this run trained, with all checkpoints in it; made anew", folder
+        )
+        return True
+
+    def _is_ours(self) -> bool:
+        return self._lock is not None and self._lock.is_held()
 
     # ---- saving
 
@@ -171,8 +201,9 @@ class CheckpointManager:
             last_step: Whether it is the run's last.
 
         Raises:
-            CheckpointError: On every rank, if the last state of a run could not be saved. Other
-                failures are said, retried once, and training goes on.
+            CheckpointError: On every rank, if the last state of a run could not be saved, or
+                another run may have taken the folder. Other failures are said, retried once, and
+                training goes on.
         """
         if not self.enable:
             return
@@ -181,11 +212,15 @@ class CheckpointManager:
             self.stopped = stops
             return
         failed = ended and not self._finish_background(curr_step)
+        if not (stops or last_step or failed or self._is_due(curr_step)):
+            return
+        if from_rank_0(self._keep_folder, self._votes, self.folder):
+            self._saved_step = -1
         if stops and not last_step:
             self._save_and_stop(curr_step)
         elif last_step:
             self._save_last(curr_step)
-        elif failed or self._is_due(curr_step):
+        else:
             self._save_on_the_way(curr_step, is_retry=failed)
 
     def _is_due(self, step: int) -> bool:
@@ -220,7 +255,7 @@ class CheckpointManager:
         place = step_folder(Path(self.folder), step)
         if self._config.async_mode != "disabled":
             self._is_retry, self._pending_step = is_retry, step
-            self._background.start(place, self._full_state(), self._record(step))
+            self._background.start(place, self._full_state(), self._record(step), self._is_ours)
             return
         try:
             self._write_with_retry(step)
@@ -270,10 +305,10 @@ class CheckpointManager:
         tensors = self._full_state() if model is None else model
         record = self._record(step, is_model_only=model is not None)
         try:
-            write(place, tensors, record, self._group)
+            write(place, tensors, record, self._group, self._is_ours)
         except CheckpointError as error:
             say(_logger, logging.WARNING, "%s; once more", error)
-            write(place, tensors, record, self._group)
+            write(place, tensors, record, self._group, self._is_ours)
         self._complete(step)
 
     def _complete(self, step: int) -> None:
@@ -281,7 +316,11 @@ class CheckpointManager:
         self._saved_step = step
         if dist.get_rank() == 0:
             self._retention.trust(step)
-            self._tidying.submit(_logged, self._retention.apply)
+            self._tidying.submit(_logged, self._tidy)
+
+    def _tidy(self) -> None:
+        if self._is_ours():
+            self._retention.apply()
 
     def _full_state(self) -> dict[str, Tensor]:
         rows = rng.rng_rows(dist.get_rank(), dist.get_world_size())
@@ -296,6 +335,8 @@ class CheckpointManager:
         record["world"]["mesh"] = self._state.mesh()
         if not is_model_only:
             record |= {"values": self._state.values(), "geometry": self._geometry}
+            record |= {} if self._begun is None else {"begun": self._begun}
+            record["num_samples"] = self._state.num_samples
         return record | {"settings": self._settings}
 
     # ---- the rest

@@ -13,9 +13,10 @@ That of the manifest itself stands in ``XXH128SUMS``, in the form that ``xxhsum 
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 import xxhash
 
@@ -87,11 +88,28 @@ class TensorEntry:
             ):
                 return f"a box at {list(box.start)} lies outside of shape {list(self.shape)}"
         covered = sum(math.prod(box.extent) for box in self.boxes)
-        if covered != math.prod(self.shape) or len({box.start for box in self.boxes}) != len(
-            self.boxes
-        ):
+        if covered != math.prod(self.shape):
             return f"its boxes have {covered} elements, shape {list(self.shape)} has others"
+        for one, other in _overlapping(self.boxes):
+            return f"boxes at {list(one.start)} and {list(other.start)} overlap"
         return None
+
+
+def _overlapping(boxes: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
+    """Pairs of boxes with elements in common, found along the dim that has most starts."""
+    dims = range(len(boxes[0].start) if boxes else 0)
+    along = max(dims, key=lambda dim: len({box.start[dim] for box in boxes}), default=None)
+    if along is None:  # one number
+        yield from pairwise(boxes)
+        return
+    begun: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.start[along]):
+        begun = [one for one in begun if one.start[along] + one.extent[along] > box.start[along]]
+        for one in begun:
+            ranges = zip(one.start, one.extent, box.start, box.extent, strict=True)
+            if all(max(a, b) < min(a + length, b + size) for a, length, b, size in ranges):
+                yield one, box
+        begun.append(box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +125,7 @@ class Manifest:
     @property
     def step(self) -> int:
         """The last step that the state contains."""
-        return int(self.record.get("step", 0))
+        return int(self.record["step"])
 
     def to_bytes(self) -> bytes:
         """The content of ``manifest.json``.
@@ -162,56 +180,100 @@ def _in_lines(value: object) -> str:
 
 
 def parse(content: bytes) -> Manifest:
-    """The manifest whose bytes are ``content``.
+    """The manifest whose bytes are ``content``; of its record, nothing is checked here.
 
     Raises:
         CheckpointError: If it is not one, of another version, or contradicts itself.
     """
     try:
-        found = json.loads(content)
+        found = json.loads(content.decode(), object_pairs_hook=_without_repetition)
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise CheckpointError(f'its format is not "{FORMAT}"')
         version = found.pop("version", None)
         if version != VERSION:
-            raise CheckpointError(f"format version {version}, this program reads {VERSION}")
-        files = {name: _file(name, entry) for name, entry in found.pop("files").items()}
-        tensors = {key: _tensor(key, entry, files) for key, entry in found.pop("tensors").items()}
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"format version {version!r}, this program reads {VERSION}")
+        files = {name: _file(name, entry) for name, entry in _popped_table(found, "files").items()}
+        tensors = {
+            key: _tensor(key, entry, files)
+            for key, entry in _popped_table(found, "tensors").items()
+        }
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not a manifest: {type(error).__name__}: {error}") from error
+    _check_sizes(files, tensors)
     return Manifest(found, files, tensors)
 
 
-def _file(name: str, entry: dict[str, Any]) -> File:
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of some keys, none of which is there twice: readers would differ on it."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise CheckpointError(f"{next(key for key in keys if keys.count(key) > 1)!r}: twice")
+    return table
+
+
+def _popped_table(found: dict[str, Any], key: str) -> dict[str, Any]:
+    table = found.pop(key, None)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{key}: missing, or not a table")
+    return table
+
+
+def _file(name: str, entry: Any) -> File:  # noqa: ANN401 (whatever JSON has)
     if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} is no name of a data file")
-    if not _HASH.fullmatch(entry["xxh128"]):
-        raise CheckpointError(f"{name}: {entry['xxh128']!r} is no hash")
-    return File(_count(entry["bytes"]), entry["xxh128"])
+        raise CheckpointError(f"files: {name!r} is no name of a data file")
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"files.{name}: {entry!r} is no table")
+    digest, size = entry.get("xxh128"), entry.get("bytes")
+    if not isinstance(digest, str) or not _HASH.fullmatch(digest):
+        raise CheckpointError(f"files.{name}.xxh128: {digest!r} is no hash")
+    if not _is_count(size):
+        raise CheckpointError(f"files.{name}.bytes: {size!r} is no count")
+    return File(size, digest)
 
 
-def _tensor(key: str, entry: dict[str, Any], files: dict[str, File]) -> TensorEntry:
-    if entry["dtype"] not in ITEM_BYTES:
-        raise CheckpointError(f"{key}: unknown dtype {entry['dtype']!r}")
-    boxes = tuple(
-        Box(_index(start), _index(extent), file) for start, extent, file in entry["boxes"]
-    )
-    for box in boxes:
+def _tensor(key: str, entry: Any, files: dict[str, File]) -> TensorEntry:  # noqa: ANN401
+    name = f"tensors.{key}" if key.isprintable() else f"tensors: {key!r}"
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "boxes": list(boxes)} if (
+            key.isprintable() and dtype in ITEM_BYTES and all(map(_is_count, shape))
+        ):
+            tensor = TensorEntry(dtype, tuple(shape), tuple(_box(name, box) for box in boxes))
+        case _:
+            raise CheckpointError(f"{name}: not a known dtype, a shape and boxes: {_shown(entry)}")
+    for box in tensor.boxes:
         if box.file not in files:
-            raise CheckpointError(f"{key}: lies in {box.file!r}, which is not among the files")
-    tensor = TensorEntry(entry["dtype"], _index(entry["shape"]), boxes)
+            raise CheckpointError(f"{name}: lies in {box.file!r}, which is not among the files")
     problem = tensor.problem()
     if problem:
-        raise CheckpointError(f"{key}: {problem}")
+        raise CheckpointError(f"{name}: {problem}")
     return tensor
 
 
-def _index(values: list[Any]) -> Index:
-    return tuple(_count(value) for value in values)
+def _box(name: str, box: Any) -> Box:  # noqa: ANN401
+    match box:
+        case [list(start), list(extent), str(file)] if all(map(_is_count, [*start, *extent])):
+            return Box(tuple(start), tuple(extent), file)
+    raise CheckpointError(f"{name}: {_shown(box)} is no box")
 
 
-def _count(value: Any) -> int:  # noqa: ANN401 (whatever JSON has)
-    if type(value) is not int or value < 0:
-        raise CheckpointError(f"{value!r} is no count")
-    return value
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _check_sizes(files: dict[str, File], tensors: dict[str, TensorEntry]) -> None:
+    """Refuse tensors that are larger than the files that hold them, before anybody makes room."""
+    needed = dict.fromkeys(files, 0)
+    for entry in tensors.values():
+        for box in entry.boxes:
+            needed[box.file] += math.prod(box.extent) * ITEM_BYTES[entry.dtype]
+    for name, size in needed.items():
+        if size > files[name].bytes:
+            raise CheckpointError(
+                f"files.{name}.bytes: {files[name].bytes}, too few for tensors of {size}"
+            )

@@ -87,7 +87,7 @@ def _mesh(world: dict[str, Any]) -> str:
 
 
 def compared(first_path: Path, first: Manifest, second_path: Path, second: Manifest) -> Report:
-    """What differs in two checkpoints' settings, geometry and tensors.
+    """Differences of two checkpoints' settings, counters, geometry and tensors.
 
     Values are not read: tensors of equal shape and dtype that do not lie in files with equal hashes
     are under ``"content"``, and may yet be equal.
@@ -105,12 +105,21 @@ def compared(first_path: Path, first: Manifest, second_path: Path, second: Manif
             second.record.get("settings", {}),
             places=("in the first", "in the second"),
         ),
+        "counters": settings_differences(
+            _counters(first), _counters(second), places=("in the first", "in the second")
+        ),
         "geometry": [
             name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)
         ],
         "tensors": dict(tensors),
         "values": {},
     }
+
+
+def _counters(manifest: Manifest) -> dict[str, Any]:
+    """Steps, samples and the like by dotted name."""
+    values = manifest.record.get("values", {})
+    return {f"{name}.{key}": one for name, state in values.items() for key, one in state.items()}
 
 
 def _difference(key: str, first: Manifest, second: Manifest) -> str:
@@ -133,6 +142,7 @@ def lines_of_comparison(report: Report) -> list[str]:
     lines = [f"{one['path']}: step {one['step']} of run {one['run']}" for one in
              (report["first"], report["second"])]  # fmt: skip
     lines += [f"  setting   {line}" for line in report["settings"]]
+    lines += [f"  counter   {line}" for line in report["counters"]]
     lines += [f"  geometry  {name}" for name in report["geometry"]]
     for what, keys in report["tensors"].items():
         shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

@@ -6,7 +6,7 @@ generators are seeded anew from the run's seed, the step and the rank.
 
 import random
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,30 @@ def rng_rows(rank: int, world_size: int) -> dict[str, Tensor]:
     }
 
 
+def problem(rows: Mapping[str, Tensor]) -> str | None:
+    """Try rows of :func:`rng_rows` that were loaded on generators that nobody uses.
+
+    Returns:
+        A line about the first that is not taken, or None.
+    """
+    for key, row in _states(rows):
+        try:
+            if key == "python":
+                random.Random().setstate(_python_tuple(row.tolist()))
+            elif key == "numpy":
+                np.random.RandomState().set_state(_numpy_tuple(row.tolist()))
+            else:
+                torch.Generator("cpu" if key == "torch" else key).set_state(row)
+        except (RuntimeError, ValueError, TypeError, OverflowError, struct.error) as error:
+            return (
+                f"{GENERATORS_PREFIX}{key}: no state of a generator: {str(error).splitlines()[0]}"
+            )
+    return None
+
+
 def restore(rows: Mapping[str, Tensor]) -> None:
     """Set the generators to rows of :func:`rng_rows` that were loaded in place."""
-    for key, tensor in rows.items():
-        assert isinstance(tensor, BlockTensor)
-        (chunk,) = tensor.chunks.values()
-        name, row = key.removeprefix(GENERATORS_PREFIX), chunk[0].clone()
+    for name, row in _states(rows):
         if name == "torch":
             torch.set_rng_state(row)
         elif name == "python":
@@ -49,6 +67,14 @@ def restore(rows: Mapping[str, Tensor]) -> None:
             np.random.set_state(_numpy_tuple(row.tolist()))
         else:
             torch.get_device_module(name).set_rng_state(row)
+
+
+def _states(rows: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Name and state of each generator of this rank."""
+    for key, tensor in rows.items():
+        assert isinstance(tensor, BlockTensor)
+        (chunk,) = tensor.chunks.values()
+        yield key.removeprefix(GENERATORS_PREFIX), chunk[0].clone()
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

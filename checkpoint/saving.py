@@ -6,7 +6,7 @@ one line.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,19 @@ _logger = logging.getLogger(__name__)
 
 
 def write(
-    place: Path, tensors: Mapping[str, Tensor], record: dict[str, Any], group: dist.ProcessGroup
+    place: Path,
+    tensors: Mapping[str, Tensor],
+    record: dict[str, Any],
+    group: dist.ProcessGroup,
+    is_ours: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Write one checkpoint, all ranks together.
+    """Write one checkpoint, all ranks together, while rank 0 finds its folder ``is_ours``.
 
     Raises:
         CheckpointError: On every rank, if it could not be written; nothing is left of it then.
     """
     start = time.monotonic()
-    writer = Writer(place, record)
+    writer = Writer(place, record, is_ours)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as error:  # not an Exception: it would pass most handlers
@@ -52,14 +56,20 @@ class BackgroundSave:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
-    def start(self, place: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
-        """Copy the tensors and begin to write the copies."""
+    def start(
+        self,
+        place: Path,
+        tensors: Mapping[str, Tensor],
+        record: dict[str, Any],
+        is_ours: Callable[[], bool],
+    ) -> None:
+        """Copy the tensors and begin to :func:`write` the copies."""
         assert self._saving is None, "the last save must be finished first"
         copies, wait_for_copies = self._staging.copy(tensors)
 
         def save() -> None:
             wait_for_copies()
-            write(place, copies, record, self._group)
+            write(place, copies, record, self._group, is_ours)
 
         self._saving = self._thread.submit(save)
 

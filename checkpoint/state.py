@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint.manifest import MODEL_PREFIX, OPTIMIZER_PREFIX
 
-MODEL, OPTIMIZER, PROGRESS = "model", "optimizer", "train_state"
+MODEL, OPTIMIZER, PROGRESS, DATA = "model", "optimizer", "train_state", "dataloader"
 PREFIXES = {MODEL: MODEL_PREFIX, OPTIMIZER: OPTIMIZER_PREFIX}
 """Components that are tensors, by the prefix of their keys."""
 
@@ -86,6 +86,11 @@ class RunState:
         """Load plain state of some components."""
         for name, value in values.items():
             self._values[name].load_state_dict(value)
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the data set that is trained on, if its loader knows their number."""
+        return getattr(self._values[DATA], "num_samples", None)
 
     def mesh(self) -> dict[str, int]:
         """Names and extents of the axes over which weights are sharded, or replicated with them."""

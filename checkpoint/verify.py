@@ -1,7 +1,7 @@
 """Whether a checkpoint is what was written: structure first, then the hash of every byte.
 
 Needs neither torch nor a GPU. ``read_manifest`` costs milliseconds and finds what is missing,
-truncated, renamed or foreign; ``hash_problems`` reads everything.
+truncated, renamed or foreign, and values that make no sense; ``file_problems`` reads everything.
 """
 
 import os
@@ -18,9 +18,14 @@ import xxhash
 
 from checkpoint.errors import CheckpointError, MissingFileError, UnreadableError
 from checkpoint.folders import step_of
+from checkpoint.header import Entries, entries_by_file, header_problem
 from checkpoint.manifest import MANIFEST, SUMS, File, Manifest, own_sum, parse
+from checkpoint.schema import problem
 
 _PIECE = 1 << 20
+
+_LARGEST_MANIFEST = 1 << 30
+"""Bytes; that of a model of 8 billion parameters on 1,024 ranks has a tenth."""
 
 PAUSES = (0.1, 0.4, 1.5)
 """Seconds between attempts to read: network file systems and full tables of files recover."""
@@ -43,10 +48,7 @@ def read_manifest(folder: Path) -> Manifest:
     content, sums = (_content(folder / name) for name in (MANIFEST, SUMS))
     if not sums.endswith(own_sum(content)):
         raise CheckpointError(f"{folder / MANIFEST}: corrupted, not what {SUMS} says")
-    try:
-        manifest = parse(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
+    manifest = _sensible(folder / MANIFEST, content)
     if sums != manifest.sums(content):
         raise CheckpointError(f"{folder / SUMS}: corrupted, not what {MANIFEST} says")
     _check_name(folder, manifest)
@@ -54,15 +56,43 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def hash_problems(
-    folder: Path, files: Iterable[tuple[str, File]], progress: Progress = lambda _: None
+def _sensible(path: Path, content: bytes) -> Manifest:
+    """The manifest with these bytes, if every value in it makes sense."""
+    try:
+        manifest = parse(content)
+        wrong = problem(manifest)
+    except RecursionError:
+        wrong = "not a manifest: nested too deeply"
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong}")
+    return manifest
+
+
+def file_problems(
+    folder: Path,
+    manifest: Manifest,
+    files: Iterable[tuple[str, File]] | None = None,
+    progress: Progress = lambda _: None,
 ) -> Iterator[CheckpointError]:
-    """Read files in several threads; yields what is wrong with each that is not as written."""
-    wanted = list(files)
+    """Read files in several threads; yields what is wrong with each that is not as written.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        files: Which of its files; None means all.
+        progress: Told of the progress.
+    """
+    wanted = list(manifest.files.items() if files is None else files)
+    entries = entries_by_file(manifest)
     num_threads = max(1, min(8, len(os.sched_getaffinity(0)), len(wanted)))
     with ThreadPoolExecutor(num_threads) as pool:
-        found = pool.map(lambda item: _hash_problem(folder / item[0], item[1], progress), wanted)
-        yield from (problem for problem in found if problem is not None)
+        found = pool.map(
+            lambda item: _file_problem(folder / item[0], item[1], entries[item[0]], progress),
+            wanted,
+        )
+        yield from filter(None, found)
 
 
 def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
@@ -73,8 +103,8 @@ def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
         UnreadableError: Naming the first file that cannot be read, which may be good.
     """
     manifest = read_manifest(folder)
-    for problem in hash_problems(folder, manifest.files.items(), progress):
-        raise problem
+    for found in file_problems(folder, manifest, progress=progress):
+        raise found
     return manifest
 
 
@@ -110,7 +140,9 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _content(path: Path) -> bytes:
-    _regular_size(path)
+    size = _regular_size(path)
+    if size > _LARGEST_MANIFEST:
+        raise CheckpointError(f"{path}: {size} bytes, {_LARGEST_MANIFEST} at most are read")
     return _patiently(path, path.read_bytes)
 
 
@@ -122,14 +154,17 @@ def _regular_size(path: Path) -> int:
     return found.st_size
 
 
-def _hash_problem(path: Path, file: File, progress: Progress) -> CheckpointError | None:
+def _file_problem(
+    path: Path, file: File, entries: Entries, progress: Progress
+) -> CheckpointError | None:
     try:
         digest = _patiently(path, partial(_xxh128, path, progress))
+        if digest != file.xxh128:
+            return CheckpointError(f"{path}: corrupted, its hash is not what {MANIFEST} says")
+        wrong = _patiently(path, partial(header_problem, path, entries))
     except CheckpointError as error:
         return error
-    if digest == file.xxh128:
-        return None
-    return CheckpointError(f"{path}: corrupted, its hash is not what {MANIFEST} says")
+    return None if wrong is None else CheckpointError(f"{path}: {wrong}")
 
 
 def _xxh128(path: Path, progress: Progress) -> str:

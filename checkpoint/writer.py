@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ from torch.futures import Future
 from checkpoint.errors import CheckpointError
 from checkpoint.folders import commit, discard, writing_name
 from checkpoint.manifest import MANIFEST, SUMS, Box, File, Index, Manifest, TensorEntry
+from checkpoint.schema import problem
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -68,10 +69,13 @@ class Writer(StorageWriter):
     Args:
         place: Where it will lie when it is complete.
         record: What the manifest says beside files and tensors; read on rank 0 only.
+        is_ours: Whether this run may write beside ``place``; asked on rank 0 only.
     """
 
-    def __init__(self, place: Path, record: dict[str, Any]) -> None:
-        self._place, self._record = place, record
+    def __init__(
+        self, place: Path, record: dict[str, Any], is_ours: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._place, self._record, self._is_ours = place, record, is_ours
         self._writing: Path | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -109,8 +113,9 @@ class Writer(StorageWriter):
         Raises:
             CheckpointError: If there is a checkpoint already, or no room for one.
         """
-        if self._place.exists():
+        if os.path.lexists(self._place):
             raise CheckpointError(f"{self._place}: exists, and a checkpoint is never overwritten")
+        self._check_folder()
         need = sum(part.bytes for plan in plans for part in _parts(plan.items))
         try:
             self._place.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +157,11 @@ class Writer(StorageWriter):
         assert self._writing is not None, "torch finished a save that it had not begun"
         try:
             manifest = make_manifest(self._record, metadata, [r.storage_data for (r,) in results])
+            wrong = problem(manifest)  # as a reader would find it
+            if wrong is not None:
+                raise CheckpointError(wrong)
         except CheckpointError as error:
-            raise CheckpointError(f"{self._place}: {error}") from error
+            raise CheckpointError(f"{self._place}: not saved: {error}") from error
         try:
             self._complete(manifest)
         except OSError as error:
@@ -167,8 +175,14 @@ class Writer(StorageWriter):
             with (self._writing / name).open("xb") as file:
                 file.write(data)
                 _to_disk(file)
+        self._check_folder()
         commit(self._writing, self._place)
         self._writing = None
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that was deleted, perhaps made anew by another run, since it was ours."""
+        if not self._is_ours():
+            raise CheckpointError(f"{self._place}: not saved: its folder was deleted meanwhile")
 
     def discard(self) -> None:
         """Remove what was written of a checkpoint that failed; on rank 0, after all ranks."""
@@ -202,9 +216,9 @@ def make_manifest(
         ordered = sorted(boxes.get(key, []), key=lambda box: box.start)
         dtype = DTYPE_NAMES[entry.properties.dtype]
         manifest.tensors[key] = TensorEntry(dtype, tuple(entry.size), tuple(ordered))
-        problem = manifest.tensors[key].problem()
-        if problem:
-            raise CheckpointError(f"{key}: {problem}")
+        wrong = manifest.tensors[key].problem()
+        if wrong:
+            raise CheckpointError(f"{key}: {wrong}")
     return manifest
 
 

@@ -74,6 +74,13 @@ class Counter:
         self.value = state[self.key]
 
 
+class Progress(Counter):
+    """The number of steps, and of labels, which are not counted here."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.value, "num_labels_seen": 0}
+
+
 class Run:
     """A model, its optimizers and what else a run consists of, in one layout."""
 
@@ -102,7 +109,8 @@ class Run:
                 assert hasattr(getattr(config, OWN_TABLES[method]), key), key
                 setattr(getattr(config, OWN_TABLES[method]), key, value)
         self.optimizers = OptimizersContainer([self.model], config, dims, self._whole_model())
-        self.rates, self.loader, self.progress = map(Counter, ("last_epoch", "samples", "step"))
+        self.rates, self.loader = map(Counter, ("last_epoch", "samples"))
+        self.progress = Progress("step")
         table = copy.deepcopy(JobConfig().checkpoint)
         for key, value in {"enable": True, "interval": 1, "keep_latest_k": 0, **checkpoint}.items():
             assert hasattr(table, key), key

@@ -86,6 +86,7 @@ def test_diff_says_what_changed_between_two_steps(saved, capsys):
     said = capsys.readouterr().out
     assert "optimizer.lr: 0.1 in the first, 0.2 in the second" in said
     assert "model.wq.weight: by " in said
+    assert "dataloader.samples: 16 in the first, 24 in the second" in said
     assert main(["diff", "--json", str(saved / "step-2"), str(saved)]) == 1
     values = json.loads(capsys.readouterr().out)["values"]
     assert values["optim.wq.weight.step"] > 0

@@ -15,6 +15,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.manifest import ITEM_BYTES
 from checkpoint.native import alone
 from checkpoint.reader import Reader, whole_tensors
+from checkpoint.record import describe_run
 from checkpoint.verify import read_manifest, verify
 from checkpoint.writer import TORCH_DTYPES, Writer
 from tests.checkpoint_runs import run_in
@@ -25,7 +26,7 @@ from titan_shampoo.distributed.state import BlockTensor
 
 
 def write(place, tensors, **record):
-    writer = Writer(place, {"step": 5, **record})
+    writer = Writer(place, describe_run(5, "test", "model") | record)
     with alone():
         dcp.save(tensors, storage_writer=writer, no_dist=True)
     return place
@@ -64,7 +65,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, name):
 
 def test_scalars_and_empty_and_strided_tensors_come_back(tmp_path):
     tensors = {
-        "optim.step": torch.tensor(7),
+        "model.number": torch.tensor(7),
         "model.empty": torch.empty(0, 4),
         "model.turned": torch.arange(12.0).view(3, 4).t(),
     }
@@ -79,11 +80,11 @@ def test_adjacent_blocks_lie_in_the_file_as_one(tmp_path):
     chunks: dict[tuple[int, ...], torch.Tensor]
     chunks = {(n, 0, 0): stack[n : n + 1] for n in (0, 1, 2, 4)}
     chunks[3, 0, 0] = stack[3:4].clone()
-    write(tmp_path / "step-5", {"optim.left.2": BlockTensor((5, 2, 2), chunks, torch.float32)})
+    write(tmp_path / "step-5", {"model.left.2": BlockTensor((5, 2, 2), chunks, torch.float32)})
     manifest = verify(tmp_path / "step-5")
-    assert [box.extent for box in manifest.tensors["optim.left.2"].boxes] == [(5, 2, 2)]
+    assert [box.extent for box in manifest.tensors["model.left.2"].boxes] == [(5, 2, 2)]
     assert torch.equal(
-        next(whole_tensors(tmp_path / "step-5", manifest, ["optim.left.2"]))[1], stack
+        next(whole_tensors(tmp_path / "step-5", manifest, ["model.left.2"]))[1], stack
     )
 
 
@@ -124,8 +125,10 @@ def test_a_manifest_says_what_the_state_means(saved):
 def test_what_is_no_tensor_is_refused_by_name(tmp_path):
     with pytest.raises(dcp.api.CheckpointException, match=r"optim\.lr: not a tensor"):
         write(tmp_path / "step-5", {"optim.lr": 0.1})
-    with pytest.raises(dcp.api.CheckpointException, match="values: only JSON values"):
-        write(tmp_path / "step-5", {"model.x": torch.ones(2)}, values={"loss": math.nan})
+    with pytest.raises(
+        dcp.api.CheckpointException, match=r"note\.loss: got NaN, wanted a finite number"
+    ):
+        write(tmp_path / "step-5", {"model.x": torch.ones(2)}, note={"loss": math.nan})
     assert not (tmp_path / "step-5").exists()
 
 

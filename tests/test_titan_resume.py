@@ -11,6 +11,7 @@ import torch
 
 from checkpoint import CheckpointError
 from tests.ranks import run_on_ranks
+from tests.test_checkpoint_values import changed, forge, manifest_of
 from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
 
 SAVING = {
@@ -45,6 +46,18 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(whole):
     for key in ("loss", "grad_norm", "lr", "tokens_seen"):
         assert records(whole, "resumed", key) == records(whole, "whole", key)
     assert set(records(whole, "resumed", "loss")) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_run_does_not_go_on_from_an_edited_position(whole):
+    shutil.copytree(whole / "whole", whole / "edited")
+    place = whole / "edited" / "checkpoint" / "step-6"
+    samples = ("values", "dataloader", "samples")
+    forge(place, changed(manifest_of(place), samples, 7))
+    run_on_ranks(2, train_all, [text_run(whole, "edited", **SAVING)], timeout=120)
+    assert records(whole, "edited", "loss") == records(whole, "whole", "loss")
+    names = {path.name for path in place.parent.glob("step-*")}
+    assert names == {"step-3", "step-6", "step-6.bad"}
+    assert manifest_of(place)["values"]["dataloader"] == {"samples": 48}
 
 
 def test_a_run_resumes_on_another_number_of_ranks(whole):

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from titan_shampoo.own_files import replacing
+
 __all__ = ["METRICS_FILE", "Record", "draw", "limits", "main", "read_records"]
 
 Record = dict[str, Any]
@@ -24,7 +26,7 @@ _AXES = ("step", "seconds")
 
 def read_records(file: Path) -> list[Record]:
     """All complete records of a run, oldest first; none if there is no such file."""
-    if not file.exists():
+    if not file.is_file():
         return []
     records = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -66,7 +68,8 @@ def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "")
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend()
-    figure.savefig(output, dpi=120)
+    with replacing(output) as file:
+        figure.savefig(file, dpi=120, format=output.suffix.removeprefix(".") or "png")
 
 
 def main(args: Sequence[str]) -> None:

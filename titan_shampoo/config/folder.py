@@ -16,6 +16,10 @@ def check_dump_folder(settings: Settings) -> None:
         return
     folder = Path(settings["job.dump_folder"]).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
+    config_file = settings["job.save_config_file"]
+    if config_file and (folder / config_file).is_symlink():
+        problem = f"{folder / config_file} is a link, and is not written through"
+        raise settings.error("job.save_config_file", f"{problem}; remove it")
     if not there.is_dir():
         problem = f"{there} is a file"
     elif not os.access(there, os.W_OK | os.X_OK):

@@ -557,6 +557,13 @@ class Checkpoint:
     for the new blocks
     """
 
+    data_position: Literal["refuse", "keep", "restart"] = "refuse"
+    """
+    What to do with a checkpoint whose position in the data is one in another order, because the
+    seed, the data set or training.seq_len was another: refuse it; go on from the position, so that
+    some samples are repeated and some missed; or read the data from their beginning
+    """
+
     initial_load_path: str | None = None
     """
     Checkpoint to begin from where the run has none of its own yet: a step-N folder of

@@ -146,7 +146,8 @@ def _write_tokens(
     """Write the tokens of ``part`` to ``path``, which appears only when it is complete."""
     unfinished = path.with_suffix(".unfinished")
     try:
-        with unfinished.open("wb") as file:
+        unfinished.unlink(missing_ok=True)  # of a process that died; a link is not written through
+        with unfinished.open("xb") as file:
             _tokenise(file, corpus, tokenizer, part, dtype)
             file.flush()
             os.fsync(file.fileno())

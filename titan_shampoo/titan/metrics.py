@@ -20,6 +20,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import NoColor, device_type
 from tqdm import tqdm
 
+from titan_shampoo.config.errors import ConfigError
 from titan_shampoo.plot import Record
 from titan_shampoo.titan.layer_metrics import condition_numbers, extremes, scalars
 from titan_shampoo.titan.records import RunRecords
@@ -48,10 +49,13 @@ class Progress(MetricsProcessor):
         self._loss_unit = " nats per byte" if is_bytes else ""
         self._num_steps = int(job_config.training.steps)
         self._num_readers = int(parallel_dims.dp_replicate * parallel_dims.dp_shard)
-        self._reports = dist.get_rank() == _get_metrics_rank(parallel_dims, job_config)
+        self._reporter = _get_metrics_rank(parallel_dims, job_config)
+        self._reports = dist.get_rank() == self._reporter
         self._folder = Path(job_config.job.dump_folder)
         self._is_dry = bool(job_config.job.dry_run)
-        self._records = RunRecords(self._folder, enabled=self._reports and not self._is_dry)
+        self._is_guest = _is_guest(job_config)
+        writes = self._reports and not self._is_dry and not self._is_guest
+        self._records = RunRecords(self._folder, enabled=writes)
         self._bar: tqdm[Any] | None = None
         self._batch_mesh = parallel_dims.get_optional_mesh("batch")
         self.count_skipped: Callable[[], int] = int
@@ -60,14 +64,18 @@ class Progress(MetricsProcessor):
         self._start = time.perf_counter()
 
     def begin(self, step: int) -> None:
-        """Count from ``step``, the last one that is done; called when the checkpoint is loaded."""
+        """Count from ``step``, the last one that is done; called when the checkpoint is loaded.
+
+        Raises:
+            ConfigError: On every rank, if another run writes its records into the same folder.
+        """
         self._first_step = step
         self._start = self.time_last_log = time.perf_counter()
         self._last_logged = step
         self.optimizers.take_step_seconds()
+        self._resume_records(step)
         if not self._reports:
             return
-        self._records.resume(step)
         if sys.stderr.isatty() and not self._is_dry:
             self._bar = tqdm(total=self._num_steps, initial=step, unit="step", dynamic_ncols=True)
         if step >= self._num_steps:
@@ -76,6 +84,28 @@ class Progress(MetricsProcessor):
             self.say(f"resumed after step {step} of {self._num_steps}")
         else:
             self.say("a dry run: one step" if self._is_dry else f"training {self._num_steps} steps")
+
+    def _resume_records(self, step: int) -> None:
+        problem: list[str | None] = [None]
+        if self._reports:
+            try:
+                self._records.resume(step)
+            except ConfigError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=self._reporter)
+        if problem[0] is not None:
+            raise ConfigError(problem[0])
+        if self._is_guest:
+            self.say(
+                f"checkpoint.load_only: metrics and loss plot in {self._folder} are left to the "
+                "run that saves there; for others, set job.dump_folder, and checkpoint.folder to "
+                "the whole path of the checkpoints"
+            )
+
+    def close(self) -> None:
+        """Close the logs, and let other runs write records into the folder."""
+        super().close()
+        self._records.close()
 
     def advance(self) -> None:
         """Count a step that is done."""
@@ -168,13 +198,14 @@ class Progress(MetricsProcessor):
             self._bar.close()
         if not self._reports or self._is_dry:
             return
+        own = self._records.enabled
         self._records.draw_loss(self.job_config.job.description)
         config = self.job_config.metrics
         places = {
             "checkpoints": checkpoints,
             "TensorBoard": config.enable_tensorboard and self._folder / config.save_tb_folder,
-            "metrics": self._records.file,
-            "loss plot": self._records.plot,
+            "metrics": own and self._records.file,
+            "loss plot": own and self._records.plot,
         }
         minutes = timedelta(seconds=round(time.perf_counter() - self._start))
         self.say(f"done after {minutes}")
@@ -232,3 +263,10 @@ class Progress(MetricsProcessor):
     def _time_left(self, step: int) -> timedelta:
         per_step = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
         return timedelta(seconds=round(per_step * (self._num_steps - step)))
+
+
+def _is_guest(job_config: JobConfig) -> bool:
+    """Tell a run that only reads checkpoints, which another run saves in the same dump folder."""
+    checkpoint, folder = job_config.checkpoint, Path(job_config.job.dump_folder).resolve()
+    reads_only = checkpoint.enable and checkpoint.load_only
+    return reads_only and (folder / checkpoint.folder).resolve().is_relative_to(folder)

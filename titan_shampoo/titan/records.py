@@ -3,21 +3,32 @@
 ``{"step": 20, "seconds": 61.2, "loss": 3.1, "grad_norm": 1.2, ...}`` per interval and
 ``{"step": 20, "seconds": 62.0, "validation_loss": 3.2}`` per validation. The file survives
 restarts: a resumed run drops what lies after the step it resumes from, and appends; its seconds go
-on from the last record that is kept.
+on from the last record that is kept. One run at a time writes there, and never through a link.
 """
 
 import json
+import logging
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from titan_shampoo.config.errors import ConfigError
+from titan_shampoo.folder_lock import FolderLock
+from titan_shampoo.own_files import open_own, replacing
 from titan_shampoo.plot import METRICS_FILE, Record, draw, read_records
+
+_logger = logging.getLogger(__name__)
+
+_LOCK = ".metrics.lock"
 
 
 class RunRecords:
     """Appends to ``metrics.jsonl`` in a folder.
 
     Args:
-        folder: The run's dump folder; made when the first record is written.
+        folder: The run's dump folder; made when the run begins.
         enabled: False writes nothing.
     """
 
@@ -25,29 +36,50 @@ class RunRecords:
         """Name the files."""
         self.file = folder / METRICS_FILE
         self.plot = folder / "loss.png"
-        self._enabled = enabled
+        self.enabled = enabled
+        self._lock: FolderLock | None = None
+        self._failed: set[Path] = set()
         self._seconds_before = 0.0
         self._start = time.perf_counter()
 
     def resume(self, step: int) -> None:
-        """Drop every record after ``step``, and a line that a dying process left unfinished."""
+        """Drop every record after ``step``, and a line that a dying process left unfinished.
+
+        Raises:
+            ConfigError: If another run writes here, or the file cannot be written to.
+        """
+        if self.enabled:
+            self._take_folder()
         kept = [record for record in self.read() if record["step"] <= step] if step else []
         self._seconds_before = max((record.get("seconds", 0.0) for record in kept), default=0.0)
         self._start = time.perf_counter()
-        if not self._enabled or not self.file.exists():
+        if not self.enabled or not self.file.exists():
             return
-        replacement = self.file.with_suffix(".tmp")
-        replacement.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        replacement.replace(self.file)
+        try:
+            with replacing(self.file) as file:
+                file.writelines(_line(record) for record in kept)
+        except OSError as error:
+            raise _not_written(self.file, error) from error
+
+    def _take_folder(self) -> None:
+        """Keep other runs out, and look at what is there before it is read."""
+        if self._lock is None:
+            self._lock = FolderLock(self.file.parent, name=_LOCK)
+        if os.path.lexists(self.file):
+            try:
+                os.close(open_own(self.file, os.O_WRONLY))
+            except OSError as error:
+                raise _not_written(self.file, error) from error
 
     def append(self, record: Record) -> None:
         """Write one record, at once, with the seconds spent until now."""
-        if not self._enabled:
+        if not self.enabled:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         seconds = round(self._seconds_before + time.perf_counter() - self._start, 3)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(_line({"step": record["step"], "seconds": seconds} | record))
+        with self._warning_once(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(open_own(self.file, os.O_WRONLY | os.O_APPEND), "ab") as file:
+                file.write(_line({"step": record["step"], "seconds": seconds} | record))
 
     def read(self) -> list[Record]:
         """Return all complete records, oldest first."""
@@ -55,10 +87,31 @@ class RunRecords:
 
     def draw_loss(self, title: str) -> None:
         """Draw training and validation loss over steps and seconds to ``loss.png``."""
-        if self._enabled:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            draw({"this run": self.read()}, self.plot, title=title)
+        if self.enabled:
+            with self._warning_once(self.plot):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                draw({"this run": self.read()}, self.plot, title=title)
+
+    def close(self) -> None:
+        """Let other runs write here; the second call does nothing."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @contextmanager
+    def _warning_once(self, path: Path) -> Iterator[None]:
+        """Go on if a file cannot be written: a run is worth more than its records."""
+        try:
+            yield
+        except OSError as error:
+            if path not in self._failed:
+                _logger.warning("%s; training goes on", _not_written(path, error))
+            self._failed.add(path)
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
+def _not_written(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: cannot be written: {error.strerror}; or set job.dump_folder")
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"

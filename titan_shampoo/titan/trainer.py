@@ -38,6 +38,7 @@ from titan_shampoo.titan.names import check_names
 from titan_shampoo.titan.optimizers import Members, members
 from titan_shampoo.titan.replaced import replaced
 from titan_shampoo.titan.restarts import init_process_group
+from titan_shampoo.titan.seed import set_determinism
 from titan_shampoo.titan.summary import summary_lines
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -85,6 +86,7 @@ class Trainer(torchtitan.train.Trainer):
         with (
             replaced(torchtitan.train, "CheckpointManager", manager),
             replaced(torchtitan.train.dist_utils, "maybe_enable_amp", _autocast),
+            replaced(torchtitan.train.dist_utils, "set_determinism", set_determinism),
         ):
             super().__init__(job_config)
 
