@@ -509,7 +509,7 @@ def test_a_group_may_use_a_method_that_the_command_line_sets_up(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match=r"job\.dump_folder: .* cannot be written to; set"):
+    with pytest.raises(ConfigError, match=r"job\.dump_folder: .* cannot be written to: .*; set"):
         check_dump_folder(read_config(["--job.dump_folder", f"{tmp_path}/new/run"]))
 
 

@@ -1,6 +1,7 @@
 """Whether the name of a data set is a path that is not there; asked before torch is imported."""
 
 import difflib
+import os
 from pathlib import Path
 
 PYTHON_STDLIB = "python_stdlib"
@@ -20,7 +21,9 @@ DEFAULT_IMAGE_SIZE = 224
 
 def missing_path(source: str) -> str | None:
     """What is wrong with ``source`` if it is meant as a path and nothing is there, else None."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises for unknown users)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return "a pipe, socket or device, expected a file or folder"
     if path.exists() or not _is_meant_as_path(source, path):
         return None
     return f"no such file or folder{nearest_path(path)}"

@@ -201,7 +201,8 @@ class Progress(MetricsProcessor):
 
     def _write(self, record: Record) -> None:
         numbers = {key: value for key, value in record.items() if key != "step"}
-        self.logger.log(scalars(numbers), record["step"])
+        with self._records.complaining():
+            self.logger.log(scalars(numbers), record["step"])
         if self._reports:
             self._records.append(record)
 

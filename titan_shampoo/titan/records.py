@@ -7,14 +7,19 @@ on from the last record that is kept.
 """
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from titan_shampoo.plot import METRICS_FILE, Record, draw, read_records
+from titan_shampoo.plot import METRICS_FILE, PLOT_FILE, Record, draw, read_records
+
+_logger = logging.getLogger(__name__)
 
 
 class RunRecords:
-    """Appends to ``metrics.jsonl`` in a folder.
+    """Appends to ``metrics.jsonl`` in a folder; a file that cannot be written ends no run.
 
     Args:
         folder: The run's dump folder; made when the first record is written.
@@ -24,10 +29,11 @@ class RunRecords:
     def __init__(self, folder: Path, *, enabled: bool = True) -> None:
         """Name the files."""
         self.file = folder / METRICS_FILE
-        self.plot = folder / "loss.png"
+        self.plot = folder / PLOT_FILE
         self._enabled = enabled
         self._seconds_before = 0.0
         self._start = time.perf_counter()
+        self._is_failing = False
 
     def resume(self, step: int) -> None:
         """Drop every record after ``step``, and a line that a dying process left unfinished."""
@@ -37,17 +43,19 @@ class RunRecords:
         if not self._enabled or not self.file.exists():
             return
         replacement = self.file.with_suffix(".tmp")
-        replacement.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        replacement.replace(self.file)
+        with self.complaining():
+            replacement.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            replacement.replace(self.file)
 
     def append(self, record: Record) -> None:
         """Write one record, at once, with the seconds spent until now."""
         if not self._enabled:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         seconds = round(self._seconds_before + time.perf_counter() - self._start, 3)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(_line({"step": record["step"], "seconds": seconds} | record))
+        with self.complaining():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": record["step"], "seconds": seconds} | record))
 
     def read(self) -> list[Record]:
         """Return all complete records, oldest first."""
@@ -56,8 +64,25 @@ class RunRecords:
     def draw_loss(self, title: str) -> None:
         """Draw training and validation loss over steps and seconds to ``loss.png``."""
         if self._enabled:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            draw({"this run": self.read()}, self.plot, title=title)
+            with self.complaining():
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                draw({"this run": self.read()}, self.plot, title=title)
+
+    @contextmanager
+    def complaining(self) -> Iterator[None]:
+        """Say once, and not for every record, that files cannot be written; they are left out."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_failing:
+                _logger.warning(
+                    "%s: metrics cannot be written: %s; training goes on without",
+                    error.filename or self.file,
+                    error.strerror or error,
+                )
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
 
 def _line(record: Record) -> str:
