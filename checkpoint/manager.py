@@ -52,7 +52,8 @@ class CheckpointManager:
     Attributes:
         enable: Whether anything is saved or loaded.
         folder: Where checkpoints lie.
-        stopped: Whether a signal has ended the run; true after the step that was saved then.
+        stopped: Whether a signal has ended the run; true after the step that was saved then. Before
+            the first step, and in a run that saves nothing, a signal ends the process.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class CheckpointManager:
         )
         self._tidying = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._retention = Retention(Path(self.folder), config.keep_latest_k)
-        self._stop = StopRequest()
+        self._stop: StopRequest | None = None
         self._lock: FolderLock | None = None
         self._run = from_rank_0(lambda: uuid.uuid4().hex[:12], self._votes, self.folder)
         self._geometry: dict[str, Any] | None = None
@@ -174,12 +175,11 @@ class CheckpointManager:
             CheckpointError: On every rank, if the last state of a run could not be saved. Other
                 failures are said, retried once, and training goes on.
         """
-        if not self.enable:
+        if not self.enable or self.load_only:
             return
         stops, ended = self._agree()
-        if self.load_only:
-            self.stopped = stops
-            return
+        if self._stop is None:  # until now there was nothing to save
+            self._stop = StopRequest()
         failed = ended and not self._finish_background(curr_step)
         if stops and not last_step:
             self._save_and_stop(curr_step)
@@ -194,7 +194,8 @@ class CheckpointManager:
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether any rank's background save ended."""
-        mine = [self._stop.received is not None, self._background.is_done]
+        asked = self._stop is not None and self._stop.received is not None
+        mine = [asked, self._background.is_done]
         votes = torch.tensor(mine, dtype=torch.int32)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._votes)
         stops, ended = votes.tolist()
@@ -311,7 +312,8 @@ class CheckpointManager:
         self._finish_background(self._pending_step)
         self._background.close()
         self._tidying.shutdown()
-        self._stop.release()
+        if self._stop is not None:
+            self._stop.release()
         if self._lock is not None:
             self._lock.release()
 

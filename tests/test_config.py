@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import PATIENCE
 from titan_shampoo.config import (
     ConfigError,
     check_dump_folder,
@@ -672,7 +673,7 @@ def test_a_configuration_is_checked_without_importing_torch(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     refused, imported = done.stdout.splitlines()
     assert '"block_size"' in refused
@@ -687,7 +688,7 @@ def test_a_configuration_can_be_checked_for_a_number_of_ranks_without_a_run():
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("command line: parallelism.tensor_parallel_degree: ")

@@ -36,6 +36,7 @@ def largest(name: str) -> int:
 _WORKERS = _from_to(0, 1024)
 _PREFETCHED = _from_to(1, 1024)
 _PIXELS = _from_to(1, 16384)
+_PERIOD = _from_to(1, 10**6)  # each step of it is planned
 _POSITIVE = Limit("greater than 0", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = Limit("0 or greater", lambda value: 0 <= value < math.inf)
 _AVERAGING = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
@@ -100,10 +101,10 @@ _BLOCKS = {
     "betas": _BETAS,
     "block_size": _BLOCK_SIZE,
     "dampening": _FRACTION,
-    "factor_frequency": _at_least(1),
+    "factor_frequency": _PERIOD,
     "lr": _POSITIVE,
     "momentum": _AVERAGING,
-    "precondition_frequency": _at_least(1),
+    "precondition_frequency": _PERIOD,
     "start_step": _at_least(1),
     "max_failures": _at_least(1),
     "max_skipped": _at_least(1),
@@ -141,10 +142,10 @@ _LAYERS = {
 
 _FACTORED_LAYERS = {
     **_LAYERS,
-    "factor_frequency": _at_least(1),
+    "factor_frequency": _PERIOD,
     "max_factor_dim": _at_least(1),
     "max_failures": _at_least(1),
-    "precondition_frequency": _at_least(1),
+    "precondition_frequency": _PERIOD,
 }
 
 LIMITS: Mapping[str, Limit] = {

@@ -164,8 +164,7 @@ class Progress(MetricsProcessor):
         Args:
             checkpoints: Folder of the checkpoints, if the run saves any.
         """
-        if self._bar is not None:
-            self._bar.close()
+        self.close_bar()
         if not self._reports or self._is_dry:
             return
         self._records.draw_loss(self.job_config.job.description)
@@ -181,6 +180,12 @@ class Progress(MetricsProcessor):
         for name, place in places.items():
             if place:
                 self.say(f"  {name:<12} {place}")
+
+    def close_bar(self) -> None:
+        """Leave the terminal to whatever is written next."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def say(self, line: str) -> None:
         """Print one line, on the reporting rank."""
