@@ -67,7 +67,7 @@ def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "")
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend()
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, dpi=120, format="png")
 
 
 def main(args: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ def main(args: Sequence[str]) -> None:
             parser.error(f"{folder / METRICS_FILE}: no records of a run")
     try:
         draw(runs, chosen.output)
-    except (OSError, ValueError) as error:  # no such folder; a picture that is none
+    except OSError as error:
         parser.error(f"--output {chosen.output}: {error}")
     sys.stdout.write(f"{chosen.output}\n")
 

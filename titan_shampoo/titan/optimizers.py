@@ -24,6 +24,7 @@ from torchtitan.models.moe.moe import GroupedExperts
 from titan_shampoo.blocks.methods import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, nearest, tables
+from titan_shampoo.config.patterns import matching_bounded
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
@@ -36,7 +37,6 @@ from titan_shampoo.titan.layer_metrics import (
     of_all_stages,
     on_host,
 )
-from titan_shampoo.titan.patterns import matching_bounded
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
