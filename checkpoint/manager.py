@@ -177,9 +177,8 @@ class CheckpointManager:
         """
         if not self.enable or self.load_only:
             return
+        self._listen()
         stops, ended = self._agree()
-        if self._stop is None:  # until now there was nothing to save
-            self._stop = StopRequest()
         failed = ended and not self._finish_background(curr_step)
         if stops and not last_step:
             self._save_and_stop(curr_step)
@@ -187,6 +186,14 @@ class CheckpointManager:
             self._save_last(curr_step)
         elif failed or self._is_due(curr_step):
             self._save_on_the_way(curr_step, is_retry=failed)
+
+    def _listen(self) -> None:
+        """Take over the signals, once there is something to save, or about to be.
+
+        All ranks must have, before any of them can be done with the first step.
+        """
+        if self.enable and not self.load_only and self._stop is None:
+            self._stop = StopRequest()
 
     def _is_due(self, step: int) -> bool:
         config = self._config
@@ -302,7 +309,12 @@ class CheckpointManager:
     # ---- the rest
 
     def maybe_wait_for_staging(self) -> None:
-        """Do nothing: whatever changes the state is enqueued behind the copies."""
+        """Wait for nothing: whatever changes the state is enqueued behind the copies.
+
+        Called between the backward pass and the optimizers: what takes minutes in a first step, and
+        can be given up, is done.
+        """
+        self._listen()
 
     def close(self) -> None:
         """Wait for what is being written, and let other runs have the folder."""

@@ -64,9 +64,9 @@ def run_ranks(args: list[str], stop: "Stop") -> int:
 def _code_after_stop(stop: "Stop", failures: Any) -> int:  # noqa: ANN401 (torch's)
     """The exit code of a run that was asked to stop and did not end well."""
     assert stop.received
-    code = min(failures.values(), key=_order).exitcode
-    if code > 0:  # the rank has said why
-        return int(code)
+    codes = [failure.exitcode for failure in failures.values()]
+    if all(code > 0 for code in codes):  # the ranks have said why
+        return EXPLAINED if EXPLAINED in codes else int(codes[0])
     if stop.received == signal.SIGQUIT:
         return stop.leave(stop.received, "at once, without saving")
     return stop.leave(stop.received, _NOTHING_SAVED)

@@ -19,7 +19,7 @@ SAVING = {
     "checkpoint__enable": True,
     "checkpoint__interval": 100_000,
     "training__steps": 100_000,
-    "optimizer__name": "SGD",
+    "optimizer__name": "AdamW",
 }
 LAUNCHERS = {
     "launch": [sys.executable, "-m", "parallel.launch", "--standalone", "--nproc_per_node=2"],
