@@ -35,7 +35,7 @@ def run_ranks(args: list[str], stop: "Stop") -> int:
             # torchrun has just made signals raise an exception wherever its agent is.
             stop.begin()
             stop.listen()
-            super()._start()
+            super()._start()  # type: ignore[no-untyped-call]
             stop.watch([*self.pids().values()])
 
         def wait(self, timeout: float = -1, period: float = 1) -> Any:  # noqa: ANN401 (torch's)

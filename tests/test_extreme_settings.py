@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import time
-from pathlib import Path
 
 import pytest
 import tomli
@@ -223,7 +222,10 @@ def test_a_pipe_is_no_data(tmp_path):
 )
 def test_what_stands_where_a_run_writes_is_named_before_it_begins(tmp_path, name, kind, args):
     place = tmp_path / name
-    {"folder": Path.mkdir, "pipe": os.mkfifo, "file": Path.touch}[kind](place)
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir() if kind == "folder" else place.touch()
     message = refusal([f"--job.dump_folder={tmp_path}", *args])
     assert f": {place} is no " in message
     assert "that can be written to; remove it, or set another " in message

@@ -72,7 +72,7 @@ def _read_text(path: str) -> str:
     except FileNotFoundError:
         raise ConfigError(f"command line: job.config_file: no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = str(error.strerror) if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"command line: job.config_file: cannot read {path}: {reason}") from None
 
 
