@@ -26,18 +26,20 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist
 .PHONY: train test test-all lint format bench clean
 .DEFAULT_GOAL := test
 
-# Settings are checked first, in a tenth of a second and not once per rank.
+# Settings are checked first, in a tenth of a second and not once per rank. exec: make passes SIGTERM on
+# to what it has started, which would be a shell that does not.
 train: $(VENV)/installed
-	@WORLD_SIZE=$(NPROC) $(BIN)/python -m titan_shampoo.config --job.config_file $(CONFIG) $(ARGS)
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m parallel.launch --standalone \
+	@exec env WORLD_SIZE=$(NPROC) $(BIN)/python -m titan_shampoo.config --job.config_file $(CONFIG) $(ARGS)
+	exec env OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m parallel.launch --standalone \
 		--nproc_per_node=$(NPROC) train.py --job.config_file $(CONFIG) $(ARGS)
 
+# Limits of a test in seconds, some times the PATIENCE of tests/ranks.py: a machine may have other work.
 test: $(VENV)/installed
-	$(PYTEST) --timeout=300 $(ARGS)
+	$(PYTEST) --timeout=1800 $(ARGS)
 
 # GPU tests take part where there is a GPU.
 test-all: $(VENV)/installed
-	$(PYTEST) --timeout=600 -m "$(if $(filter-out 0,$(GPUS)),,not gpu)" $(ARGS)
+	$(PYTEST) --timeout=3600 -m "$(if $(filter-out 0,$(GPUS)),,not gpu)" $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff --version

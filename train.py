@@ -4,13 +4,14 @@
 
 ``--plan --world-size N`` prints what such a run needs on every rank, and starts nothing. Without
 torchrun it is one rank. Whatever a person can set wrong ends every rank with exit code 2
-and one line.
+and one line. Signals are those of ``titan_shampoo.stopping``.
 """
 
 import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +24,9 @@ from titan_shampoo.config import (
     read_plan_request,
     started_ranks,
 )
+from titan_shampoo.config.errors import one_line
 from titan_shampoo.data import DataError
+from titan_shampoo.stopping import end_at_once
 
 _ONE_RANK = {
     "RANK": "0",
@@ -92,13 +95,34 @@ def end_with(mistake: Exception) -> NoReturn:
     os._exit(2)
 
 
-def _say(mistake: Exception) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(f"{mistake}\n")
-    sys.stderr.flush()
+def was_stopped(error: Exception) -> bool:
+    """Whether ``error`` only follows from the end of another rank; if so, it is said in one line.
+
+    The rank that ended first has the cause, and torchrun's agent ends the others within a second:
+    at once before the first step; later by a request to stop, which such a rank cannot fulfil.
+    """
+    signals = sys.modules.get("checkpoint.signals")
+    deadline = time.monotonic() + (3 if os.environ["WORLD_SIZE"] != "1" else 0)
+    while not (asked := signals is not None and signals.StopRequest.any_received):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    problem = f"{type(error).__name__}: {lines[0]}"
+    _say(f"rank {os.environ['RANK']}: asked to stop, and could not finish the step: {problem}")
+    return asked
+
+
+def _say(message: object) -> None:
+    with suppress(OSError):  # nobody may be listening any more
+        sys.stdout.flush()
+    with suppress(OSError):
+        sys.stderr.write(f"{one_line(str(message))}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":
+    end_at_once()
     given = dict(os.environ)
     for name, value in _ONE_RANK.items():
         os.environ.setdefault(name, value)
@@ -106,3 +130,13 @@ if __name__ == "__main__":
         main(sys.argv[1:], given)
     except (ConfigError, DataError) as mistake:
         end_with(mistake)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # the machine's, not ours
+            end_with(ConfigError(f"{error.filename}: {error.strerror}"))
+        if not was_stopped(error):
+            raise
+        os._exit(1)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody listens any more, which Python would make the exit code
+        os._exit(0)

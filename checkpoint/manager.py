@@ -49,7 +49,8 @@ class CheckpointManager:
     Attributes:
         enable: Whether anything is saved or loaded.
         folder: Where checkpoints lie.
-        stopped: Whether a signal has ended the run; true after the step that was saved then.
+        stopped: Whether a signal has ended the run; true after the step that was saved then. Before
+            the first step, and in a run that saves nothing, a signal ends the process.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class CheckpointManager:
         )
         self._tidying = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._retention = Retention(Path(self.folder), config.keep_latest_k)
-        self._stop = StopRequest()
+        self._stop: StopRequest | None = None
         self._lock: FolderLock | None = None
         self._run = from_rank_0(lambda: uuid.uuid4().hex[:12], self._votes, self.folder)
         self._geometry: dict[str, Any] | None = None
@@ -205,12 +206,10 @@ class CheckpointManager:
                 another run may have taken the folder. Other failures are said, retried once, and
                 training goes on.
         """
-        if not self.enable:
+        if not self.enable or self.load_only:
             return
+        self._listen()
         stops, ended = self._agree()
-        if self.load_only:
-            self.stopped = stops
-            return
         failed = ended and not self._finish_background(curr_step)
         if not (stops or last_step or failed or self._is_due(curr_step)):
             return
@@ -223,13 +222,22 @@ class CheckpointManager:
         else:
             self._save_on_the_way(curr_step, is_retry=failed)
 
+    def _listen(self) -> None:
+        """Take over the signals, once there is something to save, or about to be.
+
+        All ranks must have, before any of them can be done with the first step.
+        """
+        if self.enable and not self.load_only and self._stop is None:
+            self._stop = StopRequest()
+
     def _is_due(self, step: int) -> bool:
         config = self._config
         return step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether any rank's background save ended."""
-        mine = [self._stop.received is not None, self._background.is_done]
+        asked = self._stop is not None and self._stop.received is not None
+        mine = [asked, self._background.is_done]
         votes = torch.tensor(mine, dtype=torch.int32)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._votes)
         stops, ended = votes.tolist()
@@ -342,7 +350,12 @@ class CheckpointManager:
     # ---- the rest
 
     def maybe_wait_for_staging(self) -> None:
-        """Do nothing: whatever changes the state is enqueued behind the copies."""
+        """Wait for nothing: whatever changes the state is enqueued behind the copies.
+
+        Called between the backward pass and the optimizers: what takes minutes in a first step, and
+        can be given up, is done.
+        """
+        self._listen()
 
     def close(self) -> None:
         """Wait for what is being written, and let other runs have the folder."""
@@ -352,7 +365,8 @@ class CheckpointManager:
         self._finish_background(self._pending_step)
         self._background.close()
         self._tidying.shutdown()
-        self._stop.release()
+        if self._stop is not None:
+            self._stop.release()
         if self._lock is not None:
             self._lock.release()
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 mean: finish the step, save, and end well.
+"""A signal means: finish the step, save, and end well.
 
 Nothing is saved in a handler: torchrun sends SIGTERM to the survivors when a rank dies, and what
 only some ranks do together hangs. A handler only remembers; ranks agree at the end of the step.
@@ -7,9 +7,9 @@ only some ranks do together hangs. A handler only remembers; ranks agree at the 
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from titan_shampoo.stopping import heeded
 
 
 class StopRequest:
@@ -18,18 +18,23 @@ class StopRequest:
     A scheduler often signals torchrun and the workers, and torchrun then signals them again.
     """
 
+    any_received: ClassVar[bool] = False
+    """Whether this process was ever asked to stop: other ranks may have left already."""
+
     def __init__(self) -> None:
         """Take over the signals, if this is the main thread: no other may."""
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._remember) for number in heeded()}
 
     def release(self) -> None:
-        """Give the signals back."""
+        """Give back the signals that nobody else has taken over."""
         while self._before:
             number, handler = self._before.popitem()
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._remember:
+                signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        StopRequest.any_received = True

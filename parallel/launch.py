@@ -1,43 +1,78 @@
-"""torchrun for people: a mistake that a rank has explained in one line ends with that line.
+"""torchrun for people: a run that is stopped, or mistaken, ends with the line that says so.
 
     python -m parallel.launch --standalone --nproc_per_node=2 train.py --job.config_file F
 
-Takes torchrun's arguments. torchrun itself adds its own report and traceback to every exit of a
-rank, and turns our exit code 2 into 1.
+Takes torchrun's arguments. torchrun itself ends every run that is signalled, and every rank that
+fails, with tracebacks of its own and exit code 1. Here a signal is passed on to the ranks, which
+save and end well; only SIGQUIT ends them at once. The exit code is 0 if the last step was done, or
+the run was stopped and saved; 2 if a rank has said what is wrong; 128 and the number of the signal
+if a signal ended the run and nothing was saved; 1 otherwise.
 """
 
-import logging
+import os
+import signal
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
 
-from torch.distributed.elastic.multiprocessing import api
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
-
-EXPLAINED = 2
-"""Exit code of a rank that has said what is wrong."""
+from titan_shampoo.stopping import STOP_SIGNALS, heeded
 
 
-def main(args: list[str]) -> None:
-    """Run ``args`` as torchrun does.
+class Stop:
+    """What asks the run to stop, and the ranks that this is passed on to."""
 
-    Raises:
-        SystemExit: With code 2, if the first rank that failed has said why.
-        ChildFailedError: torchrun's report of any other failure.
-    """
-    logging.getLogger(api.__name__).addFilter(_is_news)
-    try:
-        run(parse_args(args))
-    except ChildFailedError as error:
-        if error.get_first_failure()[1].exitcode == EXPLAINED:
-            raise SystemExit(EXPLAINED) from None
-        raise
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        """The first signal."""
+        self._ranks: Sequence[int] | None = None
+        self._ignored = {*STOP_SIGNALS} - {*heeded()}
+
+    def listen(self) -> None:
+        """Take over the signals; again, when torchrun has taken them."""
+        for number in (*STOP_SIGNALS, signal.SIGQUIT):
+            ignored = number in self._ignored
+            signal.signal(number, signal.SIG_IGN if ignored else self._pass_on)
+
+    def begin(self) -> None:
+        """Remember what comes while ranks are being started, instead of leaving without them."""
+        self._ranks = ()
+
+    def watch(self, ranks: Sequence[int]) -> None:
+        """Pass on what came before, and whatever comes, to these processes."""
+        self._ranks = ranks
+        if self.received:
+            self._send(self.received)
+
+    def leave(self, number: int, why: str) -> int:
+        """Say that a signal ended the run; returns the exit code."""
+        with suppress(OSError):  # the terminal may be closed
+            sys.stderr.write(f"stopped by {signal.Signals(number).name}: {why}\n")
+            sys.stderr.flush()
+        return 128 + number
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+        if self._ranks is None:
+            os._exit(self.leave(number, "no rank was started yet"))
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        # All mean the same to a rank; SIGINT would raise in one that has just begun to start.
+        sent = signal.SIGKILL if number == signal.SIGQUIT else signal.SIGTERM
+        for rank in self._ranks or ():
+            with suppress(ProcessLookupError):
+                os.kill(rank, sent)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of torchrun's says more than that a rank has ended, and the others with it."""
-    message = record.getMessage()
-    return f"exitcode: {EXPLAINED})" not in message and "closing signal" not in message
+def main(args: list[str]) -> int:
+    """Run ``args`` as torchrun does, and return the exit code."""
+    stop = Stop()
+    stop.listen()
+    from parallel.agent import run_ranks  # noqa: PLC0415 (imports torch, which takes seconds)
+
+    return run_ranks(args, stop)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

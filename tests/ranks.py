@@ -13,9 +13,15 @@ _FORKS = multiprocessing.get_context("forkserver")
 # What workers would each import for themselves; torch._dynamo comes with the first optimizer step.
 _FORKS.set_forkserver_preload(["torch._dynamo", "titan_shampoo.titan", "tests.titan_runs"])
 
+PATIENCE = 600
+"""Seconds of silence after which something hangs: a machine may have other work, ten times its own.
+
+pytest's own limits in the Makefile are longer.
+"""
+
 
 def run_on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` gloo ranks and return what each rank returned.
 
@@ -48,7 +54,7 @@ def run_on_ranks(
         finally:
             for worker in workers:
                 if len(results) < world_size or pipes:
-                    worker.terminate()
+                    worker.kill()  # a signal would only ask it to save
                 worker.join(timeout)
     return [results[rank] for rank in range(world_size)]
 
@@ -78,7 +84,7 @@ def _work(
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=30),
+            timeout=timedelta(seconds=PATIENCE / 2),
         )
         result = function(*args)
         dist.barrier()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ranks import _FORKS
+from tests.ranks import _FORKS, PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ class Ended:
 
 
 def start_on_ranks(
-    world_size: int, args: Sequence[str], folder: Path, *, timeout: float = 60
+    world_size: int, args: Sequence[str], folder: Path, *, timeout: float = PATIENCE
 ) -> list[Ended]:
     """Run ``train.py`` with these arguments on every rank, each as if alone on its machine.
 

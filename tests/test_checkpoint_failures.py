@@ -19,7 +19,7 @@ from checkpoint.retention import Retention
 from checkpoint.staging import Staging, local_chunks
 from checkpoint.verify import verify
 from tests.checkpoint_runs import content, run_in
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.soak.disks import fill_levels, run_on_full_disk
 
 # ---- full disks
@@ -68,14 +68,14 @@ def test_a_second_run_is_kept_out_of_the_folder(tmp_path):
 def test_a_restart_waits_for_a_predecessor_that_is_about_to_end(tmp_path):
     first = FolderLock(tmp_path)
     threading.Timer(0.5, first.release).start()
-    FolderLock(tmp_path, patience=30).release()
+    FolderLock(tmp_path, patience=PATIENCE).release()
 
 
 def test_a_lock_ends_with_its_process_even_if_forked_helpers_live(tmp_path):
     program = (
         "import os, sys, time; from checkpoint.lock import FolderLock; from pathlib import Path;"
         "lock = FolderLock(Path(sys.argv[1])); helper = os.fork();"
-        "helper and print(helper, flush=True); time.sleep(60)"
+        "helper and print(helper, flush=True); time.sleep(3600)"
     )
     root = Path(__file__).parents[1]
     with subprocess.Popen(
@@ -86,7 +86,7 @@ def test_a_lock_ends_with_its_process_even_if_forked_helpers_live(tmp_path):
         with pytest.raises(CheckpointError, match=f"process {holder.pid} on "):
             FolderLock(tmp_path)
         holder.kill()
-    FolderLock(tmp_path, patience=5).release()
+    FolderLock(tmp_path, patience=PATIENCE).release()
     os.kill(helper, signal.SIGKILL)
 
 
@@ -149,6 +149,7 @@ def save_steps(folder, until):
 def run_until_signal(folder, number, delay, signalled_rank):
     with run_in(folder, "fsdp2", interval=1000) as run:
         run.manager.load()
+        run.train(1)
         if dist.get_rank() == signalled_rank:
             threading.Timer(delay, os.kill, (os.getpid(), number)).start()
         last = run.train(10_000)
@@ -172,12 +173,15 @@ def test_a_signal_to_any_rank_ends_the_run_after_a_saved_step(tmp_path, number, 
 
 def handlers_after_a_run(folder):
     before = signal.getsignal(signal.SIGTERM)
-    with run_in(folder, "single"):
+    with run_in(folder, "single") as run:
+        run.manager.load()
+        begun = signal.getsignal(signal.SIGTERM)
+        run.train(1)
         during = signal.getsignal(signal.SIGTERM)
-    return before == signal.getsignal(signal.SIGTERM) != during
+    return before == begun == signal.getsignal(signal.SIGTERM) != during
 
 
-def test_signals_are_given_back(tmp_path):
+def test_signals_are_taken_once_there_is_a_step_to_save_and_given_back(tmp_path):
     assert run_on_ranks(1, handlers_after_a_run, tmp_path) == [True]
 
 

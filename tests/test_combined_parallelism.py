@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.test_titan_restart import torchrun, wait_for, workers_of
 from tests.titan_runs import records, text_run, train_all, write_text
 
@@ -56,31 +56,31 @@ def start(folder, dump, method, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_losses_on_three_meshes_of_four_ranks_with_two_kills_are_those_of_one_rank(
     method, tmp_path
 ):
     write_text(tmp_path)
-    run_on_ranks(1, train_all, [text_run(tmp_path, "one", **RUN, **METHODS[method])], timeout=600)
+    run_on_ranks(1, train_all, [text_run(tmp_path, "one", **RUN, **METHODS[method])])
     checkpoints = tmp_path / "four" / "checkpoint"
 
     killed = start(tmp_path, "four", method, "FSDP2 x TP2")
-    wait_for(checkpoints / "step-15", killed, seconds=600)
+    wait_for(checkpoints / "step-15", killed)
     os.kill(workers_of(killed)[2], signal.SIGKILL)
-    said, _ = killed.communicate(timeout=300)
+    said, _ = killed.communicate(timeout=PATIENCE)
     assert killed.returncode != 0, said
 
     stopped = start(tmp_path, "four", method, "PP2 x FSDP2")
-    wait_for(checkpoints / "step-30", stopped, seconds=600)
+    wait_for(checkpoints / "step-30", stopped)
     for worker in workers_of(stopped):
         os.kill(worker, signal.SIGTERM)
-    said, _ = stopped.communicate(timeout=300)
+    said, _ = stopped.communicate(timeout=PATIENCE)
     assert stopped.returncode == 0, said
     assert "resumed after step" in said
     assert "asked to stop: saved after step" in said
 
     last = start(tmp_path, "four", method, "HSDP 2x2")
-    said, _ = last.communicate(timeout=900)
+    said, _ = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, said
     assert "resumed after step" in said
 

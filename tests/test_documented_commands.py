@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 
 from checkpoint.command_line import main as checkpoint
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.starts import start_on_ranks
 from tests.titan_runs import text_run, train_all, write_text
 from titan_shampoo.config import check_world, read_config, read_plan_request
@@ -151,8 +151,8 @@ RULES = [
 
 def python(*args: str) -> str:
     done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=True,
+        timeout=PATIENCE, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return done.stdout
 
@@ -213,7 +213,7 @@ def test_a_documented_run_trains(command, tmp_path):
     args = words[words.index("train.py") + 1 :]
     short = [word for pair in SHORT.items() for word in pair]
     ends = start_on_ranks(
-        2, [*args, *short, "--job.dump_folder", str(tmp_path / "run")], tmp_path, timeout=280
+        2, [*args, *short, "--job.dump_folder", str(tmp_path / "run")], tmp_path, timeout=PATIENCE
     )
     assert [end.exit_code for end in ends] == [0, 0], ends[0].error
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
@@ -241,7 +241,7 @@ def test_the_documented_commands_for_checkpoints_work_one_after_the_other(tmp_pa
     write_text(tmp_path)
     saving = {"checkpoint__enable": True, "checkpoint__interval": 10, "training__steps": 30}
     dump = "outputs/transformer_debug"
-    run_on_ranks(2, train_all, [text_run(tmp_path, dump, **saving)], timeout=120)
+    run_on_ranks(2, train_all, [text_run(tmp_path, dump, **saving)])
     (tmp_path / "checkpoint").symlink_to(tmp_path / dump / "checkpoint")
     monkeypatch.chdir(tmp_path)
     # The flavour is that of the run above.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from titan_shampoo.config import ConfigError, check_launch
 from titan_shampoo.titan import environment
 from titan_shampoo.titan.config import JobConfig
@@ -48,7 +48,7 @@ def test_an_impossible_environment_is_refused_by_its_variable(changes, message):
 def test_a_rank_with_an_impossible_environment_ends_in_one_line():
     ended = subprocess.run(
         [sys.executable, "train.py"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | TORCHRUN | {"WORLD_SIZE": "two", "LOCAL_RANK": "0"}, timeout=60,
+        env=os.environ | TORCHRUN | {"WORLD_SIZE": "two", "LOCAL_RANK": "0"}, timeout=PATIENCE,
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.startswith('environment: WORLD_SIZE: got "two", expected a whole number')

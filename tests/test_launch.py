@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -18,7 +20,7 @@ def launched(script: Path, *args: str) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -291,7 +291,7 @@ def train_layouts(
 
 @functools.cache
 def trained(ranks: int) -> list[dict[tuple[str, str], Parts]]:
-    return run_on_ranks(ranks, train_layouts, list(LAYOUTS[ranks]), list(METHODS), {}, timeout=120)
+    return run_on_ranks(ranks, train_layouts, list(LAYOUTS[ranks]), list(METHODS), {})
 
 
 @functools.cache

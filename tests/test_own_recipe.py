@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.command_line import main as checkpoint
+from tests.ranks import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/recipes.md").read_text().partition("## A recipe of your own")[2]
@@ -55,7 +56,7 @@ def start(project, *args):
         [sys.executable, *args, "--job.config_file", "window.toml",
          "--training.dataset", "text.txt", "--lr_scheduler.warmup_steps", "2",
          "--checkpoint.interval", "2"],
-        cwd=project, capture_output=True, text=True, timeout=250,
+        cwd=project, capture_output=True, text=True, timeout=PATIENCE,
         env=os.environ | {"PYTHONPATH": str(project), "HF_DATASETS_CACHE": str(project / "cache"),
                           "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.titan_runs import records, train_all
 from titan_shampoo.config import check_world, read_config
 from titan_shampoo.config.reference import reference_page
@@ -65,7 +65,7 @@ def planned(name, overrides, ranks):
         [sys.executable, "train.py", "--plan", "--json", "--world-size", ranks, *arguments(name),
          *overrides],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        check=True, timeout=600,
+        check=True, timeout=PATIENCE,
     ).stdout  # fmt: skip
     return json.loads(said)["stages"]
 
@@ -143,7 +143,7 @@ def test_small_configurations_train_three_steps(name, tmp_path):
     dump = ["--job.dump_folder", str(tmp_path / "run"), "--validation.steps", "1"]
     steps = ["--training.steps", "3", "--training.local_batch_size", "2"]
     args = [*arguments(name), *dump, "--metrics.log_freq", "1"]
-    run_on_ranks(2, train_all, [[*args, *steps]], timeout=300)
+    run_on_ranks(2, train_all, [[*args, *steps]])
     assert set(records(tmp_path, "run", "loss")) == {1, 2, 3}
 
 

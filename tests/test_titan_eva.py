@@ -56,14 +56,14 @@ def trained(tmp_path_factory):
     """The dump folders of all meshes."""
     folder = tmp_path_factory.mktemp("eva")
     write_text(folder)
-    run_on_ranks(1, train_all, [eva_run(folder, "one", 1, {})], timeout=120)
+    run_on_ranks(1, train_all, [eva_run(folder, "one", 1, {})])
     for world_size in (2, 4):
         runs = [
             eva_run(folder, name, num_readers, settings)
             for name, (size, num_readers, settings) in LAYOUTS.items()
             if size == world_size
         ]
-        run_on_ranks(world_size, train_all, runs, timeout=180)
+        run_on_ranks(world_size, train_all, runs)
     return folder
 
 
@@ -98,7 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def test_compilation_and_recomputation_change_nothing(trained):
     runs = [eva_run(trained, name, 1, settings) for name, settings in VARIANTS.items()]
-    run_on_ranks(1, train_all, runs, timeout=300)
+    run_on_ranks(1, train_all, runs)
     expected = losses(trained, "one")
     for name in VARIANTS:
         assert losses(trained, name) == pytest.approx(expected, rel=1e-5), name
@@ -107,7 +107,7 @@ def test_compilation_and_recomputation_change_nothing(trained):
 @pytest.mark.parametrize("method", ["EvaF", "EvaS", "FOOF", "KFAC"])
 def test_every_method_lowers_the_loss(trained, method):
     keys = {"optimizer__name": method, "optimizer__lr": 0.02, "training__steps": 8}
-    run_on_ranks(2, train_all, [text_run(trained, method, **keys)], timeout=240)
+    run_on_ranks(2, train_all, [text_run(trained, method, **keys)])
     found = losses(trained, method)
     assert found[8] < found[1]
 
@@ -212,5 +212,5 @@ def test_parts_of_an_interleaved_pipeline_share_one_optimizer(trained):
         "parallelism__pipeline_parallel_last_stage_less_layers": 0,
     }
     args = eva_run(trained, "interleaved", 1, settings)
-    for found in run_on_ranks(2, groups_of_a_run, args, timeout=120):
+    for found in run_on_ranks(2, groups_of_a_run, args):
         assert [name for name, _ in found] == ["Eva"]

@@ -67,9 +67,9 @@ def trained(tmp_path_factory):
                 for name, (on, settings) in LAYOUTS.items() if on == ranks]
         for ranks in (2, 4)
     }  # fmt: skip
-    run_on_ranks(1, train_all, [run_of(folder, "one", 1, {})], timeout=300)
+    run_on_ranks(1, train_all, [run_of(folder, "one", 1, {})])
     for ranks, some in runs.items():
-        run_on_ranks(ranks, train_all, some, timeout=300)
+        run_on_ranks(ranks, train_all, some)
     return folder
 
 
@@ -89,7 +89,7 @@ def test_every_expert_has_factors_of_its_own_where_it_is_stored(tmp_path):
     write_text(tmp_path)
     settings = {"parallelism__expert_parallel_degree": 2, "optimizer__shampoo__block_size": 256}
     args = run_of(tmp_path, "factors", 2, settings | {"training__steps": 1})
-    results = run_on_ranks(2, factors_by_expert, args, timeout=120)
+    results = run_on_ranks(2, factors_by_expert, args)
     for rank, (batch_dims, counts, cut, lefts) in enumerate(results):
         assert (batch_dims, counts, cut) == (1, (4, 1, 1), 0)
         assert lefts == [2 * rank, 2 * rank + 1]
@@ -111,7 +111,7 @@ def test_the_stack_gives_experts_to_eva_one_by_one(tmp_path):
     settings = {"optimizer__name": "Eva", "training__steps": 2}
     runs = [run_of(tmp_path, "one", 1, settings), run_of(tmp_path, "two", 2, {
         **settings, "parallelism__expert_parallel_degree": 2})]  # fmt: skip
-    ((shapes, metrics),) = run_on_ranks(1, states_of_experts, runs[0], timeout=120)
+    ((shapes, metrics),) = run_on_ranks(1, states_of_experts, runs[0])
     assert shapes == {
         "step": (4,),
         "batches": (4,),
@@ -120,7 +120,7 @@ def test_the_stack_gives_experts_to_eva_one_by_one(tmp_path):
         "momentum": (4, 128, 96),
     }
     assert {"layers.0.moe.experts.w1", "layers.2.moe.experts.w2"} <= metrics.keys()
-    for other, others in run_on_ranks(2, states_of_experts, runs[1], timeout=120):
+    for other, others in run_on_ranks(2, states_of_experts, runs[1]):
         assert other == shapes
         for name, numbers in metrics.items():
             assert others[name] == pytest.approx(numbers, rel=1e-3), name
@@ -134,8 +134,8 @@ def test_a_run_under_expert_parallelism_resumes_on_one_rank(tmp_path, method):
     four = {"lr_scheduler__total_steps": 4, "training__steps": 4, "optimizer__name": method}
     four |= {"optimizer__lr": 0.1} if method == "Eva" else {}
     first = {**four, **saves, "training__steps": 2, "parallelism__expert_parallel_degree": 2}
-    run_on_ranks(2, train_all, [run_of(tmp_path, "run", 2, first)], timeout=120)
+    run_on_ranks(2, train_all, [run_of(tmp_path, "run", 2, first)])
     runs = [run_of(tmp_path, "run", 1, {**four, **saves}), run_of(tmp_path, "whole", 1, four)]
-    run_on_ranks(1, train_all, runs, timeout=120)
+    run_on_ranks(1, train_all, runs)
     run, whole = (records(tmp_path, name, "loss") for name in ("run", "whole"))
     assert run == pytest.approx(whole, rel=1e-5)

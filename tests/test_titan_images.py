@@ -157,7 +157,7 @@ def test_every_block_is_compiled_and_the_losses_are_the_same(tmp_path):
         image_run(tmp_path, "plain", **common),
         image_run(tmp_path, "compiled", **common, **compiled),
     ]
-    (num_graphs, problems), _ = run_on_ranks(2, count_compiled_blocks, runs, timeout=300)
+    (num_graphs, problems), _ = run_on_ranks(2, count_compiled_blocks, runs)
     assert not problems
     assert num_graphs >= 2 * 7  # in training and in evaluation, for each shape of block
     for key in ("loss", "validation_loss"):

@@ -58,14 +58,14 @@ def trained(tmp_path_factory):
     """The dump folders of all layouts, trained for two steps."""
     folder = tmp_path_factory.mktemp("layouts")
     write_text(folder)
-    run_on_ranks(1, train_all, [run_of(folder, "one", 1, {})], timeout=120)
+    run_on_ranks(1, train_all, [run_of(folder, "one", 1, {})])
     for world_size in (2, 4):
         runs = [
             run_of(folder, name, num_readers, settings)
             for name, (size, num_readers, settings) in LAYOUTS.items()
             if size == world_size
         ]
-        run_on_ranks(world_size, train_all, runs, timeout=120)
+        run_on_ranks(world_size, train_all, runs)
     return folder
 
 
@@ -122,7 +122,7 @@ def images_on_two_ranks(folder):
 @pytest.fixture(scope="module")
 def image_statistics(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    return folder, run_on_ranks(2, images_on_two_ranks, folder, timeout=120)
+    return folder, run_on_ranks(2, images_on_two_ranks, folder)
 
 
 def test_images_have_the_same_first_step_under_fsdp2_and_ddp(image_statistics):

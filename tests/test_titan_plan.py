@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from checkpoint.state import RunState
 from parallel.recipes import recipe_of
 from tests.message_buffers import Buffers
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.titan_runs import image_run, text_run, trainer_of, write_text
 from titan_shampoo import titan
 from titan_shampoo.blocks.optimizer import BlockOptimizer
@@ -175,7 +175,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def measurements(runs: dict[str, list[str]]) -> dict[str, list[dict[str, int]]]:
     """By run, what each of four ranks holds."""
-    results = run_on_ranks(4, measured, list(runs.values()), timeout=300)
+    results = run_on_ranks(4, measured, list(runs.values()))
     return {name: [rank[i] for rank in results] for i, name in enumerate(runs)}
 
 
@@ -215,7 +215,7 @@ def saved_keys(args: list[str]) -> set[str]:
 
 def test_a_plan_counts_the_tensors_of_a_checkpoint(runs: dict[str, list[str]]) -> None:
     args = runs["Shampoo, pp x fsdp"]
-    keys: set[str] = set().union(*run_on_ranks(4, saved_keys, args, timeout=300))
+    keys: set[str] = set().union(*run_on_ranks(4, saved_keys, args))
     plan = plan_of(args, 4)
     assert sum(stage.keys for stage in plan.stages) == len(keys) > 100
     assert f"tensors in a checkpoint: {len(keys):,}" in str(plan)
@@ -223,7 +223,7 @@ def test_a_plan_counts_the_tensors_of_a_checkpoint(runs: dict[str, list[str]]) -
 
 def run_train(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "train.py", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_plan_of_llama_8b_on_512_ranks_is_printed_in_a_minute(tmp_path: Path) -> None:

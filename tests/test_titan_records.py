@@ -36,3 +36,20 @@ def test_the_loss_plot_is_a_png_even_of_a_run_that_logged_nothing(tmp_path):
     records.resume(0)
     records.draw_loss("nothing")
     assert records.plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_folder_that_becomes_a_file_ends_no_run_and_is_said_once(tmp_path, caplog):
+    records = RunRecords(tmp_path / "run")
+    records.append({"step": 1, "loss": 1.0})
+    records.file.unlink()
+    records.file.parent.rmdir()
+    records.file.parent.touch()
+    records.append({"step": 2, "loss": 1.0})
+    records.append({"step": 3, "loss": 1.0})
+    records.draw_loss("")
+    (record,) = caplog.records
+    assert f"{tmp_path / 'run'}" in record.getMessage()
+    assert "metrics cannot be written" in record.getMessage()
+    records.file.parent.unlink()
+    records.append({"step": 4, "loss": 1.0})
+    assert [record["step"] for record in records.read()] == [4]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoint import CheckpointError
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.test_checkpoint_values import changed, forge, manifest_of
 from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
 
@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
     """The folder of a run on two ranks, six steps without interruption."""
     folder = tmp_path_factory.mktemp("resume")
     write_text(folder)
-    run_on_ranks(2, train_all, [text_run(folder, "whole", **SAVING)], timeout=120)
+    run_on_ranks(2, train_all, [text_run(folder, "whole", **SAVING)])
     return folder
 
 
@@ -42,7 +42,7 @@ def interrupted(folder, name):
 
 def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(whole):
     interrupted(whole, "resumed")
-    run_on_ranks(2, train_all, [text_run(whole, "resumed", **SAVING)], timeout=120)
+    run_on_ranks(2, train_all, [text_run(whole, "resumed", **SAVING)])
     for key in ("loss", "grad_norm", "lr", "tokens_seen"):
         assert records(whole, "resumed", key) == records(whole, "whole", key)
     assert set(records(whole, "resumed", "loss")) == {1, 2, 3, 4, 5, 6}
@@ -63,7 +63,7 @@ def test_a_run_does_not_go_on_from_an_edited_position(whole):
 def test_a_run_resumes_on_another_number_of_ranks(whole):
     interrupted(whole, "fewer")
     args = text_run(whole, "fewer", **SAVING, training__local_batch_size=8)
-    run_on_ranks(1, train_all, [args], timeout=120)
+    run_on_ranks(1, train_all, [args])
     for key in ("loss", "lr", "tokens_seen"):
         assert records(whole, "fewer", key) == pytest.approx(records(whole, "whole", key), rel=1e-4)
 
@@ -101,7 +101,7 @@ def test_checkpoints_that_cannot_be_used_are_one_line_on_every_rank(whole):
         text_run(whole, "whole", **SAVING | {"optimizer__shampoo.block_size": 32}),
         text_run(whole, "whole", **as_soap | {"optimizer__name": "SOAP"}),
     ]
-    first, second = run_on_ranks(2, loading_errors, commands, timeout=120)
+    first, second = run_on_ranks(2, loading_errors, commands)
     assert first == second
     assert all("\n" not in line for line in first)
     assert str(broken) in first[0]
@@ -124,7 +124,7 @@ def kept_checkpoints(args):
 def test_retention_keeps_the_newest_complete_ones(whole):
     settings = {**SAVING, "checkpoint__interval": 2, "checkpoint__keep_latest_k": 2}
     (whole / "kept" / "checkpoint" / "step-1.bad").mkdir(parents=True)
-    (kept,) = run_on_ranks(1, kept_checkpoints, text_run(whole, "kept", **settings), timeout=120)
+    (kept,) = run_on_ranks(1, kept_checkpoints, text_run(whole, "kept", **settings))
     assert kept == ["step-1.bad", "step-4", "step-6"]
 
 
@@ -136,7 +136,7 @@ def build(args):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
 def test_saving_through_pinned_memory_is_refused_without_a_gpu(whole):
     args = text_run(whole, "pinned", **SAVING, checkpoint__async_mode="async_with_pinned_mem")
-    run_on_ranks(1, build, args, timeout=120)
+    run_on_ranks(1, build, args)
 
 
 def torchrun(args, folder):
@@ -151,7 +151,7 @@ def torchrun(args, folder):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
         cwd=Path(__file__).parents[1],
     )
@@ -185,7 +185,7 @@ def one_rank(args):
         [sys.executable, "train.py", *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
         cwd=Path(__file__).parents[1],
     )

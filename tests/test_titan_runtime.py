@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._utils
 
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.titan_runs import text_run, train_all, write_text
 
 pytestmark = pytest.mark.skipif(
@@ -75,7 +75,7 @@ def python(program, **environment):
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
         cwd=Path(__file__).parents[1],
         env=own | environment,

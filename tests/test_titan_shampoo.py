@@ -53,14 +53,14 @@ def weights(request, tmp_path_factory):
     write_text(folder)
     found = {}
     one = shampoo_run(folder, "one", 1, request.param, {})
-    found["one"] = run_on_ranks(1, final_weights, [one], timeout=120)[0][0]
+    found["one"] = run_on_ranks(1, final_weights, [one])[0][0]
     for world_size in (2, 4):
         names = [name for name in MESHES if LAYOUTS[name][0] == world_size]
         runs = [
             shampoo_run(folder, name, LAYOUTS[name][1], request.param, LAYOUTS[name][2])
             for name in names
         ]
-        results = run_on_ranks(world_size, final_weights, runs, timeout=120)[0]
+        results = run_on_ranks(world_size, final_weights, runs)[0]
         found |= dict(zip(names, results, strict=True))
     return found
 

@@ -94,7 +94,7 @@ def measured(tmp_path_factory):
     for world_size in (1, 2, 4):
         layouts = [name for name, (size, *_) in LAYOUTS.items() if size == world_size]
         layouts = ["one", *layouts] if world_size == 1 else layouts
-        by_rank = run_on_ranks(world_size, statistics_of_layouts, folder, layouts, timeout=240)
+        by_rank = run_on_ranks(world_size, statistics_of_layouts, folder, layouts)
         found |= {name: [rank[name] for rank in by_rank] for name in layouts}
     return found
 

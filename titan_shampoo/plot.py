@@ -14,11 +14,12 @@ from typing import Any
 
 from titan_shampoo.own_files import replacing
 
-__all__ = ["METRICS_FILE", "Record", "draw", "limits", "main", "read_records"]
+__all__ = ["METRICS_FILE", "PLOT_FILE", "Record", "draw", "limits", "main", "read_records"]
 
 Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
 
 _CURVES = (("loss", "training loss"), ("validation_loss", "validation loss"))
 _AXES = ("step", "seconds")
@@ -29,12 +30,12 @@ def read_records(file: Path) -> list[Record]:
     if not file.is_file():
         return []
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut short by the end of the process
-        if isinstance(record, dict) and "step" in record:
+        except (ValueError, RecursionError):
+            continue  # cut short by the end of the process, or no record at all
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
 
@@ -99,7 +100,10 @@ def main(args: Sequence[str]) -> None:
         runs[name] = read_records(folder / METRICS_FILE)
         if not runs[name]:
             parser.error(f"{folder / METRICS_FILE}: no records of a run")
-    draw(runs, chosen.output)
+    try:
+        draw(runs, chosen.output)
+    except OSError as error:
+        parser.error(f"--output {chosen.output}: {error}")
     sys.stdout.write(f"{chosen.output}\n")
 
 

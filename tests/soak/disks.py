@@ -102,7 +102,7 @@ if __name__ == "__main__":
         folder = Path(temporary)
         levels = fill_levels(folder, options.levels)
         for mode in ("disabled", "async"):
-            ranks = run_on_ranks(2, run_on_full_disk, folder, mode, levels, timeout=600)
+            ranks = run_on_ranks(2, run_on_full_disk, folder, mode, levels)
             found = [problem for problems in ranks for problem in problems if problem]
             bad += len(found)
             print("\n".join(found))

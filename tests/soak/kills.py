@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkpoint.folders import step_folder, steps_in
 from checkpoint.verify import verify
 from tests.checkpoint_runs import content, run_in
-from tests.ranks import _FORKS, _work
+from tests.ranks import _FORKS, PATIENCE, _work
 
 STEPS = 60
 
@@ -54,7 +54,7 @@ def start(folder: Path, async_mode: str) -> list[int]:
 _started: dict[Path, tuple[list[Any], Any]] = {}
 
 
-def wait(folder: Path, seconds: float = 120) -> bool:
+def wait(folder: Path, seconds: float = PATIENCE) -> bool:
     """Whether all ranks ended well."""
     codes = []
     workers, _ = _started.pop(folder)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from checkpoint.verify import verify
-from tests.ranks import run_on_ranks
+from tests.ranks import PATIENCE, run_on_ranks
 from tests.test_titan_restart import SAVING, equal, torchrun, wait_for, workers_of
 from tests.titan_runs import text_run, train_all, write_text
 
@@ -27,7 +27,7 @@ def job(folder: Path, name: str, draw: random.Random) -> str:
         time.sleep(draw.uniform(0, 0.2))
         os.kill(draw.choice(workers_of(process)), signal.SIGKILL)
         time.sleep(3)  # until torchrun has ended the others
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=PATIENCE)
     if process.returncode:
         return f"exit code {process.returncode}: {said[-2000:]}"
     verify(place / "step-12")
@@ -44,7 +44,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_text(folder)
-        run_on_ranks(2, train_all, [text_run(folder, "whole", **SAVING)], timeout=300)
+        run_on_ranks(2, train_all, [text_run(folder, "whole", **SAVING)])
         for number in range(options.jobs):
             problem = job(folder, f"job-{number}", draw)
             good += not problem

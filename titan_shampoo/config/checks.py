@@ -2,10 +2,13 @@
 
 from typing import Any
 
-from titan_shampoo.config.errors import ConfigError, nearest
-from titan_shampoo.config.limits import LIMITS
+from titan_shampoo.config.errors import BREAKING, ConfigError, nearest
+from titan_shampoo.config.limits import LIMITS, largest
 from titan_shampoo.config.schema import Key, Table, job_schema
 from titan_shampoo.config.values import WrongTypeError, accept, choices, describe, show
+
+_LONGEST_TEXT = 4095
+"""Characters of the longest path that Linux takes."""
 
 
 def checked_value(name: str, key: Key, value: Any, place: str) -> Any:  # noqa: ANN401
@@ -25,6 +28,9 @@ def checked_value(name: str, key: Key, value: Any, place: str) -> Any:  # noqa: 
     except WrongTypeError:
         hint = nearest(value, choices(key.type)) if isinstance(value, str) else ""
         raise _unexpected(name, value, place, describe(key.type) + hint) from None
+    for item in accepted if isinstance(accepted, list) else [accepted]:
+        if problem := _too_much(item, largest(name)):
+            raise _unexpected(name, value, place, problem)
     limit = LIMITS.get(_without_index(name))
     if limit and accepted is not None and not limit.holds(accepted):
         raise _unexpected(name, value, place, limit.words)
@@ -46,6 +52,17 @@ def wrong_kind(name: str, value: Any, place: str, expected: str) -> ConfigError:
 
 def _unexpected(name: str, value: Any, place: str, expected: str) -> ConfigError:  # noqa: ANN401
     return ConfigError(f"{place}: {name}: got {show(value)}, expected {expected}")
+
+
+def _too_much(item: Any, most: int) -> str:  # noqa: ANN401
+    """What is wanted in place of a number or a text that nothing can hold; empty if it is fine."""
+    if type(item) is int and abs(item) > most:
+        return f"at most {most}" if item > 0 else f"at least {-most}"
+    if isinstance(item, str) and BREAKING.search(item):
+        return "text in one line, without control characters, in UTF-8"
+    if isinstance(item, str) and len(item) > _LONGEST_TEXT:
+        return f"at most {_LONGEST_TEXT} characters"
+    return ""
 
 
 def _same_name_elsewhere(name: str) -> str:

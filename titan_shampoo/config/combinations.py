@@ -1,11 +1,13 @@
 """Settings that are each right but contradict one another."""
 
+import os
 from pathlib import Path
 
 from titan_shampoo.config.methods import check_methods
 from titan_shampoo.config.precedence import EITHER
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.unread import check_read
+from titan_shampoo.config.values import show
 from titan_shampoo.data.paths import (
     ALL_DIGITS,
     DEFAULT_IMAGE_SIZE,
@@ -29,6 +31,7 @@ def check_combinations(settings: Settings) -> None:
     """
     check_read(settings)
     check_methods(settings)
+    _check_names(settings)
     _check_dataloader(settings)
     _check_folders(settings)
     _check_data(settings)
@@ -42,6 +45,32 @@ def check_combinations(settings: Settings) -> None:
         _check_pipeline(settings)
 
 
+# Keys that name files or folders.
+_PATHS = (
+    "checkpoint.folder",
+    "checkpoint.initial_load_path",
+    "comm.save_traces_folder",
+    "job.dump_folder",
+    "job.save_config_file",
+    "metrics.save_tb_folder",
+    "model.hf_assets_path",
+    "profiling.save_memory_snapshot_folder",
+    "profiling.save_traces_folder",
+    "training.dataset",
+    "validation.dataset",
+)
+_LONGEST_NAME = 255
+
+
+def _check_names(settings: Settings) -> None:
+    """Refuse what no file system can name; asking it would raise."""
+    for key in _PATHS:
+        for name in (settings[key] or "").split("/"):
+            if len(name.encode()) > _LONGEST_NAME:
+                problem = f"expected at most {_LONGEST_NAME} bytes between two slashes"
+                raise settings.error(key, f"got {show(name)}, {problem}")
+
+
 def _check_dataloader(settings: Settings) -> None:
     workers, prefetch = "training.dataloader.num_workers", "training.dataloader.prefetch_factor"
     if settings[prefetch] and not settings[workers]:
@@ -50,7 +79,7 @@ def _check_dataloader(settings: Settings) -> None:
 
 def _check_folders(settings: Settings) -> None:
     for key in ("model.hf_assets_path", "checkpoint.initial_load_path"):
-        if settings[key] and not Path(settings[key]).is_dir():
+        if settings[key] and not os.path.isdir(settings[key]):  # noqa: PTH112 (never raises)
             raise settings.error(key, f"no such folder: {settings[key]}")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from titan_shampoo.config.errors import ConfigError
+from titan_shampoo.config.values import whole_number
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _USE_TORCHRUN = "start train.py by torchrun, which sets it"
@@ -25,6 +26,10 @@ def check_launch(environment: Mapping[str, str]) -> None:
         if name not in environment:
             others = ", ".join(set_ones)
             raise _mistake(name, f"not set, though {others} are; {_USE_TORCHRUN}")
+    port = whole_number(environment["MASTER_PORT"])
+    if port is None or port > 65535:
+        got = environment["MASTER_PORT"]
+        raise _mistake("MASTER_PORT", f'got "{got}", expected a port from 0 to 65535')
     rank, world_size, local_rank, local_size = (_number(environment, n) for n in _NUMBERS)
     if rank >= world_size:
         raise _mistake("RANK", f"got {rank}, expected less than WORLD_SIZE ({world_size})")
@@ -45,7 +50,7 @@ def started_ranks(environment: Mapping[str, str]) -> int:
 def _check_scheduler(environment: Mapping[str, str]) -> None:
     """A task of srun that is no rank would train alone, beside its equals."""
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if num_tasks.isdecimal() and int(num_tasks) > 1:
+    if (whole_number(num_tasks) or 1) > 1:
         problem = (
             f"this is one of {num_tasks} tasks of srun, each of which would train alone; start one "
             "torchrun per node, as docs/cluster.md shows"
@@ -55,9 +60,11 @@ def _check_scheduler(environment: Mapping[str, str]) -> None:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, environment["WORLD_SIZE"])
-    if not text.isdecimal():
-        raise _mistake(name, f'got "{text}", expected a whole number; {_USE_TORCHRUN}')
-    return int(text)
+    number = whole_number(text)
+    if number is None or (number == 0 and name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")):
+        least = " greater than 0" if number == 0 else ""
+        raise _mistake(name, f'got "{text}", expected a whole number{least}; {_USE_TORCHRUN}')
+    return number
 
 
 def _mistake(name: str, problem: str) -> ConfigError:

@@ -17,15 +17,32 @@ def _at_least(least: int) -> Limit:
     return Limit(f"at least {least}", lambda value: value >= least)
 
 
+def _from_to(least: int, most: int) -> Limit:
+    return Limit(f"from {least} to {most}", lambda value: least <= value <= most)
+
+
 def _off_or_at_least(off: int, least: int) -> Limit:
     return Limit(f"{off} or at least {least}", lambda value: value == off or value >= least)
 
 
+_LARGEST = {"debug.seed": 2**63 - 1}
+
+
+def largest(name: str) -> int:
+    """The largest integer that ``name`` may be, and its negative the smallest."""
+    return _LARGEST.get(name, 2**31 - 1)
+
+
+_WORKERS = _from_to(0, 1024)
+_PREFETCHED = _from_to(1, 1024)
+_PIXELS = _from_to(1, 16384)
+_PERIOD = _from_to(1, 10**6)  # each step of it is planned
 _POSITIVE = Limit("greater than 0", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = Limit("0 or greater", lambda value: 0 <= value < math.inf)
 _AVERAGING = Limit("from 0 to below 1", lambda value: 0 <= value < 1)
 _FRACTION = Limit("between 0 and 1", lambda value: 0 <= value <= 1)
 _NOT_EMPTY = Limit("not empty", bool)
+_EPOCHS = Limit("greater than 0 and at most 1e9", lambda value: 0 < value <= 1e9)
 _SHARE = Limit("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 _BETAS = Limit(
     "two numbers, the first from 0 to below 1, the second greater than 0 and at most 1",
@@ -84,10 +101,10 @@ _BLOCKS = {
     "betas": _BETAS,
     "block_size": _BLOCK_SIZE,
     "dampening": _FRACTION,
-    "factor_frequency": _at_least(1),
+    "factor_frequency": _PERIOD,
     "lr": _POSITIVE,
     "momentum": _AVERAGING,
-    "precondition_frequency": _at_least(1),
+    "precondition_frequency": _PERIOD,
     "start_step": _at_least(1),
     "max_failures": _at_least(1),
     "max_skipped": _at_least(1),
@@ -125,10 +142,10 @@ _LAYERS = {
 
 _FACTORED_LAYERS = {
     **_LAYERS,
-    "factor_frequency": _at_least(1),
+    "factor_frequency": _PERIOD,
     "max_factor_dim": _at_least(1),
     "max_failures": _at_least(1),
-    "precondition_frequency": _at_least(1),
+    "precondition_frequency": _PERIOD,
 }
 
 LIMITS: Mapping[str, Limit] = {
@@ -152,12 +169,13 @@ LIMITS: Mapping[str, Limit] = {
     "images.mixup": _NOT_NEGATIVE,
     "images.num_classes": _at_least(1),
     "images.random_erasing": _FRACTION,
-    "images.resize": _at_least(1),
+    "images.resize": _PIXELS,
     "images.rotate": Limit("from 0 to 180", lambda value: 0 <= value <= 180),
     "images.shift": _at_least(0),
-    "images.size": _at_least(1),
+    "images.size": _PIXELS,
     "images.std": _SPREADS,
     "images.stretch": _AVERAGING,
+    "job.config_file": _NOT_EMPTY,
     "job.dump_folder": _NOT_EMPTY,
     "lr_scheduler.decay_ratio": _FRACTION,
     "lr_scheduler.factor": _SHARE,
@@ -203,10 +221,10 @@ LIMITS: Mapping[str, Limit] = {
     "profiling.profile_freq": _at_least(1),
     "profiling.profiler_active": _at_least(1),
     "profiling.profiler_warmup": _at_least(0),
-    "training.dataloader.num_workers": _at_least(0),
-    "training.dataloader.prefetch_factor": _at_least(1),
+    "training.dataloader.num_workers": _WORKERS,
+    "training.dataloader.prefetch_factor": _PREFETCHED,
     "training.dataset": _NOT_EMPTY,
-    "training.epochs": _POSITIVE,
+    "training.epochs": _EPOCHS,
     "training.gc_freq": _at_least(1),
     "training.global_batch_size": _off_or_at_least(-1, 1),
     "training.local_batch_size": _at_least(1),
@@ -215,8 +233,8 @@ LIMITS: Mapping[str, Limit] = {
     "training.seq_len": _at_least(1),
     "training.stream_lanes": _at_least(1),
     "training.steps": _at_least(1),
-    "validation.dataloader.num_workers": _at_least(0),
-    "validation.dataloader.prefetch_factor": _at_least(1),
+    "validation.dataloader.num_workers": _WORKERS,
+    "validation.dataloader.prefetch_factor": _PREFETCHED,
     "validation.freq": _at_least(1),
     "validation.local_batch_size": _at_least(1),
     "validation.seq_len": _at_least(1),

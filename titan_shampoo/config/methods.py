@@ -135,7 +135,7 @@ def _check_patterns(settings: Settings) -> None:
     for index, group in enumerate(settings["optimizer.groups"]):
         try:
             re.compile(group["pattern"])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             name = f"optimizer.groups[{index}].pattern"
             raise settings.error(name, f"not a regular expression: {error}") from None
 

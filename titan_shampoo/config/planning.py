@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titan_shampoo.config.errors import ConfigError
+from titan_shampoo.config.values import whole_number
+
+MOST_RANKS = 2**16
+"""What has been planned; each rank takes some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ def read_plan_request(
 def _positive(text: str | None, otherwise: int) -> int:
     if text is None:
         return otherwise
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"command line: --world-size: got {text!r}, expected a number of ranks")
-    return int(text)
+    number = whole_number(text)
+    if number is None or not 1 <= number <= MOST_RANKS:
+        wanted = f"expected a number of ranks from 1 to {MOST_RANKS}, the most that are planned"
+        raise ConfigError(f"command line: --world-size: got {text!r}, {wanted}")
+    return number

@@ -6,6 +6,7 @@ reported at the line of its table.
 """
 
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ from titan_shampoo.config.settings import Setting
 
 _HEADER = re.compile(r"\s*(\[\[?)([^\[\]]+)\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""\s*([\w"'][\w"'.\- ]*?)\s*=""")
+_DIGITS = re.compile(r"[0-9_]{4300}")
+_BRACKETS = re.compile(r"(?:[\[{][^\[{\]}\n]*){100}|(?:[^.\n]*\.){100}")
+
+_LARGEST = 2**20
+"""Bytes of a configuration."""
+
+_SCANNED = 400
+"""Characters of a line in which its key is looked for: blanks without end take time without end."""
 
 
 def read_toml(path: str) -> dict[str, Setting]:
@@ -34,6 +43,13 @@ def read_toml(path: str) -> dict[str, Setting]:
         data = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid TOML: {error.msg}") from None
+    except RecursionError:
+        line = _line_of(_BRACKETS, text)
+        raise ConfigError(f"{path}:{line}: not valid TOML: nested too deeply") from None
+    except ValueError:  # of int()
+        line = _line_of(_DIGITS, text)
+        problem = "an integer of thousands of digits"
+        raise ConfigError(f"{path}:{line}: not valid TOML: {problem}") from None
     checker = _Checker(_Places(path, _lines(text, data)))
     settings = dict(checker.settings(data, job_schema(), ""))
     if itself := settings.get("job.config_file"):
@@ -44,12 +60,26 @@ def read_toml(path: str) -> dict[str, Setting]:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe or a device may never end
+            reason = "a folder, pipe, socket or device, expected a file"
+            raise ConfigError(f"command line: job.config_file: cannot read {path}: {reason}")
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            reason = f"larger than {_LARGEST} bytes, which no configuration is"
+            raise ConfigError(f"command line: job.config_file: cannot read {path}: {reason}")
+        return content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"command line: job.config_file: no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = str(error.strerror) if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"command line: job.config_file: cannot read {path}: {reason}") from None
+
+
+def _line_of(pattern: re.Pattern[str], text: str) -> int:
+    """The first line in which the pattern is found, 1 if there is none."""
+    found = pattern.search(text)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
 
 
 def _lines(text: str, data: Mapping[str, Any]) -> dict[str, int]:
@@ -58,7 +88,8 @@ def _lines(text: str, data: Mapping[str, Any]) -> dict[str, int]:
     seen: Counter[str] = Counter()
     prefix = ""
     for number, line in enumerate(text.splitlines(), start=1):
-        if header := _HEADER.match(line):
+        start = line[:_SCANNED]
+        if header := _HEADER.match(start):
             name = _plain(header[2])
             if name.partition(".")[0] not in data:  # the last line of a nested array looks like one
                 continue
@@ -67,7 +98,7 @@ def _lines(text: str, data: Mapping[str, Any]) -> dict[str, int]:
                 name = f"{name}[{seen[name] - 1}]"
             lines.setdefault(name, number)
             prefix = f"{name}."
-        elif key := _KEY.match(line):
+        elif key := _KEY.match(start):
             lines.setdefault(prefix + _plain(key[1]), number)
     return lines
 

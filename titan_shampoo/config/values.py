@@ -39,13 +39,21 @@ def accept(value: Any, annotation: Any) -> Any:  # noqa: ANN401  (values and typ
     if get_origin(annotation) is list and isinstance(value, list):
         (inner,) = get_args(annotation)
         return [accept(item, inner) for item in value]
-    if annotation is float and type(value) in (int, float) and not math.isnan(value):
-        return float(value)
+    if annotation is float and type(value) in (int, float) and value == value:
+        return _as_float(value)
     if get_origin(annotation) is Literal and value in get_args(annotation):
         return value
     if annotation in (bool, int, str, NoneType) and type(value) is annotation:
         return value
     raise WrongTypeError
+
+
+def _as_float(value: float) -> float:
+    """``value``, infinite if no float is as large."""
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
 
 
 def _accept_any(value: Any, annotations: tuple[Any, ...]) -> Any:  # noqa: ANN401
@@ -88,6 +96,12 @@ def _first_fit(text: str, annotations: tuple[Any, ...]) -> Any:  # noqa: ANN401
     return text
 
 
+def whole_number(text: str) -> int | None:
+    """The number that up to 18 digits are, None for any other text."""
+    is_one = text.isascii() and text.isdecimal() and len(text) <= 18
+    return int(text) if is_one else None
+
+
 def _number(text: str, kind: type[int] | type[float]) -> int | float | str:
     try:
         return kind(text)
@@ -101,7 +115,7 @@ def _toml_value(text: str) -> Any:  # noqa: ANN401
         return text
     try:
         return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, thousands of digits or brackets
         return text
 
 
@@ -129,5 +143,8 @@ def choices(annotation: Any) -> list[str]:  # noqa: ANN401
 
 def show(value: Any) -> str:  # noqa: ANN401
     """A value as TOML writes it, on one line and not too long."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        text = hex(value) if isinstance(value, int) else "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

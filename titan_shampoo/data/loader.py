@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from titan_shampoo.data import DataError, UnreadableSampleError
 from titan_shampoo.data.mixup import mix_pairs, pair_weights
 from titan_shampoo.data.skipped import SkippedSamples
+from titan_shampoo.stopping import ignore
 
 __all__ = ["Augmentation", "Batch", "EvaluationLoader", "IndexedSamples", "PositionedLoader"]
 
@@ -336,6 +337,7 @@ def _batches(
         prefetch_factor=prefetch_factor,
         pin_memory=pin_memory,
         collate_fn=_collated,
+        worker_init_fn=_outlast_signals,
         # Without one of its own, the loader draws from torch's global generator, and whatever the
         # model draws next would depend on how often the data was opened.
         generator=torch.Generator(),
@@ -345,6 +347,14 @@ def _batches(
     except DataError as error:  # of a worker: its traceback, and the message in the last line
         message = str(error.args[0]).strip().splitlines()[-1]
         raise DataError(message.removeprefix("titan_shampoo.data.DataError: ")) from None
+
+
+def _outlast_signals(worker: int) -> None:
+    """Go on when torchrun signals a rank with all its processes: the last step needs data, too.
+
+    A worker ends when its rank does.
+    """
+    ignore()
 
 
 def _collated(samples: list[_Sample]) -> tuple[Tensor, Tensor, list[str]]:

@@ -57,6 +57,11 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         super().__init__(sys.stdout)
         self.addFilter(_is_worth_reading)
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's)
+        """Be silent when nobody listens any more: a closed terminal, a pipe without a reader."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the message; a warning says that it is one, and whose if not rank 0's."""
         message = record.getMessage()

@@ -8,7 +8,7 @@ import time
 
 import torch.distributed as dist
 
-_PATIENCE = 8.0
+_PATIENCE = 20.0
 
 
 def wait_for_others(patience: float = _PATIENCE) -> None:

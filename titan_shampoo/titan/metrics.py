@@ -194,8 +194,7 @@ class Progress(MetricsProcessor):
         Args:
             checkpoints: Folder of the checkpoints, if the run saves any.
         """
-        if self._bar is not None:
-            self._bar.close()
+        self.close_bar()
         if not self._reports or self._is_dry:
             return
         own = self._records.enabled
@@ -212,6 +211,12 @@ class Progress(MetricsProcessor):
         for name, place in places.items():
             if place:
                 self.say(f"  {name:<12} {place}")
+
+    def close_bar(self) -> None:
+        """Leave the terminal to whatever is written next."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def say(self, line: str) -> None:
         """Print one line, on the reporting rank."""
@@ -232,7 +237,8 @@ class Progress(MetricsProcessor):
 
     def _write(self, record: Record) -> None:
         numbers = {key: value for key, value in record.items() if key != "step"}
-        self.logger.log(scalars(numbers), record["step"])
+        with self._records.complaining():
+            self.logger.log(scalars(numbers), record["step"])
         if self._reports:
             self._records.append(record)
 

@@ -24,6 +24,7 @@ from torchtitan.models.moe.moe import GroupedExperts
 from titan_shampoo.blocks.methods import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, nearest, tables
+from titan_shampoo.config.patterns import matching_bounded
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
@@ -254,19 +255,23 @@ def _check_patterns(
     """Refuse a group that no parameter of the whole model belongs to: nothing would read it.
 
     Raises:
-        ConfigError: The same on all ranks.
+        ConfigError: The same on all ranks, also for a pattern that takes too long.
     """
     names = [unwrapped_name(name) for name, param, *_ in whole_model if param.requires_grad]
     left = names
     for index, group in enumerate(config.groups):
-        if not any(re.search(group.pattern, name) for name in left):
+        what = f'optimizer.groups[{index}].pattern = "{group.pattern}"'
+        with matching_bounded(what):
+            mine = {name for name in left if re.search(group.pattern, name)}
+            elsewhere = mine or any(re.search(group.pattern, name) for name in names)
+        if not mine:
             problem = "all parameters that it matches belong to groups above it; move it up"
-            if not any(re.search(group.pattern, name) for name in names):
+            if not elsewhere:
                 parts = {part for name in names for part in name.split(".")}
                 hint = nearest(group.pattern, parts) or f"; one is {names[len(names) // 2]}"
                 problem = f"matches the name of no trained parameter{hint}"
-            raise ConfigError(f'optimizer.groups[{index}].pattern = "{group.pattern}": {problem}')
-        left = [name for name in left if not re.search(group.pattern, name)]
+            raise ConfigError(f"{what}: {problem}")
+        left = [name for name in left if name not in mine]
 
 
 def members(model: nn.Module) -> Members:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from titan_shampoo.stopping import end_with_parent
+
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 (any function)
     """Return what ``function(*args)`` returns in a fork of this process.
@@ -43,6 +45,7 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:  # noqa: AN
 
 
 def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    end_with_parent()
     torch.set_num_threads(1)  # threads of the parent do not exist here
     warnings.simplefilter("ignore")
     result: tuple[Any, Exception | None]

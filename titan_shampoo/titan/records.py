@@ -17,7 +17,7 @@ from pathlib import Path
 from titan_shampoo.config.errors import ConfigError
 from titan_shampoo.folder_lock import FolderLock
 from titan_shampoo.own_files import open_own, replacing
-from titan_shampoo.plot import METRICS_FILE, Record, draw, read_records
+from titan_shampoo.plot import METRICS_FILE, PLOT_FILE, Record, draw, read_records
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _LOCK = ".metrics.lock"
 
 
 class RunRecords:
-    """Appends to ``metrics.jsonl`` in a folder.
+    """Appends to ``metrics.jsonl`` in a folder; a file that cannot be written ends no run.
 
     Args:
         folder: The run's dump folder; made when the run begins.
@@ -35,12 +35,12 @@ class RunRecords:
     def __init__(self, folder: Path, *, enabled: bool = True) -> None:
         """Name the files."""
         self.file = folder / METRICS_FILE
-        self.plot = folder / "loss.png"
+        self.plot = folder / PLOT_FILE
         self.enabled = enabled
         self._lock: FolderLock | None = None
-        self._failed: set[Path] = set()
         self._seconds_before = 0.0
         self._start = time.perf_counter()
+        self._is_failing = False
 
     def resume(self, step: int) -> None:
         """Drop every record after ``step``, and a line that a dying process left unfinished.
@@ -76,7 +76,7 @@ class RunRecords:
         if not self.enabled:
             return
         seconds = round(self._seconds_before + time.perf_counter() - self._start, 3)
-        with self._warning_once(self.file):
+        with self.complaining():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(open_own(self.file, os.O_WRONLY | os.O_APPEND), "ab") as file:
                 file.write(_line({"step": record["step"], "seconds": seconds} | record))
@@ -88,7 +88,7 @@ class RunRecords:
     def draw_loss(self, title: str) -> None:
         """Draw training and validation loss over steps and seconds to ``loss.png``."""
         if self.enabled:
-            with self._warning_once(self.plot):
+            with self.complaining():
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 draw({"this run": self.read()}, self.plot, title=title)
 
@@ -99,14 +99,20 @@ class RunRecords:
             self._lock = None
 
     @contextmanager
-    def _warning_once(self, path: Path) -> Iterator[None]:
-        """Go on if a file cannot be written: a run is worth more than its records."""
+    def complaining(self) -> Iterator[None]:
+        """Say once, and not for every record, that files cannot be written; they are left out."""
         try:
             yield
         except OSError as error:
-            if path not in self._failed:
-                _logger.warning("%s; training goes on", _not_written(path, error))
-            self._failed.add(path)
+            if not self._is_failing:
+                _logger.warning(
+                    "%s: metrics cannot be written: %s; training goes on without",
+                    error.filename or self.file,
+                    error.strerror or error,
+                )
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
 
 def _not_written(path: Path, error: OSError) -> ConfigError:

@@ -27,6 +27,7 @@ from torchtitan.tools.utils import device_type
 
 from titan_shampoo.config.errors import ConfigError, nearest
 from titan_shampoo.data.mixup import MixedLabels
+from titan_shampoo.stopping import ignore
 from titan_shampoo.titan.environment import (
     check_context_parallel,
     check_device,
@@ -196,11 +197,14 @@ class Trainer(torchtitan.train.Trainer):
         return super().batch_generator(data_iterable)
 
     def train(self) -> None:
-        """Train to the last step, and say where everything lies."""
+        """Train to the last step, and say where everything lies; or until asked to stop."""
         # torchtitan's rank 0 sleeps two seconds "for other ranks"; close() waits for them properly.
         awake = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
         with replaced(torchtitan.train, "time", awake):
             super().train()
+        if self.checkpointer.stopped:
+            self.metrics_processor.close_bar()  # the rest has been said, and time may be short
+            return
         self.metrics_processor.finish(
             Path(self.checkpointer.folder) if self.checkpointer.enable else None
         )
@@ -209,6 +213,7 @@ class Trainer(torchtitan.train.Trainer):
         """Train, finish what is being written, and leave the process group with all other ranks."""
         try:
             self.train()
+            ignore()  # whoever asks to stop now gets it
         finally:
             self.close()
         # Without a barrier some ranks tear gloo down while others still talk to them, and abort.

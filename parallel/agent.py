@@ -1,0 +1,85 @@
+"""torchrun's agent, with the signals and the exit codes of ``parallel.launch``."""
+
+import logging
+import signal
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.multiprocessing import api
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from titan_shampoo.stopping import STOP_SIGNALS
+
+if TYPE_CHECKING:  # launch.py runs under the name of __main__
+    from parallel.launch import Stop
+
+EXPLAINED = 2
+"""Exit code of a rank that has said what is wrong."""
+
+_NOTHING_SAVED = "nothing was saved, as no step was done, or checkpoint.enable is false"
+
+
+def run_ranks(args: list[str], stop: "Stop") -> int:
+    """Run ``args`` as torchrun does, and return the exit code.
+
+    Raises:
+        ChildFailedError: torchrun's report of a failure that no rank has explained.
+    """
+    logging.getLogger(api.__name__).addFilter(lambda record: not stop.received and _is_news(record))
+
+    class Ranks(multiprocessing.SubprocessContext):
+        """The ranks of this machine, to which signals are passed on."""
+
+        def _start(self) -> None:
+            # torchrun has just made signals raise an exception wherever its agent is.
+            stop.begin()
+            stop.listen()
+            super()._start()  # type: ignore[no-untyped-call]
+            stop.watch([*self.pids().values()])
+
+        def wait(self, timeout: float = -1, period: float = 1) -> Any:  # noqa: ANN401 (torch's)
+            """Look which ranks have ended; those that were stopped are not started again."""
+            result = super().wait(timeout, period)
+            if stop.received and result is not None and result.is_failed():
+                raise SystemExit(_code_after_stop(stop, result.failures))
+            return result
+
+    multiprocessing.SubprocessContext = Ranks  # type: ignore[misc]
+    try:
+        run(parse_args(args))
+    except api.SignalException as error:  # before they were taken over
+        return stop.leave(error.sigval, _NOTHING_SAVED)
+    except ChildFailedError as error:
+        rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
+        code = failure.exitcode
+        if code == EXPLAINED:
+            return EXPLAINED
+        if -code in STOP_SIGNALS:
+            return stop.leave(-code, f"sent to rank {rank}; {_NOTHING_SAVED}")
+        raise
+    return 0
+
+
+def _code_after_stop(stop: "Stop", failures: Any) -> int:  # noqa: ANN401 (torch's)
+    """The exit code of a run that was asked to stop and did not end well."""
+    assert stop.received
+    codes = [failure.exitcode for failure in failures.values()]
+    if all(code > 0 for code in codes):  # the ranks have said why
+        return EXPLAINED if EXPLAINED in codes else int(codes[0])
+    if stop.received == signal.SIGQUIT:
+        return stop.leave(stop.received, "at once, without saving")
+    return stop.leave(stop.received, _NOTHING_SAVED)
+
+
+def _order(failure: Any) -> tuple[bool, float]:  # noqa: ANN401 (torch's)
+    """What failed first; the agent ends the other ranks by SIGTERM, within the same second."""
+    return failure.exitcode == -signal.SIGTERM, failure.timestamp
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of torchrun's says more than that a rank has ended, and the others with it."""
+    message = record.getMessage()
+    codes = [EXPLAINED, *(-number for number in STOP_SIGNALS)]
+    ended = any(f"exitcode: {code})" in message for code in codes)
+    return not ended and "closing signal" not in message
