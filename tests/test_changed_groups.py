@@ -291,6 +291,11 @@ def test_options_of_the_whole_step_stay_alike_in_all_groups(method: str) -> None
     groups = [{"params": list(part.named_parameters(prefix=str(n)))} for n, part in enumerate(net)]
     optimizer = made(method, net, groups)
     advance(optimizer, net, range(1))
+    optimizer.param_groups[0]["eps"] = 1e-3
+    weight_decay = optimizer.param_groups[2].pop("weight_decay")
+    with pytest.raises(ValueError, match=r"^weight_decay: was taken out"):
+        advance(optimizer, net, range(1, 2))
+    optimizer.param_groups[2]["weight_decay"] = weight_decay
     optimizer.param_groups[1]["max_skipped"] = 3
     with pytest.raises(ValueError, match=r"^max_skipped: got 3 in one group"):
         advance(optimizer, net, range(1, 2))

@@ -343,6 +343,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         changed = self._as_made.changed(self.param_groups, options)
         for group in changed:
             check_complete(group, options)
+        for group in changed:
             self._check_options(group)
             self._as_made.check_fixed(self.param_groups)
             self._check_state_of(group)
@@ -380,7 +381,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         return decays and group["weight_decay_type"] in ("corrected", "independent")
 
     def _check_trained(self, grads: Grads) -> None:
-        """Say which parameters a model has no more; called when other ones have a gradient."""
+        """Name parameters that a model has replaced; called when other ones have a gradient."""
 
     def _check_momentum(self) -> None:
         """Refuse a heavy ball that a group has no memory for."""

@@ -296,17 +296,17 @@ class LayerOptimizer(LibraryOptimizer):
         return has_others or super()._depends_on_peak(group)
 
     def _check_trained(self, grads: Grads) -> None:
-        """Say which of our parameters the model has replaced.
+        """Name parameters without a gradient that the models have replaced.
 
         Raises:
-            RuntimeError: If it has replaced all of them.
+            RuntimeError: If they have replaced all parameters.
         """
-        others = [(name, param) for name, param in self._all_named() if param not in grads]
-        if not self._models or not others:
+        if not self._models or (self._has_told_lost and grads):
             return
-        reshard(self._models)
-        held = {param for model in self._models for param in model.parameters()}
-        lost = [name for name, param in others if param not in held]
+        lost = self._lost(grads)
+        if lost:  # or FSDP2 has left gathered parameters in a root
+            reshard(self._models)
+            lost = self._lost(grads)
         if not lost:
             return
         some = lost[0] + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
@@ -318,6 +318,12 @@ class LayerOptimizer(LibraryOptimizer):
         if not self._has_told_lost:
             self._has_told_lost = True
             logger.warning("%s", problem)
+
+    def _lost(self, grads: Grads) -> list[str]:
+        """Names of the parameters that neither have a gradient nor are in the models."""
+        held = {param for model in self._models for param in model.parameters()}
+        named = self._all_named()
+        return [name for name, param in named if param not in grads and param not in held]
 
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return param in self._joined or group["fallback"] == "sgd"
