@@ -310,26 +310,36 @@ class LayerOptimizer(LibraryOptimizer):
         return self.moments is not None
 
     def _check_taps(self, grads: Mapping[Tensor, Tensor]) -> None:
-        """In the first step: refuse layers that were trained unseen, on all ranks alike."""
+        """In the first step: refuse layers that were trained unseen, on all ranks alike.
+
+        And in steps after it, as long as an unseen one has a gradient of zero: then it was given no
+        rows, or was not looked into.
+        """
         if self._is_checked:
             return
-        self._is_checked = True
-        unseen = [] if self._step is None else self._trained_unseen(self._step, grads)
-        which = self._first_anywhere(unseen, "a layer of another pipeline stage")
+        unseen = {} if self._step is None else self._trained_unseen(self._step, grads)
+        elsewhere = "a layer of another pipeline stage"
+        which = self._first_anywhere([name for name in unseen if unseen[name]], elsewhere)
+        self._is_checked = self._first_anywhere(list(unseen), elsewhere) is None
         if which is not None:
             raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen; construct "
                                "the optimizer before the first forward pass")  # fmt: skip
 
     @staticmethod
-    def _trained_unseen(step: LayerStep, grads: Grads) -> list[str]:
-        """Layers with a gradient in which no rank measured anything."""
-        # Experts that are given no rows have gradients of zero.
+    def _trained_unseen(step: LayerStep, grads: Grads) -> dict[str, bool]:
+        """Layers with a gradient in which no rank measured anything; whether it is more than 0."""
         trained = {
-            layer.name
+            layer.name: bool(grads[layer.weight].any())
             for layer in step.layers
-            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
+            if layer.weight in grads
         }
-        return [name for name in step.unseen() if name in trained]
+        # Experts are often given no rows.
+        stacks = {layer.name for layer in step.layers if layer.batch_dims}
+        return {
+            name: trained[name]
+            for name in step.unseen()
+            if name in trained and (trained[name] or name not in stacks)
+        }
 
     def _reset_taps(self) -> None:
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""

@@ -72,16 +72,19 @@ class LayerSearch:
         return [
             self._layer(param, None)
             for param, name in self.names.items()
-            if not falls_back(name, param, self.groups[param])
+            if param.numel() and not falls_back(name, param, self.groups[param])
         ]
 
     def _is_multiplied(self, param: Tensor | None) -> bool:
         """Whether a parameter is a matrix of ours, or in a group of stacks one of them.
 
-        And not, by its name, one that is looked up in or chosen from.
+        And not, by its name, one that is looked up in or chosen from. Without elements it has no
+        curvature: its bias is a vector like others.
         """
         name = None if param is None else self.names.get(param)
         if param is None or name is None or NOT_MULTIPLIED.search(name) is not None:
+            return False
+        if not param.numel():
             return False
         return param.ndim >= 2 + self._batch_dims(param)
 
