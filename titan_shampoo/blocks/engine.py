@@ -22,7 +22,7 @@ from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Plan, Stack
 from titan_shampoo.functional.descent import as_tensors, coupled_gradient, descend_, rates
-from titan_shampoo.functional.rule import CONDITION, Clock, Rule, State
+from titan_shampoo.functional.rule import BEYOND, CONDITION, Clock, Rule, State
 from titan_shampoo.repair import Repairs, take_, worst_failure
 from titan_shampoo.workspace import Workspace
 
@@ -265,6 +265,15 @@ class Engine:
     def worst_failure(self) -> Tensor:
         """Largest number of failed refreshes in a row of any block here, 0-dim, on the device."""
         return worst_failure(self.state.stacks, self.device)
+
+    def beyond(self) -> Tensor:
+        """Whether a direction of any block here rested since this was asked last, 0-dim."""
+        flags = [state[BEYOND] for state in self.state.stacks if BEYOND in state]
+        if not flags:
+            return torch.zeros((), device=self.device)
+        found = torch.stack([flag.any() for flag in flags]).any()
+        torch._foreach_zero_(flags)
+        return found
 
     def repair(self) -> list[str]:
         """Repeat failed refreshes in float64; returns what is to be said, each block once."""

@@ -88,6 +88,9 @@ class BlockOptimizer(LibraryOptimizer):
             return super()._worst_failure()
         return self._engine.worst_failure()
 
+    def _beyond(self) -> Tensor:
+        return super()._beyond() if self._engine is None else self._engine.beyond()
+
     def _repair(self) -> list[str]:
         return [] if self._engine is None else self._engine.repair()
 

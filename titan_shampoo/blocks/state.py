@@ -16,7 +16,7 @@ from titan_shampoo.block_memory import as_blocks
 from titan_shampoo.distributed.plan import Block, Plan
 from titan_shampoo.distributed.reports import told_by_owners
 from titan_shampoo.distributed.state import BlockTensor
-from titan_shampoo.functional.rule import CONDITION, Rule, State, StateShape
+from titan_shampoo.functional.rule import BEYOND, CONDITION, Rule, State, StateShape
 from titan_shampoo.functional.symmetric import pack
 
 FAILURES = StateShape("failures", ())
@@ -141,6 +141,8 @@ class BlockState:
         dtype = self._plan.params[param].dtype
         state[CONDITION] = torch.full((len(stack.blocks), 1), UNKNOWN, dtype=dtype,
                                       device=self._device)  # fmt: skip
+        if self._members[param].options.get("exponent") is not None:
+            state[BEYOND] = torch.zeros(len(stack.blocks), dtype=torch.bool, device=self._device)
         return state
 
     def _views(self, number: int) -> Iterator[tuple[Block, StateShape, Tensor]]:

@@ -173,21 +173,18 @@ def halvings(exponent: float) -> int:
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in ascending order and eigenvectors; NaN for a matrix that has none."""
-    if matrices.device.type != "cpu":  # LAPACK scales what others take squares of
-        unit = _units(matrices, 1.0)
-        values, vectors = _decomposed(matrices / unit)
-        return values * unit.squeeze(-1), vectors
-    return _decomposed(matrices)
-
-
-def _decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    # In units, as thresholds of solvers are absolute: else the size of a matrix would choose the
+    # vectors of eigenvalues that are equal but for rounding.
+    unit = _units(matrices, 1.0)
+    matrices = matrices / unit
     try:
         values, vectors = side_by_side(torch.linalg.eigh, matrices)
     except torch.linalg.LinAlgError:
         # One bad matrix fails the whole stack: find it, so that the others still get theirs.
         pairs = [_eigh_or_nan(matrix) for matrix in matrices]
-        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
-    return values, vectors
+        values = torch.stack([p[0] for p in pairs])
+        vectors = torch.stack([p[1] for p in pairs])
+    return values * unit.squeeze(-1), vectors
 
 
 def _eigenvalues(matrices: Tensor) -> Tensor:

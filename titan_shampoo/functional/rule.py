@@ -18,6 +18,11 @@ CONDITION = "condition"
 the largest over the smallest of its damped eigenvalues, ``(n, 1)``. Kept, but never saved."""
 
 
+BEYOND = "beyond"
+"""Which blocks had a direction that is beyond the range of its dtype, ``(n,)`` bool, where options
+allow any: they rested. Kept until it is told, but never saved."""
+
+
 class StateShape(NamedTuple):
     """One tensor of state per block."""
 

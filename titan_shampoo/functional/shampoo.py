@@ -35,6 +35,7 @@ from titan_shampoo.functional.roots import (
 )
 from titan_shampoo.functional.rounding import average_
 from titan_shampoo.functional.rule import (
+    BEYOND,
     Clock,
     State,
     StateShape,
@@ -168,6 +169,10 @@ class ShampooRule:
         direction = contract(
             average, [(dim, root.mT if dim == right else root) for dim, root in roots]
         )
+        if BEYOND in state:  # roots of another order: the direction may be a power of the gradient
+            fits = _norms(direction).isfinite()
+            state[BEYOND].logical_or_(~fits.flatten())
+            direction = torch.where(fits, direction, 0.0)
         length = scale
         if options["grafting"] is not None:
             length = scale * (graft_scale * _norms(graft)) / (scale * _norms(direction) + TINY_NORM)

@@ -403,28 +403,37 @@ class LayerOptimizer(LibraryOptimizer):
         return self.moments is not None
 
     def _check_taps(self, grads: Mapping[Tensor, Tensor]) -> None:
-        """In the first step: refuse layers that were trained unseen, on all ranks alike."""
+        """In the first step: refuse layers that were trained unseen, on all ranks alike.
+
+        And in steps after it, as long as an unseen one has a gradient of zero: then it was given no
+        rows, or was not looked into.
+        """
         if self._is_checked:
             return
-        unseen = [] if self._step is None else self._step.unseen()
-        trained = [] if self._step is None else self._trained(self._step, grads)
-        wanted = [name for name in unseen if name in trained]
-        which = self._first_anywhere(wanted, "a layer of another pipeline stage")
+        elsewhere = "a layer of another pipeline stage"
+        trained = {} if self._step is None else self._trained(self._step, grads)
+        unseen = [] if self._step is None else [n for n in self._step.unseen() if n in trained]
+        wanted = [name for name in unseen if trained[name]]
+        which = self._first_anywhere(wanted, elsewhere)
         if which is not None:
             self._is_refused = True
             cause = _cause(seen_any=len(wanted) < len(trained), is_stack=which in self._stacks)
             raise RuntimeError(f"{which}: has a gradient, but its inputs were not seen: {cause}")
-        self._is_checked = True
+        self._is_checked = self._first_anywhere(unseen, elsewhere) is None
 
     @staticmethod
-    def _trained(step: LayerStep, grads: Grads) -> set[str]:
-        """Layers with a gradient."""
-        # Experts that are given no rows have gradients of zero.
-        return {
-            layer.name
+    def _trained(step: LayerStep, grads: Grads) -> dict[str, bool]:
+        """Layers with a gradient, and whether it is more than 0; of stacks those where it is.
+
+        Experts are often given no rows.
+        """
+        has_any = {
+            layer.name: bool(grads[layer.weight].any())
             for layer in step.layers
-            if layer.weight in grads and (not layer.batch_dims or grads[layer.weight].any())
+            if layer.weight in grads
         }
+        stacks = {layer.name for layer in step.layers if layer.batch_dims}
+        return {name: found for name, found in has_any.items() if found or name not in stacks}
 
     def _reset_taps(self) -> None:
         """Begin to measure anew, for the step that the state, which may have been loaded, is at."""

@@ -71,19 +71,23 @@ class LayerSearch:
         return [
             self._layer(param, None)
             for param, name in self.names.items()
-            if not falls_back(name, param, self.groups[param], self.kinds.get(param))
+            if param.numel()
+            and not falls_back(name, param, self.groups[param], self.kinds.get(param))
         ]
 
     def _is_multiplied(self, param: Tensor | None) -> bool:
         """Whether a parameter is a matrix of ours, or in a group of stacks one of them.
 
-        And not one that is looked up in or chosen from, nor one that its group leaves alone.
+        And not one that is looked up in or chosen from, nor one that its group leaves alone, nor one
+        without elements.
         """
         name = None if param is None else self.names.get(param)
         if param is None or name is None:
             return False
         options, kind = self.groups[param], self.kinds.get(param)
         if reason_not_multiplied(name, param, options, kind) is not None:
+            return False
+        if not param.numel():
             return False
         return param.ndim >= 2 + self._batch_dims(param)
 
