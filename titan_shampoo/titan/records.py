@@ -8,6 +8,7 @@ on from the last record that is kept.
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,14 +76,10 @@ class RunRecords:
             yield
         except OSError as error:
             if not self._is_failing:
-                _logger.warning(
-                    "%s: metrics cannot be written: %s; training goes on without",
-                    error.filename or self.file,
-                    error.strerror or error,
-                )
+                place = os.fsdecode(error.filename or self.file)
+                problem = "%s: metrics cannot be written: %s; training goes on without"
+                _logger.warning(problem, place, error.strerror or error)
             self._is_failing = True
-        else:
-            self._is_failing = False
 
 
 def _line(record: Record) -> str:
