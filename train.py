@@ -132,7 +132,7 @@ if __name__ == "__main__":
         end_with(mistake)
     except Exception as error:
         if isinstance(error, OSError) and error.filename:  # the machine's, not ours
-            end_with(ConfigError(f"{error.filename}: {error.strerror}"))
+            end_with(ConfigError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
         if not was_stopped(error):
             raise
         os._exit(1)

@@ -6,7 +6,9 @@ well. Warnings of whatever origin are shown, but for a few about hardware which 
 
 import io
 import logging
+import os
 import sys
+import threading
 import warnings
 
 import torch.distributed as dist
@@ -44,8 +46,18 @@ def log_plainly() -> None:
     root.handlers.clear()
     root.setLevel(logging.INFO)
     root.addHandler(_Console())
+    threading.excepthook = _thread_failed
     for message in _WARNINGS_ABOUT_NOTHING:
         warnings.filterwarnings("ignore", message)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """Say in one line that a thread, such as TensorBoard's, cannot reach its file."""
+    error = args.exc_value
+    if isinstance(error, OSError) and error.filename:
+        logging.getLogger(__name__).warning("%s: %s", os.fsdecode(error.filename), error.strerror)
+    else:
+        threading.__excepthook__(args)
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]

@@ -212,6 +212,11 @@ class Progress(MetricsProcessor):
             if place:
                 self.say(f"  {name:<12} {place}")
 
+    def close(self) -> None:
+        """Write what is left, as far as that is possible."""
+        with self._records.complaining():
+            super().close()
+
     def close_bar(self) -> None:
         """Leave the terminal to whatever is written next."""
         if self._bar is not None:

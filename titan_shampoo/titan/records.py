@@ -105,14 +105,10 @@ class RunRecords:
             yield
         except OSError as error:
             if not self._is_failing:
-                _logger.warning(
-                    "%s: metrics cannot be written: %s; training goes on without",
-                    error.filename or self.file,
-                    error.strerror or error,
-                )
+                place = os.fsdecode(error.filename or self.file)
+                problem = "%s: metrics cannot be written: %s; training goes on without"
+                _logger.warning(problem, place, error.strerror or error)
             self._is_failing = True
-        else:
-            self._is_failing = False
 
 
 def _not_written(path: Path, error: OSError) -> ConfigError:
