@@ -78,8 +78,8 @@ class LayerSearch:
     def _is_multiplied(self, param: Tensor | None) -> bool:
         """Whether a parameter is a matrix of ours, or in a group of stacks one of them.
 
-        And not one that is looked up in or chosen from, nor one that its group leaves alone, nor one
-        without elements.
+        And not one that is looked up in or chosen from, that its group leaves alone, or that has no
+        elements.
         """
         name = None if param is None else self.names.get(param)
         if param is None or name is None:
