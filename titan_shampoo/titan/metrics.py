@@ -103,8 +103,9 @@ class Progress(MetricsProcessor):
             )
 
     def close(self) -> None:
-        """Close the logs, and let other runs write records into the folder."""
-        super().close()
+        """Write what is left, as far as that is possible; let other runs write records here."""
+        with self._records.complaining():
+            super().close()
         self._records.close()
 
     def advance(self) -> None:
@@ -211,11 +212,6 @@ class Progress(MetricsProcessor):
         for name, place in places.items():
             if place:
                 self.say(f"  {name:<12} {place}")
-
-    def close(self) -> None:
-        """Write what is left, as far as that is possible."""
-        with self._records.complaining():
-            super().close()
 
     def close_bar(self) -> None:
         """Leave the terminal to whatever is written next."""
