@@ -108,6 +108,24 @@ def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
     assert of_blocks(optimizer.state[weight], "failures")[0] == 1
 
 
+@pytest.mark.parametrize("method", ["newton", "newton_schulz", "qr", "eigh"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_gradients_of_few_directions_end_no_run(rank: int, method: str) -> None:
+    """Rounding of a thousand steps leaves negative eigenvalues of up to three of its units."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(16, rank, generator=generator)
+    weight = torch.nn.Parameter(torch.zeros(16, 8))
+    options: dict[str, Any] = {"root_method": method, "precondition_frequency": 20}
+    optimizer = Shampoo([("w", weight)], lr=0.01, **options)
+    for _ in range(1500):
+        weight.grad = directions @ torch.randn(rank, 8, generator=generator)
+        optimizer.step()
+    assert optimizer.state[weight]["refreshes.0"] == 75
+    if method != "newton_schulz":
+        assert optimizer.failed_refreshes == 0
+    assert weight.isfinite().all()
+
+
 def test_block_that_fails_too_often_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_first_root(monkeypatch, torch.float32, torch.float64)
     weight, optimizer = matrix_and_optimizer(max_failures=3)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.layers import Mixed, made
 from tests.ranks import run_on_ranks
 from tests.test_eva_protocol import advance, every_method, loss_of, make, states, values
+from titan_shampoo import FOOF, KFAC
 from titan_shampoo.functional import kfac
 
 inverted = pytest.mark.parametrize("method", ["FOOF", "KFAC"])
@@ -182,3 +183,82 @@ def test_failing_block_of_one_rank_ends_all_ranks_alike(method: str) -> None:
     errors = run_on_ranks(2, fail_on_owner, method)
     assert errors[0] == errors[1]
     assert errors[0].startswith("1 refreshes of a block failed in a row")
+
+
+def test_inverse_of_a_singular_matrix_is_nan_and_spoils_no_other() -> None:
+    """A triangle with a zero on its diagonal raised LinAlgError."""
+    factors = torch.stack([torch.ones(4, 4), torch.eye(4), torch.full((4, 4), torch.nan)])
+    inverse = kfac.damped_inverse(factors, torch.full((3,), 1e-12))
+    assert inverse[0].isnan().all()
+    assert torch.allclose(inverse[1], torch.eye(4))
+    assert inverse[2].isnan().all()
+
+
+ONE_ROW = torch.randn(1, 16, generator=torch.Generator().manual_seed(5))
+
+
+def rows(kind: str, step: int) -> Tensor:
+    """Inputs of a layer, of which second moments have few eigenvalues, or none."""
+    generator = torch.Generator().manual_seed(step)
+    if kind == "one row":
+        return torch.randn(1, 16, generator=generator)
+    if kind == "whole numbers":
+        return torch.full((8, 16), 2.0)
+    if kind == "zeros":
+        return torch.zeros(8, 16)
+    return ONE_ROW.expand(8, 16).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["equal rows", "whole numbers", "one row", "zeros"])
+@pytest.mark.parametrize("gradients", ["zero", "random"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": 1e-9},
+        {"damping": 1e-9, "damping_mode": "relative"},
+        {"damping_mode": "relative"},
+        {"damping": 1e-20},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["FOOF", "K-FAC", "K-FAC, exact"])
+def test_moments_of_few_directions_end_no_run(
+    name: str, options: dict[str, Any], gradients: str, kind: str
+) -> None:
+    """What cannot be inverted in float32 is counted, and mended in float64 in the next step."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 8)
+    model = torch.nn.Sequential(layer)
+    exact = {"factored_damping": False} if name == "K-FAC, exact" else {}
+    make_one: Any = FOOF if name == "FOOF" else KFAC
+    optimizer = make_one(model.named_parameters(), model=model, lr=1e-3, **EVERY_STEP, **exact,
+                         **options)  # fmt: skip
+    for step in range(8):
+        optimizer.zero_grad()
+        output = model(rows(kind, step))
+        generator = torch.Generator().manual_seed(100 + step)
+        back = torch.randn(output.shape, generator=generator) * (gradients == "random")
+        (output * back).mean().backward()
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert layer.weight.isfinite().all()
+    state = optimizer.state[layer.weight]
+    assert state["refreshes.0"] >= 7  # each failure is mended but the last
+    assert optimizer.failed_refreshes <= 8
+
+
+def test_a_failed_inverse_is_that_of_the_damped_factor_one_step_later() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 8, bias=False)
+    model = torch.nn.Sequential(layer)
+    optimizer = FOOF(model.named_parameters(), model=model, lr=0.0, damping=1e-9,
+                     precondition_frequency=100)  # fmt: skip
+    for step in range(2):
+        optimizer.zero_grad()
+        model(rows("equal rows", step)).sum().backward()
+        optimizer.step()
+    assert optimizer.failed_refreshes == 1
+    values, vectors = torch.linalg.eigh(optimizer.state[layer.weight]["right.0"].double())
+    expected = (vectors / (values.clamp(min=0) + 1e-9)) @ vectors.mT
+    found = optimizer.state[layer.weight]["right_inverse.0"].double()
+    assert (found - expected).norm() < 1e-4 * expected.norm()

@@ -62,7 +62,7 @@ def test_relative_damping_is_relative_to_the_largest_eigenvalue(method: RootMeth
     assert relative_error(root, powered(values + 0.7, vectors, -0.5)) < 1e-2
 
 
-@pytest.mark.parametrize("method", ["eigh", "newton_schulz"])
+@pytest.mark.parametrize("method", ["eigh", "newton", "newton_schulz"])
 def test_root_of_nothing_is_finite(method: RootMethod) -> None:
     nothing = torch.zeros(2, 5, 5)
     for eps_relative in (None, 1e-6):
@@ -81,6 +81,36 @@ def test_one_matrix_without_eigenvalues_does_not_spoil_the_others(method: RootMe
     assert root[1].isnan().all()
     expected = powered(values, vectors, -0.5)
     assert relative_error(root[[0, 2]], expected[[0, 2]]) < 1e-6
+
+
+@pytest.mark.parametrize("exponent", [1 / 2, 1 / 4, 1 / 6, 1 / 16])
+@pytest.mark.parametrize("extent", [8, 64, 200])
+def test_newton_finds_roots_of_rank_one(extent: int, exponent: float) -> None:
+    """In float32, with a damping far below its rounding, it found none."""
+    vector = torch.randn(2, extent, 1, generator=torch.Generator().manual_seed(extent))
+    root, _ = inverse_root(vector @ vector.mT, exponent, eps=1e-12, method="newton")
+    squares = vector.double().square().sum(1, keepdim=True)
+    unit = vector.double() / squares.sqrt()
+    damping = 8 * torch.finfo(torch.float32).eps * squares
+    others = torch.eye(extent, dtype=torch.float64) - unit @ unit.mT
+    expected = (squares + damping) ** -exponent * (unit @ unit.mT) + damping**-exponent * others
+    assert relative_error(root, expected) < 0.1
+
+
+@pytest.mark.parametrize("method", ["newton", "newton_schulz"])
+@pytest.mark.parametrize("exponent", [1 / 2, 1 / 4])
+def test_a_matrix_with_a_negative_eigenvalue_has_a_root_or_none(
+    exponent: float, method: RootMethod
+) -> None:
+    """newton_schulz ended at 1e14 with an eigenvalue of twice the rounding below zero."""
+    noise = torch.finfo(torch.float32).eps
+    _, vectors = spectrum(1.0, count=1)
+    for negative in (0.5, 1.1, 1.5, 2.0, 4.0, 20.0, 1e4):
+        values = torch.full((1, 24), 0.5 * noise, dtype=torch.float64)
+        values[:, 0], values[:, 1] = 1.0, -negative * noise
+        matrix = (vectors * values) @ vectors.mT
+        root, _ = inverse_root(matrix.float(), exponent, eps=1e-12, method=method)
+        assert root.isnan().all() or root.abs().max() < 1.5 * noise**-exponent
 
 
 def test_orthogonal_iteration_follows_a_drifting_matrix() -> None:
