@@ -312,15 +312,15 @@ def test_a_direction_beyond_the_range_rests_and_is_counted_in_the_next_step(
 
 
 def test_a_layer_whose_direction_is_beyond_the_range_rests_alone() -> None:
-    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False))
-    dead, alive = (module.weight for module in model)
+    layers = nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)
+    model, (dead, alive) = nn.Sequential(*layers), [layer.weight for layer in layers]
     groups = [{"params": [("0.weight", dead)], "damping": 1e-38}, {"params": [("1.weight", alive)]}]
     optimizer = FOOF(groups, model=model, lr=0.1, scaling="norm", weight_decay=1.0,
                      weight_decay_type="l2", momentum=0.0)  # fmt: skip
     before = [weight.detach().clone() for weight in (dead, alive)]
     for _ in range(2):
         optimizer.zero_grad()
-        (model[0](torch.zeros(5, 4)).sum() + model[1](torch.ones(5, 3)).sum()).backward()
+        (layers[0](torch.zeros(5, 4)).sum() + layers[1](torch.ones(5, 3)).sum()).backward()
         optimizer.step()
     assert optimizer.skipped_steps == 1
     assert torch.equal(dead, before[0])
