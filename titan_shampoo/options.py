@@ -132,6 +132,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "grafting": (None, "sgd", "adagrad", "rmsprop", "adam"),
     "root_method": ("auto", "eigh", "newton", "newton_schulz", "qr"),
     "basis_method": ("eigh", "qr"),
+    "degenerate_basis": ("previous", "arbitrary"),
     "factor_dtype": (None, torch.float32, torch.float64),
     "root_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
     "basis_dtype": (None, torch.float32, torch.float64, torch.bfloat16),

@@ -16,7 +16,7 @@ from titan_shampoo.distributed.blocks import Alignment
 from titan_shampoo.distributed.geometry import Merge
 from titan_shampoo.functional.grafting import Grafting
 from titan_shampoo.functional.kl_shampoo import KLShampooRule
-from titan_shampoo.functional.roots import BasisMethod, RootMethod
+from titan_shampoo.functional.roots import BasisMethod, Degenerate, RootMethod
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
 from titan_shampoo.library_optimizer import Params
@@ -221,6 +221,10 @@ class SOAP(BlockOptimizer):
         start_step: First step that refreshes.
         basis_method: ``"qr"`` turns the basis by one step of orthogonal iteration, ``"eigh"`` finds
             it anew; the first one is always found by eigendecomposition.
+        degenerate_basis: ``"previous"``: where eigenvalues are zero or equal, the basis stays next
+            to the one before, the identity at first, and does not depend on rounding;
+            ``"arbitrary"``: it is what the decomposition returns, as in the published code, whose
+            iterates are those of no other mesh.
         basis_dtype: Dtype of the bases and of the products with them, as ``root_dtype``.
     """
 
@@ -245,6 +249,7 @@ class SOAP(BlockOptimizer):
         start_step: int | None = 1,
         refresh: Refresh = "staggered",
         basis_method: BasisMethod = "qr",
+        degenerate_basis: Degenerate = "previous",
         factor_dtype: torch.dtype | None = None,
         basis_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,

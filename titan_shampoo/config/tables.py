@@ -151,6 +151,12 @@ class SOAP(Blocks):
     basis_method: Literal["qr", "eigh"] | None = None
     """Turn the eigenbasis by one step of orthogonal iteration, or find it anew; not set: qr"""
 
+    degenerate_basis: Literal["previous", "arbitrary"] | None = None
+    """
+    Where eigenvalues are zero or equal, keep the basis next to the one before, which rounding does
+    not decide, or take what the decomposition returns, as the published code; not set: previous
+    """
+
     basis_dtype: Literal["float32", "float64", "bfloat16"] | None = None
     """Precision of the bases and of the products with them; not set: factor_dtype"""
 

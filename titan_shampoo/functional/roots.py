@@ -11,10 +11,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from titan_shampoo.functional.degenerate import ordered, settled, shifted
 from titan_shampoo.functional.side_by_side import side_by_side
 
 RootMethod = Literal["auto", "eigh", "newton", "newton_schulz", "qr"]
 BasisMethod = Literal["eigh", "qr"]
+Degenerate = Literal["previous", "arbitrary"]
 
 SMALLEST_DAMPING = 1e-30
 """Relative damping of nothing: keeps its inverse finite, so that its direction is 0, not 0 / 0."""
@@ -319,7 +321,12 @@ def tracked_eigenvalues(matrices: Tensor, basis: Tensor) -> Tensor:
 
 
 def next_basis(
-    matrices: Tensor, previous: Tensor, ready: Tensor | bool, *, method: BasisMethod
+    matrices: Tensor,
+    previous: Tensor,
+    ready: Tensor | bool,
+    *,
+    method: BasisMethod,
+    degenerate: Degenerate = "previous",
 ) -> tuple[Tensor, Tensor]:
     """Orthonormal eigenvectors of each matrix, in columns, ``(n, d, d)``, and eigenvalues.
 
@@ -328,25 +335,42 @@ def next_basis(
 
     Args:
         matrices: Symmetric positive semi-definite, ``(n, d, d)``.
-        previous: Basis of the last refresh, ``(n, d, d)``; only ``"qr"`` uses it.
+        previous: Basis of the last refresh, the identity before the first, ``(n, d, d)``.
         ready: Which matrices have had a refresh, ``(n,)`` bool, or one answer for all.
         method: ``"eigh"``, or ``"qr"`` for one step of orthogonal iteration.
+        degenerate: ``"previous"``: among zero or equal eigenvalues ``previous`` decides (see
+            ``functional.degenerate``); ``"arbitrary"``: rounding does.
     """
     if method == "eigh" or ready is False:
-        values, vectors = eigh(matrices)
-        return vectors, values
-    turned, seen = _orthogonal_iteration(matrices, previous)
+        return _eigenbasis(matrices, previous, degenerate)
+    turned, seen = _orthogonal_iteration(matrices, previous, degenerate)
     if ready is True or bool(ready.all()):
         return turned, seen
     fresh = (~ready).nonzero().flatten()
-    seen[fresh], turned[fresh] = eigh(matrices[fresh])
+    turned[fresh], seen[fresh] = _eigenbasis(matrices[fresh], previous[fresh], degenerate)
     return turned, seen
 
 
-def _orthogonal_iteration(matrices: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def _eigenbasis(
+    matrices: Tensor, previous: Tensor, degenerate: Degenerate
+) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues, these in ascending order."""
+    values, vectors = eigh(matrices)
+    if degenerate == "previous":
+        vectors = settled(values, vectors, previous)
+    return vectors, values
+
+
+def _orthogonal_iteration(
+    matrices: Tensor, previous: Tensor, degenerate: Degenerate
+) -> tuple[Tensor, Tensor]:
     """``qr(A Q)``, with columns in the order of the eigenvalues that ``Q`` sees, and these."""
     product = matrices @ previous
     seen = (previous * product).sum(-2)
-    order = seen.argsort(dim=-1, descending=True).unsqueeze(-2)
-    basis, _ = side_by_side(torch.linalg.qr, product.gather(-1, order.expand_as(product)))
+    if degenerate == "previous":
+        product, order = shifted(product, previous), ordered(seen)
+    else:
+        order = seen.argsort(dim=-1, descending=True)
+    columns = product.gather(-1, order.unsqueeze(-2).expand_as(product))
+    basis, _ = side_by_side(torch.linalg.qr, columns)
     return basis, seen

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from titan_shampoo.functional.factors import (
@@ -29,6 +30,9 @@ from titan_shampoo.functional.rule import (
     worst,
 )
 from titan_shampoo.functional.symmetric import unpack
+
+ROUNDING = 1e-12
+"""Entries of a gradient in the basis, relative to its length, that are rounding in float64."""
 
 
 class SOAPRule:
@@ -83,8 +87,13 @@ class SOAPRule:
         for dim, name in active_factors(shape, options):
             factor = unpack(state[name][due], shape[dim])
             old = state[f"{name}_basis"][due].to(factor.dtype)
-            method = options["basis_method"]
-            basis, values = next_basis(factor, old, clock.ready, method=method)
+            basis, values = next_basis(
+                factor,
+                old,
+                clock.ready,
+                method=options["basis_method"],
+                degenerate=options["degenerate_basis"],
+            )
             new[f"{name}_basis"] = basis
             conditions.append(condition_number(lifted(values)))
             turns.append((dim, basis.mT @ old))
@@ -120,4 +129,16 @@ class SOAPRule:
         )
         denominator = (squares / bias_correction(beta2, age, grad)).sqrt_().add_(options["eps"])
         direction = average / bias_correction(beta1, age, grad) / denominator * counts
+        if options["degenerate_basis"] == "previous" and grad.dtype == torch.float64:
+            direction = _without_rounding(direction, squares)
         return contract(direction, bases)
+
+
+def _without_rounding(direction: Tensor, squares: Tensor) -> Tensor:
+    """The direction, zero where a gradient never had more than the rounding of its length.
+
+    In a null space that stays, Adam would divide rounding by its epsilon. In float64 nothing else
+    is as small; in float32 rounding cannot be told from small entries.
+    """
+    whole = squares.flatten(1).sum(1).view(-1, *[1] * (squares.ndim - 1))
+    return direction.where(squares > ROUNDING**2 * whole, 0.0)
