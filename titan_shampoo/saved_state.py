@@ -3,6 +3,7 @@
 A state is checked as a whole, and by all ranks together, before anything of the optimizer changes.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -248,7 +249,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         names = [name for group in self.param_groups for name, _ in self._named(group)]
         check_groups(self.param_groups, saved, names, self.shape_options)
         loaded = [
-            dict(group) | {k: v for k, v in other.items() if k not in _FIXED_KEYS}
+            dict(group) | {k: copy.deepcopy(v) for k, v in other.items() if k not in _FIXED_KEYS}
             for group, other in zip(self.param_groups, saved, strict=True)
         ]
         for number, group in enumerate(loaded):
