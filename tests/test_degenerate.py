@@ -154,7 +154,7 @@ def test_iterates_of_soap_do_not_depend_on_rounding(basis_method: str, kind: str
 def test_with_an_arbitrary_basis_they_do() -> None:
     """The option is that of the published code, and the tests above would see it."""
     for basis_method in ("eigh", "qr"):
-        options = {"basis_method": basis_method, "precondition_frequency": 3}
+        options: dict[str, Any] = {"basis_method": basis_method, "precondition_frequency": 3}
         found = distance(SOAP, "rank 2", (8, 8), degenerate_basis="arbitrary", **options)
         assert found > LR / 10
 
