@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.block_views import of_blocks
 from tests.layers import Mixed, made
 from tests.ranks import run_on_ranks
 from tests.test_eva_protocol import advance, every_method, loss_of, make, states, values
@@ -243,7 +244,7 @@ def test_moments_of_few_directions_end_no_run(
     assert optimizer.skipped_steps == 0
     assert layer.weight.isfinite().all()
     state = optimizer.state[layer.weight]
-    assert state["refreshes.0"] >= 7  # each failure is mended but the last
+    assert of_blocks(state, "refreshes")[0] >= 7  # each failure is mended but the last
     assert optimizer.failed_refreshes <= 8
 
 
@@ -258,7 +259,9 @@ def test_a_failed_inverse_is_that_of_the_damped_factor_one_step_later() -> None:
         model(rows("equal rows", step)).sum().backward()
         optimizer.step()
     assert optimizer.failed_refreshes == 1
-    values, vectors = torch.linalg.eigh(optimizer.state[layer.weight]["right.0"].double())
+    values, vectors = torch.linalg.eigh(
+        of_blocks(optimizer.state[layer.weight], "right")[0].double()
+    )
     expected = (vectors / (values.clamp(min=0) + 1e-9)) @ vectors.mT
-    found = optimizer.state[layer.weight]["right_inverse.0"].double()
+    found = of_blocks(state, "right_inverse")[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()

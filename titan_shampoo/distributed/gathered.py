@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +51,18 @@ def gathered(
     mesh = param.device_mesh
     if mesh.size() == 1:
         return whole
-    spread = DTensor.from_local(rows, mesh, [Partial()] * mesh.ndim, run_check=False)
-    for axis in range(1, mesh.ndim + 1):
-        placements = [Shard(0)] * axis + [Partial()] * (mesh.ndim - axis)
+    # Over one axis, the longest: torch gathers rows that are cut unevenly over two axes wrongly.
+    widest = max(range(mesh.ndim), key=lambda axis: mesh.shape[axis])
+    placements: list[Placement] = [Partial()] * mesh.ndim
+    spread = DTensor.from_local(rows, mesh, placements, run_check=False)
+    for axis in sorted(range(mesh.ndim), key=lambda axis: axis != widest):
+        placements[axis] = Shard(0) if axis == widest else Replicate()
         spread = spread.redistribute(placements=placements)
     local = spread.to_local().contiguous().view(whole.dtype)
     return DTensor.from_local(
         local.view(len(local), *whole.shape[1:]),
         mesh,
-        [Shard(0)] * mesh.ndim,
+        placements,
         run_check=False,
         shape=whole.shape,
         stride=whole.stride(),
