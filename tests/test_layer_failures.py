@@ -263,5 +263,5 @@ def test_a_failed_inverse_is_that_of_the_damped_factor_one_step_later() -> None:
         of_blocks(optimizer.state[layer.weight], "right")[0].double()
     )
     expected = (vectors / (values.clamp(min=0) + 1e-9)) @ vectors.mT
-    found = of_blocks(state, "right_inverse")[0].double()
+    found = of_blocks(optimizer.state[layer.weight], "right_inverse")[0].double()
     assert (found - expected).norm() < 1e-4 * expected.norm()
