@@ -69,7 +69,8 @@ def filled(command: str, folder: Path) -> list[str]:
 
 def check_run(words: list[str], folder: Path) -> None:
     """The launcher's options exist, and the settings are right for that many ranks."""
-    options = words[[Path(word).name for word in words].index("torchrun") + 1 :]
+    programs = [Path(word).name in ("torchrun", "parallel.launch") for word in words]
+    options = words[programs.index(True) + 1 :]
     given = get_args_parser().parse_args(options)
     assert given.training_script == "train.py"
     ranks = int(given.nnodes.split(":")[-1]) * int(given.nproc_per_node)
@@ -139,7 +140,8 @@ RULES = [
     (r".* window\.toml$", check_nothing),  # tests/test_own_recipe.py
     (r"torchrun --max-restarts=3$", check_nothing),
     (r"make ", check_make),
-    (r"(srun .*|\.venv/bin/)?torchrun .*train\.py ", check_run),
+    (r"(srun .*|\.venv/bin/)?(torchrun|python -m parallel\.launch) .*train\.py ", check_run),
+    (r"python -m parallel\.launch$", check_nothing),
     (r"(\.venv/bin/)?python train\.py --plan ", check_plan),
     (r"python -m (benchmarks|tests\.soak)\.\w+", check_help),
     (r"(\.venv/bin/)?python -m titan_shampoo\.plot ", check_plot),

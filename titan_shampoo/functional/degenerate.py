@@ -80,12 +80,14 @@ def _clusters(values: Tensor) -> Tensor:
 
 
 def shifted(product: Tensor, previous: Tensor) -> Tensor:
-    """``A Q + Q M``, ``(n, d, d)``.
+    """``A Q + Q M`` over the largest entry of ``A Q``, ``(n, d, d)``.
 
     Args:
         product: ``A Q``, ``(n, d, d)``.
         previous: ``Q``, orthonormal.
     """
+    largest = product.abs().amax((-2, -1), keepdim=True)
+    product = product / torch.where(largest > 0, largest, 1.0)  # squares stay in range
     lengths = torch.linalg.vector_norm(product, dim=-2, keepdim=True)
     least = SMALLEST_SHIFT * lengths.amax(-1, keepdim=True)
     least = torch.where(least > 0, least, 1.0)  # the basis of nothing stays
