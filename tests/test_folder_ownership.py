@@ -88,7 +88,7 @@ def test_a_link_planted_while_a_run_trains_gets_no_record(tmp_path, victim, kind
     assert_untouched(victim)
     warned = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
     assert len(warned) == 1
-    assert "metrics.jsonl: cannot be written: a link" in warned[0]
+    assert "metrics.jsonl: metrics cannot be written: a link" in warned[0]
     assert "training goes on" in warned[0]
     records.file.unlink()
     records.append({"step": 3, "loss": 1.0})

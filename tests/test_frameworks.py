@@ -178,8 +178,8 @@ def test_groups_without_names_are_named_by_the_model(method: str) -> None:
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = made(method, model, groups)
-    assert optimizer.preconditions(model.head.weight)
-    assert "head.weight" in optimizer.sharded_state()
+    assert optimizer.preconditions(model.backbone[0].weight)
+    assert "backbone.0.weight" in optimizer.sharded_state()
 
 
 def flattened(uses_original: bool) -> str:
@@ -342,9 +342,10 @@ def test_dampening_counts_from_the_first_step_on(method: str) -> None:
     moves = []
     for dampening in (0.0, 0.75):
         model = network()
-        before = model.head.weight.detach().clone()
+        weight = model.backbone[0].weight
+        before = weight.detach().clone()
         train(model, made(method, model, momentum=0.9, dampening=dampening), range(1))
-        moves.append(model.head.weight.detach() - before)
+        moves.append(weight.detach() - before)
     assert moves[0].any()
     torch.testing.assert_close(moves[1], 0.25 * moves[0])
 
