@@ -206,13 +206,14 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._check_options(group)
         group.setdefault("peak_lr", float(group["lr"]))
         check_alike(self.param_groups, self.step_options)
-        for name, param in self._as_given(group):
-            if getattr(param, "_fsdp_flattened", False):
+        odd = [p for p in group["params"] if p.is_complex() or getattr(p, "_fsdp_flattened", False)]
+        if odd:  # names are looked up then alone: numbers take time like all groups
+            name = next(name for name, param in self._as_given(group) if param is odd[0])
+            if not odd[0].is_complex():
                 raise ValueError(f"{name}: is flattened by FullyShardedDataParallel, which leaves "
                                  "no matrices; shard with fully_shard (FSDP2)")  # fmt: skip
-            if param.is_complex():
-                raise ValueError(f"{name}: got {param.dtype}, wanted a real dtype; "
-                                 "pass torch.view_as_real of it")  # fmt: skip
+            raise ValueError(f"{name}: got {odd[0].dtype}, wanted a real dtype; "
+                             "pass torch.view_as_real of it")  # fmt: skip
 
     def _kind(self, name: str, param: Tensor) -> Kind | None:
         """What the module of a parameter is, where it is known here or of the whole model."""
