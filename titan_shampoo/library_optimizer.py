@@ -346,10 +346,10 @@ class LibraryOptimizer(SavedStateOptimizer):
             check_complete(group, options)
         for group in changed:
             self._check_options(group)
-            self._as_made.check_fixed(self.param_groups)
             self._check_state_of(group)
             check_alike([self.param_groups[0], group], self.step_options)
         if changed:
+            self._as_made.check_fixed(self.param_groups)
             self._as_made.accept(self.param_groups)
 
     def _follow_others(self) -> None:
