@@ -456,12 +456,13 @@ class Entry(NamedTuple):
                              f"{len(self.mine)}; differing: {some}")  # fmt: skip
         for key, value in self.mine.items():
             wanted = self._wanted(key, value, is_local=self.is_local)
-            if self.saved[key].shape != wanted:
-                advice = ("; what another layout's ranks have each of their own fits none but that "
-                          "layout: save state_dict()") if key == BLOCKS else ""  # fmt: skip
-                raise ValueError(f"{self.name}: {key} of the state has shape "
-                                 f"{tuple(self.saved[key].shape)}, wanted {tuple(wanted)}"
-                                 f"{advice}")  # fmt: skip
+            found = self.saved[key].shape
+            if found != wanted:
+                is_blocks = key.rpartition(".")[2] in self.shares and found[1:] == wanted[1:]
+                advice = ("; what one rank has of its own fits that rank alone: save "
+                          "state_dict()") if is_blocks else ""  # fmt: skip
+                raise ValueError(f"{self.name}: {key} of the state has shape {tuple(found)}, "
+                                 f"wanted {tuple(wanted)}{advice}")  # fmt: skip
 
     def _wanted(self, key: str, value: Tensor, *, is_local: bool) -> torch.Size:
         share = self.shares.get(key.rpartition(".")[2])
