@@ -3,13 +3,15 @@
 Every rank works on its own tiles. What is summed over ranks are vectors of statistics, and four
 scalars per layer: ``|G|^2``, ``<G, V>`` and the squares of the two vectors of ``V``. A stack of
 experts is as many layers as it has matrices, stepped together: its vectors and scalars have one row
-for each. Tables of scalars have the same rows on all ranks.
+for each. So are small layers of equal shape (``layers.bunches``). Tables of scalars have the same
+rows on all ranks.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +31,7 @@ from titan_shampoo.functional.eva import (
 from titan_shampoo.functional.roots import not_nothing
 from titan_shampoo.functional.scaling import scaling_sums
 from titan_shampoo.layers.averages import averages_of
+from titan_shampoo.layers.bunches import Bunch, bunches_of
 from titan_shampoo.layers.layer import Layer, Span
 from titan_shampoo.layers.rows import RowsOfLayers
 from titan_shampoo.layers.step import SCALARS, LayerStep, Moves, moves_of
@@ -63,15 +66,17 @@ class RankOneStep(LayerStep):
             for averages in self.averages
             for position, layer in enumerate(averages.layers)
         }
-        self._rows = RowsOfLayers(layers, self.device)
+        self._bunches = self.parts = bunches_of(layers)
+        self._rows = RowsOfLayers(self._bunches, self.device)
+        self._row_of = _rows_by_layer(self._bunches, self._rows)
         self.step_count = torch.zeros(len(self._rows), dtype=self.dtype, device=self.device)
         """Steps that each layer has taken, ``(rows,)``."""
         wide = SCALARS if curvature == "gradient" else self.dtype
         self.curvature_mean = torch.zeros_like(self.step_count, dtype=wide)
         """Running mean of the curvature's eigenvalue, ``(rows,)``, for relative damping."""
-        self._spans = [layer.spans(_vector_dims(layer, curvature)) for layer in layers]
-        self._bias_square = self.of_rows([float(layer.bias is not None) for layer in layers])
-        self._numel = self.of_rows([_numel(layer) for layer in layers])
+        self._spans = [one.spans(_vector_dims(one.first, curvature)) for one in self._bunches]
+        self._bias_square = self.of_rows([float(one.bias is not None) for one in self._bunches])
+        self._numel = self.of_rows([one.matrix_numel for one in self._bunches])
         self._orders = self.of_rows([len(spans) for spans in self._spans])
         self._table: Tensor | None = None
         self._damping = torch.ones_like(self.step_count, dtype=SCALARS)
@@ -88,11 +93,7 @@ class RankOneStep(LayerStep):
         """One step for the layers whose local gradients are given, with their norms."""
         if self.decays_gradients():
             grads, norms = self.decayed(grads, taken), {}
-        moving = [layer.moves(grads) for layer in self.layers]
-        matrices = [
-            layer.gradient(grads) if moves else None
-            for layer, moves in zip(self.layers, moving, strict=True)
-        ]
+        matrices = [bunch.gradient(grads) for bunch in self._bunches]
         squares = self._grad_squares(grads, norms)
         lefts, rights, products = self._factors(matrices, grads, squares)
         self._table = self._scalars(squares, lefts, rights, products)
@@ -103,7 +104,7 @@ class RankOneStep(LayerStep):
         self._is_reduced = False
         if self._needs_other_ranks():
             self._table, self._is_reduced = self._reduced(self._table), True
-        counted = self.of_rows(moving)
+        counted = self._moving(grads)
         self._damping = self._next_damping(counted if taken is None else counted * taken)
         found = self._terms(self._table, self._damping)
         self._apply(matrices, grads, lefts, rights, found, powers, taken)
@@ -111,17 +112,25 @@ class RankOneStep(LayerStep):
     # Scalars: from which all coefficients follow
 
     def _grad_squares(self, grads: Grads, norms: Grads) -> Vectors:
-        """This rank's part of ``|G|^2`` of each layer, 0-dim; of a stack ``(matrices here,)``."""
+        """This rank's part of ``|G|^2`` of each bunch, 0-dim; of a stack ``(matrices here,)``."""
         squares = []
-        for layer in self.layers:
+        for bunch in self._bunches:
+            nothing = torch.zeros((), dtype=bunch.dtype, device=self.device)
+            if bunch.is_stacked:
+                found = [
+                    self._norm(one, one.weight, grads, norms) if one.weight in grads else nothing
+                    for one in bunch.layers
+                ]
+                squares.append(torch.stack(found).square())
+                continue
+            layer = bunch.first
             own = [
                 self._norm(layer, param, grads, norms).square()
                 for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts))
                 if param is not None and param in grads and counts
             ]
-            here = layer.tile.shape[: layer.batch_dims]
-            nothing = [torch.zeros(here, dtype=layer.dtype, device=self.device)]
-            squares.append(own[0] if len(own) == 1 else torch.stack(own or nothing).sum(0))
+            here = nothing.expand(bunch.stack_shape)
+            squares.append(own[0] if len(own) == 1 else torch.stack(own or [here]).sum(0))
         return squares
 
     def _factors(
@@ -133,8 +142,8 @@ class RankOneStep(LayerStep):
         """
         lefts, rights = self._vectors(matrices, squares)
         products = [
-            self._product(layer, matrix, right, grads)
-            for layer, matrix, right in zip(self.layers, matrices, rights, strict=True)
+            self._product(bunch, matrix, right, grads)
+            for bunch, matrix, right in zip(self._bunches, matrices, rights, strict=True)
         ]
         if self.curvature == "input":
             lefts = [one for (one,) in self._completed([[product] for product in products])]
@@ -151,12 +160,12 @@ class RankOneStep(LayerStep):
 
     def _units(self, squares: Vectors) -> Sequence[Tensor]:
         """One over the root mean square of the gradient of each matrix here, like ``squares``."""
-        if not any(layer.batch_dims for layer in self.layers):
+        if not any(bunch.batch_dims for bunch in self._bunches):
             flat = torch.stack(list(squares))
             return root_mean_square(flat, self._numel.to(flat.dtype)).reciprocal().unbind()
         return [
-            root_mean_square(square, _numel(layer)).reciprocal()
-            for layer, square in zip(self.layers, squares, strict=True)
+            root_mean_square(square, bunch.matrix_numel).reciprocal()
+            for bunch, square in zip(self._bunches, squares, strict=True)
         ]
 
     def _powers(self, table: Tensor) -> Tensor | None:
@@ -180,11 +189,12 @@ class RankOneStep(LayerStep):
         """Vectors of V along rows and columns; those of Eva-f's rows come later."""
         if self.curvature == "gradient":
             return self._marginals(matrices, self._units(squares))
-        places = [self._place[id(layer)] for layer in self.layers]
-        rights = [averages.inputs[position] for averages, position in places]
+        places = [[self._place[id(one)] for one in bunch.layers] for bunch in self._bunches]
+        paired = list(zip(self._bunches, places, strict=True))
+        rights = [bunch.stacked([a.inputs[k] for a, k in some]) for bunch, some in paired]
         if self.curvature == "input":
             return [], rights
-        return [averages.outputs[position] for averages, position in places], rights
+        return [bunch.stacked([a.outputs[k] for a, k in some]) for bunch, some in paired], rights
 
     def _marginals(
         self, matrices: Sequence[Tensor | None], units: Sequence[Tensor]
@@ -194,17 +204,16 @@ class RankOneStep(LayerStep):
         Those of the columns times ``units``: their products stay within the range of floats.
         """
         sums = []
-        for layer, matrix, spans in zip(self.layers, matrices, self._spans, strict=True):
-            stacked = layer.batch_dims
-            shape = [*layer.tile.shape[:stacked], *(span.shape[-1] for span in spans)]
-            empty = torch.zeros(shape, dtype=layer.dtype, device=self.device)
+        for bunch, matrix, spans in zip(self._bunches, matrices, self._spans, strict=True):
+            shape = [*bunch.stack_shape, *(span.shape[-1] for span in spans)]
+            empty = torch.zeros(shape, dtype=bunch.dtype, device=self.device)
             sums.append(marginal_sums(empty if matrix is None else matrix.view(shape),
-                                      batch_dims=stacked))  # fmt: skip
+                                      batch_dims=bunch.batch_dims))  # fmt: skip
         lefts, rights = [], []
-        completed = zip(self.layers, self._spans, self._completed(sums), units, strict=True)
-        for layer, spans, totals, unit in completed:
-            shares = [span.size / max(1, layer.weight.numel()) for span in spans]
-            scale = unit[:, None] if layer.batch_dims else unit
+        completed = zip(self._bunches, self._spans, self._completed(sums), units, strict=True)
+        for bunch, spans, totals, unit in completed:
+            shares = [span.size / max(1, bunch.numel) for span in spans]
+            scale = unit[:, None] if bunch.batch_dims else unit
             lefts.append(totals[0] * shares[0])
             pairs = zip(totals[1:], shares[1:], strict=True)
             rights.append(outer([total * (scale * share) for total, share in pairs]))
@@ -214,10 +223,10 @@ class RankOneStep(LayerStep):
         """Vectors along the spans of each layer, summed over all ranks that have a part of them."""
         travelling: dict[Any, list[tuple[int, int, Span]]] = defaultdict(list)
         completed = [list(vectors) for vectors in partial]
-        for number, (layer, spans) in enumerate(zip(self.layers, self._spans, strict=True)):
+        for number, (bunch, spans) in enumerate(zip(self._bunches, self._spans, strict=True)):
             for index, span in enumerate(spans):
                 if span.is_partial:
-                    travelling[layer.tile.group].append((number, index, span))
+                    travelling[bunch.tile.group].append((number, index, span))
         for group, places in travelling.items():
             wholes = []
             for number, index, span in places:
@@ -226,32 +235,42 @@ class RankOneStep(LayerStep):
             sums = all_reduce_together(wholes, group)
             for (number, index, span), whole in zip(places, sums, strict=True):
                 mine = whole[span.positions].view(span.shape)
-                completed[number][index] = mine.to(self.layers[number].dtype)
+                completed[number][index] = mine.to(self._bunches[number].dtype)
         return completed
 
-    def _product(self, layer: Layer, matrix: Tensor | None, right: Tensor, grads: Grads) -> Tensor:
+    def _product(self, bunch: Bunch, matrix: Tensor | None, right: Tensor, grads: Grads) -> Tensor:
         """This rank's part of ``G right``, the column of the bias included, ``(rows,)``."""
+        layer = bunch.first
         if matrix is None:
-            return right.new_zeros(layer.tile.shape[: layer.batch_dims + 1])
-        if layer.batch_dims:
+            return right.new_zeros(*bunch.stack_shape, layer.tile.shape[layer.batch_dims])
+        if bunch.batch_dims:
             return matrix.bmm(right[..., None]).squeeze(-1)
         product = matrix.mv(right)
         if layer.bias is not None and layer.bias in grads and layer.bias_counts:
             product[layer.bias_rows] += grads[layer.bias]
         return product
 
+    def _moving(self, grads: Grads) -> Tensor:
+        """Which matrices have a gradient, ``(rows,)``, 0 or 1."""
+        moving = [layer.moves(grads) for bunch in self._bunches for layer in bunch.layers]
+        if all(moving):  # as always, but for unused branches
+            return self.of_rows([1.0] * len(self._bunches))
+        numbers = [1 if bunch.is_stacked else bunch.num_matrices
+                   for bunch in self._bunches for _ in bunch.layers]  # fmt: skip
+        return self.constant(np.repeat(moving, numbers).tolist())
+
     def _needs_other_ranks(self) -> bool:
         """Whether this step needs the scalars of whole layers; the same answer on all ranks."""
         if self.curvature != "input" or self.scaling is not None:
             return True
-        return any(_is_cut(layer) for layer in self.layers)
+        return any(_is_cut(bunch.first) for bunch in self._bunches)
 
     def _reduced(self, table: Tensor) -> Tensor:
         return self.summed_over_tiles(torch.where(self._rows.counts_here, table, 0))
 
     def _next_damping(self, moving: Tensor) -> Tensor:
         """``y`` of each layer, ``(rows,)``; counts the step of the layers that are moving."""
-        relative = self.of_rows([_is_relative(layer) for layer in self.layers])
+        relative = self.of_rows([_is_relative(bunch.first) for bunch in self._bunches])
         decay = self.option("statistics_decay")
         square = curvature_square(self.curvature, *self._squares())
         running_average_(self.curvature_mean, square, self.step_count, moving, decay)
@@ -269,7 +288,7 @@ class RankOneStep(LayerStep):
         assert self._table is not None, "no step has been taken"
         numel, orders = self._numel, self._orders
         noise = (self._table[:, 0] / numel) ** orders * numel ** (2 - orders)
-        eps = self.of_rows([torch.finfo(layer.dtype).eps for layer in self.layers])
+        eps = self.of_rows([torch.finfo(bunch.dtype).eps for bunch in self._bunches])
         return torch.maximum(curvature, eps * noise)
 
     def _squares(self) -> tuple[Tensor, Tensor]:
@@ -335,20 +354,26 @@ class RankOneStep(LayerStep):
         factors = self._rows.of_layers_here(scales.to(self.dtype))
         amounts = self._rows.of_layers_here((scales * coefficients).to(self.dtype))
         moves: dict[int, Moves] = {}
-        for number, (layer, matrix) in enumerate(zip(self.layers, matrices, strict=True)):
-            if matrix is not None:
-                left = lefts[number] * amounts[number].to(layer.dtype).unsqueeze(-1)
-                factor = factors[number].to(layer.dtype)
-                right, kept = rights[number], self.momentum
-                group = moves_of(layer, moves, taken)
-                if layer.weight in grads and layer.is_transposed:
-                    group.add_rank_one(layer.weight, matrix.T, right, left, factor, kept)
-                elif layer.weight in grads:
-                    group.add_rank_one(layer.weight, matrix, left, right, factor, kept)
-                if layer.bias is not None and layer.bias in grads:
-                    grad = grads[layer.bias].to(layer.dtype)[:, None]
-                    rows, one = left[layer.bias_rows], right.new_ones(1)
-                    group.add_rank_one(layer.bias, grad, rows, one, factor, kept)
+        for number, (bunch, matrix) in enumerate(zip(self._bunches, matrices, strict=True)):
+            if matrix is None:
+                continue
+            layer = bunch.first
+            left = lefts[number] * amounts[number].to(layer.dtype).unsqueeze(-1)
+            factor = factors[number].to(layer.dtype)
+            right, kept = rights[number], self.momentum
+            group = moves_of(layer, moves, taken)
+            if bunch.is_stacked:
+                weights = [one.weight if one.weight in grads else None for one in bunch.layers]
+                group.add_rank_one_stack(weights, matrix, left, right, factor, kept)
+                continue
+            if layer.weight in grads and layer.is_transposed:
+                group.add_rank_one(layer.weight, matrix.T, right, left, factor, kept)
+            elif layer.weight in grads:
+                group.add_rank_one(layer.weight, matrix, left, right, factor, kept)
+            if layer.bias is not None and layer.bias in grads:
+                grad = grads[layer.bias].to(layer.dtype)[:, None]
+                rows, one = left[layer.bias_rows], right.new_ones(1)
+                group.add_rank_one(layer.bias, grad, rows, one, factor, kept)
         for group in moves.values():
             group.finish()
 
@@ -356,7 +381,8 @@ class RankOneStep(LayerStep):
 
     def state(self, number: int) -> dict[str, Tensor]:
         """State of the weight of one layer."""
-        layer, rows = self.layers[number], self._rows.of_layer[number]
+        layer = self.layers[number]
+        rows = self._row_of[id(layer)]
         state = {"step": self.step_count[rows]}
         if self.averages:
             averages, position = self._place[id(layer)]
@@ -381,28 +407,35 @@ class RankOneStep(LayerStep):
         found = self._terms(self._table, self._damping)
         rho = curvature_square(self.curvature, *self._squares()) / found.damping
         cosine = found.cosine()
+        rows = [self._row_of[id(layer)] for layer in self.layers]
         return {
-            layer.name: {"rho": rho[rows].mean(), "cosine": cosine[rows].mean()}
-            for layer, rows in zip(self.layers, self._rows.of_layer, strict=True)
+            layer.name: {"rho": rho[some].mean(), "cosine": cosine[some].mean()}
+            for layer, some in zip(self.layers, rows, strict=True)
         }
 
     def option(self, name: str) -> Tensor:
         """One option of each layer, ``(rows,)``."""
-        return self._rows.spread(super().option(name))
+        return self.of_rows([bunch.options[name] for bunch in self._bunches])
 
     def of_rows(self, numbers: Sequence[float]) -> Tensor:
-        """Numbers of the host, one for each layer, on the device, ``(rows,)``."""
+        """Numbers of the host, one for each bunch of layers, on the device, ``(rows,)``."""
         return self._rows.spread(self.constant(numbers))
+
+
+def _rows_by_layer(bunches: Sequence[Bunch], rows: RowsOfLayers) -> dict[int, int | slice]:
+    """The row of each layer, or those of a stack, by its id."""
+    found: dict[int, int | slice] = {}
+    for bunch, some in zip(bunches, rows.of_layer, strict=True):
+        if isinstance(some, slice) and bunch.is_stacked:
+            found |= zip(map(id, bunch.layers), range(some.start, some.stop), strict=True)
+        else:
+            found[id(bunch.first)] = some
+    return found
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Inner product of two vectors, or of each pair of two stacks of them."""
     return left.dot(right) if left.dim() == 1 else (left * right).sum(-1)
-
-
-def _numel(layer: Layer) -> int:
-    """Elements of a weight, or of each matrix of a stack; 1 for none."""
-    return max(1, layer.weight.numel() // max(1, layer.num_matrices))
 
 
 def _is_cut(layer: Layer) -> bool:

@@ -17,6 +17,7 @@ from titan_shampoo.failure import norms_of
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.functional.heavy_ball import Motion, move_by_buffers_, rank_one_
 from titan_shampoo.functional.scaling import Scaling, global_scale
+from titan_shampoo.layers.bunches import Bunch
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
 
 SCALARS = torch.float64
@@ -36,6 +37,8 @@ class LayerStep:
 
     def __init__(self, layers: Sequence[Layer], pipeline_group: dist.ProcessGroup | None) -> None:
         self.layers = list(layers)
+        self.parts: Sequence[Layer | Bunch] = self.layers
+        """What is stepped together, in the order of the rows of a table of scalars."""
         self.device = layers[0].weight.device
         wide = any(layer.dtype == torch.float64 for layer in layers)
         self.dtype = torch.float64 if wide else torch.float32
@@ -170,12 +173,12 @@ class LayerStep:
     def summed_over_tiles(self, table: Tensor) -> Tensor:
         """Scalars of whole layers, ``(layers, k)``: one all-reduce for each group of tiles.
 
-        A stack has a row for each of its matrices.
+        A stack has a row for each of its matrices, and so has a bunch of layers.
         """
         numbers: dict[Any, list[int]] = defaultdict(list)
-        for number, layer in enumerate(self.layers):
-            numbers[layer.tile.group].append(number)
-        rows = list(table.split([layer.num_matrices for layer in self.layers]))
+        for number, part in enumerate(self.parts):
+            numbers[part.tile.group].append(number)
+        rows = list(table.split([part.num_matrices for part in self.parts]))
         for group, some in numbers.items():
             sums = all_reduce_together([rows[number] for number in some], group)
             for number, row in zip(some, sums, strict=True):
@@ -249,6 +252,21 @@ class Moves:
         else:
             target = torch.empty_like(grad)
             self.add_whole(param, rank_one_(target, grad, left, right, factor, beta=0.0), momentum)
+
+    def add_rank_one_stack(
+        self,
+        params: Sequence[Tensor | None],
+        grads: Tensor,
+        left: Tensor,
+        right: Tensor,
+        factor: Tensor,
+        momentum: Grads,
+    ) -> None:
+        """Take such directions of several parameters, ``(n, ...)`` each; of None there is none."""
+        found = rank_one_(torch.empty_like(grads), grads, left, right, factor, beta=0.0)
+        for param, direction in zip(params, found.unbind(), strict=True):
+            if param is not None:
+                self.add_whole(param, direction, momentum)
 
     def add_whole(self, param: Tensor, direction: Tensor, momentum: Grads) -> None:
         """Take a direction that is stored; it is changed."""
