@@ -199,11 +199,11 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Complete the last parameter group, or raise ValueError."""
-        check_keys(group, type(self).__name__, self.defaults)
         if group["method"] != self.defaults["method"]:
             raise ValueError(f"method: got {group['method']!r} in a parameter group of "
                              f"{type(self).__name__}; make another optimizer for it")  # fmt: skip
-        self._check_options(group)
+        self._check_options(group)  # it knows options of other methods, and what to do without them
+        check_keys(group, type(self).__name__, self.defaults)
         group.setdefault("peak_lr", float(group["lr"]))
         check_alike(self.param_groups, self.step_options)
         odd = [p for p in group["params"] if p.is_complex() or getattr(p, "_fsdp_flattened", False)]

@@ -32,6 +32,9 @@ WeightDecay = Literal["l2", "decoupled", "corrected", "independent"]
 class Shampoo(BlockOptimizer):
     """Blocked Shampoo (Gupta et al. 2018; Shi et al. 2023, arXiv 2309.06497).
 
+    Gradients ``c`` times as large give the same step; with ``grafting="sgd"`` one ``c`` times as
+    large, without grafting ``c^(1 - 2e)`` times, where ``e`` is the sum of the exponents.
+
     Args:
         params: Tensors, ``(name, tensor)`` pairs, groups, or a model for all of its parameters;
             plain, DDP, FSDP2, HSDP or tensor-parallel.
@@ -158,6 +161,7 @@ class KLShampoo(BlockOptimizer):
 
     Factors start as the identity and need no bias correction; roots are ``-1/2`` each, with
     eigenvalues floored at 1e-6 of the largest. The first refresh is at step ``start_step``.
+    Gradients ``c`` times as large give the same step.
 
     Args:
         params: As for :class:`Shampoo`, and so are all options that are not named here.
@@ -212,7 +216,7 @@ class SOAP(BlockOptimizer):
     """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the eigenbasis of Shampoo's factors.
 
     Until its first refresh a block is stepped by Adam; a block that is refreshed in its very first
-    step does not move in that step.
+    step does not move in that step. Gradients ``c`` times as large give the same step.
 
     Args:
         params: As for :class:`Shampoo`, and so are all options that are not named here.

@@ -38,6 +38,8 @@ class Eva(LayerOptimizer):
     embeddings and output heads (``titan_shampoo.recognition``) are stepped by the fallback. In a
     parameter group, ``precondition`` = True takes its layers whatever their names are, False takes
     none of them.
+    Gradients ``c`` times as large (the loss, times ``c``) give a step ``1 / c`` times as large with
+    relative damping, ``c`` times with ``scaling="norm"``; docs/algorithms.md has all cases.
     To be constructed when the model is sharded and compiled, where it computes, and before its
     first forward pass. Copies and pickles of the optimizer take the model along: copy or pickle the
     two together.
@@ -127,6 +129,9 @@ class Eva(LayerOptimizer):
 class EvaF(LayerOptimizer):
     """Eva-f (Zhang et al. 2023, arXiv 2308.02123): FOOF with the mean input of each layer.
 
+    Gradients ``c`` times as large give a step ``c`` times as large, or the same one where
+    ``kl_clip`` clips.
+
     Args:
         params: As for :class:`Eva`, and so are all options that are not named here.
         damping: Added to the curvature ``|a|^2`` of the mean input.
@@ -171,7 +176,8 @@ class EvaS(LayerOptimizer):
     """Eva-s (Zhang et al. 2023, arXiv 2308.02123): Shampoo with the means of the gradient.
 
     Needs no model. Every matrix is preconditioned, by its own marginal means, and its direction has
-    the length of its gradient; embeddings, output heads and routers are stepped by the fallback.
+    the length of its gradient: gradients ``c`` times as large give a step ``c`` times as large.
+    Embeddings, output heads and routers are stepped by the fallback.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, groups, or a model. All options that are not
@@ -252,6 +258,9 @@ class KroneckerOptimizer(LayerOptimizer):
 class FOOF(KroneckerOptimizer):
     """FOOF (Benzing 2022, arXiv 2201.12250): gradients times the inverse second moment of inputs.
 
+    Gradients ``c`` times as large give a step ``c`` times as large, or the same one where
+    ``kl_clip`` clips.
+
     Args:
         params: As for :class:`Eva`, and so are all options that are not named here.
         damping: Added to the second moment.
@@ -310,6 +319,9 @@ class FOOF(KroneckerOptimizer):
 
 class KFAC(KroneckerOptimizer):
     """K-FAC (Martens & Grosse 2015): second moments of inputs and of output gradients.
+
+    Gradients ``c`` times as large give a step ``1 / c`` times as large with relative damping, as
+    with Eva.
 
     Args:
         params: As for :class:`FOOF`, and so are all options that are not named here.
