@@ -345,11 +345,12 @@ def test_options_do_not_depend_on_the_layout(ranks: int, layout: str) -> None:
         assert_equal(put_together([parts[number] for parts in results]), expected, 1e-11)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(4, "hsdp 2x2"), (2, "ddp")])
+@pytest.mark.parametrize(("ranks", "layout"), [(4, "hsdp 2x2"), (3, "fsdp"), (2, "ddp")])
 def test_messages_in_bfloat16_cost_little_and_leave_replicas_equal(ranks: int, layout: str) -> None:
     options = {"communication_dtype": torch.bfloat16, "lr": 1e-3}
     expected = put_together([train(Layout(plain), "Shampoo", {"lr": 1e-3})])
     results = run_on_ranks(ranks, train_layouts, [layout], ["Shampoo"], options)
     found = put_together([parts[layout, "Shampoo"] for parts in results])
     assert_equal(found, expected, 1e-2)
-    assert not torch.equal(found["square"], expected["square"]), "the option does nothing"
+    # Not each of them: under FSDP2 no block of a square travels.
+    assert any(not torch.equal(found[n], expected[n]) for n in expected), "the option does nothing"

@@ -204,3 +204,32 @@ def test_what_is_no_state_of_an_optimizer_is_refused(method: str) -> None:
     optimizer = make(method, network())
     assert "has no 'state'" in refused(optimizer, {"param_groups": []})
     assert "has no 'param_groups'" in refused(optimizer, {"state": {}})
+
+
+class Hollow(nn.Module):
+    """A layer without elements beside one with some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty, self.full = nn.Linear(16, 0), nn.Linear(16, 16)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.full(inputs) + self.empty(inputs).sum()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@every_method
+@pytest.mark.parametrize("form", ["state_dict", "local_state_dict"])
+def test_weights_without_elements_are_no_obstacle(method: str, form: str) -> None:
+    torch.manual_seed(0)
+    model = Hollow()
+    optimizer = make(method, model)
+    train(model, optimizer, range(3))
+    kept, weights = copy.deepcopy(getattr(optimizer, form)()), copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(3, 6))
+    expected = [param.clone() for param in model.parameters()]
+    optimizer.load_state_dict(kept)
+    model.load_state_dict(weights)
+    train(model, optimizer, range(3, 6))
+    for param, other in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(param, other)

@@ -170,7 +170,8 @@ class BlockOptimizer(LibraryOptimizer):
         if self._engine is None:
             return {}
         params = (member.param for member in self._engine.members)
-        return dict(zip(params, self._engine.state.holdings, strict=True))
+        pairs = zip(params, self._engine.state.holdings, strict=True)
+        return {param: holdings for param, holdings in pairs if holdings}  # not of empty ones
 
     def _build(self) -> None:
         """Plan the blocks and allocate all state."""

@@ -206,7 +206,8 @@ class LayerOptimizer(LibraryOptimizer):
         if self._step is None:
             return {}
         weights = (layer.weight for layer in self._step.layers)
-        return dict(zip(weights, self._step.holdings(), strict=False))
+        pairs = zip(weights, self._step.holdings(), strict=False)
+        return {weight: holdings for weight, holdings in pairs if holdings}  # not of empty ones
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but process groups; the model is copied or pickled along."""
