@@ -33,7 +33,8 @@ train: $(VENV)/installed
 	exec env OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m parallel.launch --standalone \
 		--nproc_per_node=$(NPROC) train.py --job.config_file $(CONFIG) $(ARGS)
 
-# Limits of a test in seconds, some times the PATIENCE of tests/ranks.py: a machine may have other work.
+# Limits of a test in seconds, some times the PATIENCE of tests/support/ranks.py: a machine may have other
+# work.
 test: $(VENV)/installed
 	$(PYTEST) --timeout=1800 $(ARGS)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.runs import TASKS, train
 from benchmarks.workloads import machine
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.functional import soap
 from titan_shampoo.functional.roots import next_basis
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import KFAC, Shampoo
 from titan_shampoo.library_optimizer import LibraryOptimizer
 

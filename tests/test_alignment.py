@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.distributed.blocks import Alignment
 

@@ -18,9 +18,9 @@ from checkpoint.lock import FolderLock
 from checkpoint.retention import Retention
 from checkpoint.staging import Staging, local_chunks
 from checkpoint.verify import verify
-from tests.checkpoint_runs import content, run_in
-from tests.ranks import PATIENCE, run_on_ranks
 from tests.soak.disks import fill_levels, run_on_full_disk
+from tests.support.checkpoint_runs import content, run_in
+from tests.support.ranks import PATIENCE, run_on_ranks
 
 # ---- full disks
 

@@ -10,8 +10,8 @@ import torch
 from checkpoint.errors import CheckpointError
 from checkpoint.settings import settings_differences
 from checkpoint.verify import read_manifest
-from tests.checkpoint_runs import content, run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import content, run_in
+from tests.support.ranks import run_on_ranks
 
 
 class Lines(logging.Handler):

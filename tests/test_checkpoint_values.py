@@ -22,8 +22,8 @@ import xxhash
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import MANIFEST, SUMS
 from checkpoint.verify import read_manifest, verify
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
 
 SETTINGS = {
     "debug.seed": None,

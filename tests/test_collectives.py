@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from tests.message_buffers import Buffers
-from tests.ranks import run_on_ranks
+from tests.support.message_buffers import Buffers
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed import exchange, plan
 from titan_shampoo.distributed.summary import summarize

@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.checkpoint_runs import LayerRun, run_in
-from tests.layers import Mixed, Perceptron, made, normal
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import LayerRun, run_in
+from tests.support.layer_models import Mixed, Perceptron, made, normal
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
 

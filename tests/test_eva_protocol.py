@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.layers import Mixed, made, normal
-from tests.ranks import run_on_ranks
+from tests.support.layer_models import Mixed, made, normal
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, Eva, EvaF, EvaS, Shampoo
 from titan_shampoo.layers.optimizer import LayerOptimizer
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.layers import Mixed, made, normal, seen_by
 from tests.reference.eva import NaiveEva
+from tests.support.layer_models import Mixed, made, normal, seen_by
 from titan_shampoo import Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.block_views import of_blocks
-from tests.checkpoint_runs import Run, run_in
-from tests.ranks import run_on_ranks
+from tests.support.block_views import of_blocks
+from tests.support.checkpoint_runs import Run, run_in
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.state import BlockTensor

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
+from tests.support.block_views import of_blocks
+from tests.support.ranks import run_on_ranks
 from tests.test_changed_groups import TAPPED, advance, backward, made, model
 from tests.test_replaced_parameters import local_rows, sharded_step, whole
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from tests.layers import Perceptron, made
-from tests.ranks import run_on_ranks
+from tests.support.layer_models import Perceptron, made
+from tests.support.ranks import run_on_ranks
 from tests.test_eva_layouts import (
     LAYOUTS,
     MICROBATCHES,

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.layers import Mixed, made, seen_by
 from tests.reference.kfac import NaiveKFAC
+from tests.support.layer_models import Mixed, made, seen_by
 from tests.test_eva_reference import LAYERS, LR, _arrays, learning_rate, loss_at
 from titan_shampoo import FOOF, KFAC
 

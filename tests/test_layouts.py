@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.initialization import local_part
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
+from tests.support.block_views import of_blocks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import KLShampoo, Shampoo
 from titan_shampoo.distributed import blocks as blocks_module
 from titan_shampoo.distributed import plan as plan_module

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
+from tests.support.block_views import of_blocks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.functional import kl_shampoo, shampoo, soap

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import run_on_ranks
-from tests.titan_runs import text_run, trainer_of, write_text
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import text_run, trainer_of, write_text
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -17,7 +17,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.distributed.layout import Team
 from titan_shampoo.distributed.presence import Presence, judges

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from tests.test_changed_groups import METHODS, TAPPED, advance, assert_same, everything, made, model
 
 every_method = pytest.mark.parametrize("method", METHODS)

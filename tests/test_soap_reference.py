@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.iterates import assert_follows
 from tests.reference import shampoo, soap
+from tests.support.block_iterates import assert_follows
 from tests.test_shampoo_reference import SHAPES, STACKS
 from titan_shampoo import SOAP
 

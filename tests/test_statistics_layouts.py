@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.statistics import TappedLayer, check_counts, tap
 
 BATCH, LENGTH, WIDTH = 8, 4, 6

@@ -3,9 +3,9 @@
 import pytest
 from torch.distributed.tensor import DTensor
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
-from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
+from tests.support.block_views import of_blocks
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import records, text_run, train_all, trainer_of, write_text
 
 GLOBAL_BATCH = 8
 LAYOUTS = {

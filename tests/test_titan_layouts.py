@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_on_ranks
-from tests.titan_runs import image_run, records, text_run, train_all, trainer_of, write_text
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import image_run, records, text_run, train_all, trainer_of, write_text
 
 GLOBAL_BATCH = 8
 

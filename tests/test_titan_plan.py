@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint.state import RunState
 from parallel.recipes import recipe_of
-from tests.message_buffers import Buffers
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.titan_runs import image_run, text_run, trainer_of, write_text
+from tests.support.message_buffers import Buffers
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import image_run, text_run, trainer_of, write_text
 from titan_shampoo import titan
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, check_world, read_config, read_plan_request

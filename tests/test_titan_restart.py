@@ -12,9 +12,9 @@ import pytest
 
 from checkpoint.folders import steps_in
 from checkpoint.verify import read_manifest, verify
-from tests.checkpoint_runs import content
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.titan_runs import text_run, train_all, write_text
+from tests.support.checkpoint_runs import content
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
 
 ROOT = Path(__file__).parents[1]
 SAVING = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers import Mixed, made, normal
+from tests.support.layer_models import Mixed, made, normal
 from tests.test_eva_protocol import advance, make
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed import presence

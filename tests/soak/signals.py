@@ -6,7 +6,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from tests.test_checkpoint_failures import run_until_signal
 
 if __name__ == "__main__":
