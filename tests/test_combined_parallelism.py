@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.ranks import PATIENCE, run_on_ranks
 from tests.support.titan_runs import records, text_run, train_all, write_text
-from tests.test_titan_restart import torchrun, wait_for, workers_of
+from tests.support.torchrun import torchrun, wait_for, workers_of
 
 NUM_STEPS = 50
 RUN = {

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.reference.blocks import Array
+from tests.support.block_layouts import LAYOUTS, METHODS, OPTIONS, Layout, gradients, plain
+from tests.support.block_layouts import full_tensors as tensors
 from tests.support.block_views import of_blocks
 from tests.support.ranks import run_on_ranks
 from tests.support.titan_runs import records, text_run, train_all, write_text
-from tests.test_layouts import LAYOUTS, METHODS, OPTIONS, Layout, gradients, plain
-from tests.test_layouts import full_tensors as tensors
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.titan.layer_metrics import condition_numbers, lists_on_host

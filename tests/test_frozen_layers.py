@@ -8,10 +8,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.support.all_methods import (
+    TAPPED,
+    advance,
+    backward,
+    local_rows,
+    made,
+    model,
+    sharded_step,
+    whole,
+)
 from tests.support.block_views import of_blocks
 from tests.support.ranks import run_on_ranks
-from tests.test_changed_groups import TAPPED, advance, backward, made, model
-from tests.test_replaced_parameters import local_rows, sharded_step, whole
 
 every_tapped_method = pytest.mark.parametrize("method", TAPPED)
 

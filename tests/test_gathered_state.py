@@ -24,9 +24,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from tests.support.layer_layouts import (
+    ddp,
+    fsdp,
+    fsdp_by_tp,
+    fsdp_over_columns,
+    hsdp,
+    train,
+    values,
+)
 from tests.support.layer_models import Perceptron, made
 from tests.support.ranks import run_on_ranks
-from tests.test_eva_layouts import ddp, fsdp, fsdp_by_tp, fsdp_over_columns, hsdp, train, values
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
 from titan_shampoo.distributed import gathered
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.reference.kfac import NaiveKFAC
+from tests.support.layer_iterates import LAYERS, LR, arrays_of, learning_rate, loss_at
 from tests.support.layer_models import Mixed, made, seen_by
-from tests.test_eva_reference import LAYERS, LR, _arrays, learning_rate, loss_at
 from titan_shampoo import FOOF, KFAC
 
 METHODS: dict[str, Any] = {"FOOF": FOOF, "KFAC": KFAC}
@@ -50,7 +50,7 @@ def compare(method: str, options: dict[str, Any]) -> None:
     optimizer = METHODS[method](model.named_parameters(), lr=LR, model=model, **own, **options)
     naive = NaiveKFAC(
         method,
-        {name: _arrays(model.get_submodule(name)) for name in LAYERS},
+        {name: arrays_of(model.get_submodule(name)) for name in LAYERS},
         {"factored_damping": None, "loss_normaliser": None} | dict(optimizer.param_groups[0]),
         turns_of(optimizer),
         moment_turns_of(optimizer),

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.reference.kl_shampoo import KLShampoo as Reference
-from tests.support.block_iterates import assert_follows
-from tests.test_shampoo_reference import SHAPES, STACKS
+from tests.support.block_iterates import SHAPES, STACKS, assert_follows
 from titan_shampoo import KLShampoo
 
 BASE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.support.block_views import of_blocks
+from tests.support.layer_methods import advance, every_method, loss_of, make, states, values
 from tests.support.layer_models import Mixed, made
 from tests.support.ranks import run_on_ranks
-from tests.test_eva_protocol import advance, every_method, loss_of, make, states, values
 from titan_shampoo import FOOF, KFAC
 from titan_shampoo.functional import kfac
 

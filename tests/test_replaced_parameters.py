@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+from tests.support.all_methods import (
+    METHODS,
+    TAPPED,
+    advance,
+    assert_same,
+    everything,
+    made,
+    model,
+    sharded_step,
+    whole,
+)
 from tests.support.ranks import run_on_ranks
-from tests.test_changed_groups import METHODS, TAPPED, advance, assert_same, everything, made, model
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_tapped_method = pytest.mark.parametrize("method", TAPPED)
@@ -152,24 +161,6 @@ def sharded(net: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for part in (*parts, net):
         fully_shard(part, mesh=mesh)
-
-
-def local_rows(step: int, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2 * step + rank)
-    return torch.randn(5, 4, generator=generator, dtype=torch.float64)
-
-
-def sharded_step(optimizer: torch.optim.Optimizer, net: nn.Module, step: int) -> None:
-    optimizer.zero_grad()
-    net(local_rows(step, torch.distributed.get_rank())).square().mean().backward()
-    optimizer.step()
-
-
-def whole(net: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach()
-        for name, param in net.named_parameters()
-    }
 
 
 def shard_too_late(method: str) -> tuple[str, list[str]]:

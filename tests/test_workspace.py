@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.layer_methods import advance, make
 from tests.support.layer_models import Mixed, made, normal
-from tests.test_eva_protocol import advance, make
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed import presence
 from titan_shampoo.distributed.gradients import placement_code
