@@ -118,9 +118,7 @@ def test_a_failed_refresh_keeps_the_number_of_the_last_good_one() -> None:
     optimizer.step()
     before = optimizer.conditions()["w"].clone()
     assert before.item() > 1
-    engine = optimizer._engine
-    assert engine is not None
-    engine.state.stacks[0]["left"].fill_(torch.nan)
+    of_blocks(optimizer.state[weight], "left")[0].fill_(torch.nan)
     optimizer.step()
     assert optimizer.failed_refreshes == 1
     assert torch.equal(optimizer.conditions()["w"], before)

@@ -21,6 +21,7 @@ from tests.support.all_methods import (
     sharded_step,
     whole,
 )
+from tests.support.internals import read_late
 from tests.support.ranks import run_on_ranks
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -45,7 +46,7 @@ def test_replaced_parameters_are_warned_of_once_by_name(
 ) -> None:
     net = model()
     optimizer: Any = made(method, net)
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     replace_all(net)
     advance(optimizer, net, range(2))
     assert not idle_warnings(caplog)
@@ -61,7 +62,7 @@ def test_a_model_that_has_replaced_all_parameters_ends_the_run(method: str, late
     for steps_before in (0, 2):
         net = model()
         optimizer: Any = made(method, net)
-        optimizer._watch.late = late
+        read_late(optimizer, late)
         advance(optimizer, net, range(steps_before))
         replace_all(net)
         with pytest.raises(RuntimeError, match=r"^0\.weight and 5 more: the model has other param"):

@@ -8,6 +8,7 @@ import torch
 
 from tests.reference import shampoo as reference
 from tests.reference.blocks import Array
+from tests.support.internals import turns_of
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,10 +101,7 @@ def library_iterates(
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         optimizer.step()
         iterates.append({n: p.detach().double().numpy().copy() for n, p in params.items()})
-    engine = optimizer._engine
-    assert engine is not None
-    names = list(params)
-    return iterates, {(names[b.param], b.index): b.turn for b in engine.plan.blocks}
+    return iterates, turns_of(optimizer)
 
 
 def reference_iterates(
