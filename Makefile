@@ -1,6 +1,7 @@
 # make train   install into .venv, then run the main job (ARGS="--training.steps 100" overrides any key)
 # make test    install into .venv, then run the tests
-# Both re-use .venv; it is brought up to date when pyproject.toml changes.
+# make quick   the same for mathematics, one layout, protocol and configuration alone, in under two minutes
+# All re-use .venv; it is brought up to date when pyproject.toml changes.
 
 PYTHON ?= python3
 CONFIG ?= configs/transformer_debug.toml
@@ -23,7 +24,7 @@ unexport PYTHONSAFEPATH
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-.PHONY: train test test-all lint format bench clean
+.PHONY: train test quick test-all lint format bench clean
 .DEFAULT_GOAL := test
 
 # Settings are checked first, in a tenth of a second and not once per rank. exec: make passes SIGTERM on
@@ -33,9 +34,21 @@ train: $(VENV)/installed
 	exec env OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m parallel.launch --standalone \
 		--nproc_per_node=$(NPROC) train.py --job.config_file $(CONFIG) $(ARGS)
 
-# Limits of a test in seconds, some times the PATIENCE of tests/ranks.py: a machine may have other work.
+# Limits of a test in seconds, some times the PATIENCE of tests/support/ranks.py: a machine may have other
+# work.
 test: $(VENV)/installed
 	$(PYTEST) --timeout=1800 $(ARGS)
+
+# Mathematics; the protocol of an optimizer, of each kind; configuration; and one layout, FSDP on two ranks.
+QUICK = \
+	tests/test_roots.py tests/test_symmetric.py tests/test_grid.py tests/test_eva_math.py tests/test_kfac_math.py \
+	tests/test_shampoo_reference.py::test_stacks_of_experts_are_cut_slice_by_slice \
+	tests/test_optimizer_protocol.py tests/test_eva_protocol.py \
+	tests/test_config.py tests/test_options.py \
+	tests/test_alignment.py
+
+quick: $(VENV)/installed
+	$(PYTEST) --timeout=1800 $(QUICK) $(ARGS)
 
 # GPU tests take part where there is a GPU.
 test-all: $(VENV)/installed

@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from checkpoint import CheckpointManager
 from parallel import transformer
-from tests.checkpoint_runs import Counter, Progress
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import Counter, Progress
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import titan
 from titan_shampoo.config import check_world, read_config
 from titan_shampoo.titan import ParallelDims

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.runs import TASKS, train
 from benchmarks.workloads import machine
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.functional import soap
-from titan_shampoo.functional.roots import next_basis
+from titan_shampoo.functional.roots import BasisMethod, Degenerate, next_basis
 
 TOLERANCES = (0.01, 0.03, 0.1, 0.3)
 
@@ -41,11 +41,16 @@ def drifts(args: list[str], threads: int) -> list[list[float]]:
     found: list[list[float]] = []
 
     def observed(
-        matrices: Tensor, previous: Tensor, ready: Tensor | bool, **options: Any
+        matrices: Tensor,
+        previous: Tensor,
+        ready: Tensor | bool,
+        *,
+        method: BasisMethod,
+        degenerate: Degenerate,
     ) -> tuple[Tensor, Tensor]:
         if torch.as_tensor(ready).all():
             found.append(off_diagonal_share(matrices, previous).tolist())
-        return next_basis(matrices, previous, ready, **options)
+        return next_basis(matrices, previous, ready, method=method, degenerate=degenerate)
 
     with patch.object(soap, "next_basis", observed):
         train(args, threads)

@@ -29,7 +29,7 @@ from checkpoint.finding import verify_together
 from checkpoint.manifest import Manifest
 from checkpoint.record import describe_run
 from checkpoint.saving import write
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 
 def measure(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:

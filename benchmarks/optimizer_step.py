@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.peers import PEERS, from_folder, peers
 from benchmarks.workloads import WORKLOADS, NamedParameters, machine
+from tests.support.internals import plan_of, stacks_of
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.fallback import falls_back
 from titan_shampoo.functional.roots import inverse_root
@@ -38,8 +39,6 @@ class Floor:
     """
 
     def __init__(self, optimizer: Shampoo, params: NamedParameters, period: int) -> None:
-        engine = optimizer._engine
-        assert engine is not None
         self.period = period
         self.adamw = torch.optim.AdamW([p for _, p in params], lr=1e-9, foreach=True)
         names = ("left", "right", "left_root", "right_root", "exp_avg")
@@ -49,9 +48,11 @@ class Floor:
                 *(state[name] for name in names),
                 *(torch.zeros_like(state[name]) for name in ("left", "right", "exp_avg")),
             )
-            for state in engine.state.stacks
+            for state in stacks_of(optimizer)
         ]
-        self.turns = [torch.tensor([b.turn for b in stack.blocks]) for stack in engine.plan.stacks]
+        self.turns = [
+            torch.tensor([b.turn for b in stack.blocks]) for stack in plan_of(optimizer).stacks
+        ]
         self.time = 0
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import machine
-from tests.ranks import run_on_ranks
-from tests.titan_runs import trainer_of
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import trainer_of
 from titan_shampoo.host_memory import keep_freed_memory
 from titan_shampoo.plot import read_records
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from benchmarks.workloads import WORKLOADS, NamedParameters, machine
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 from titan_shampoo.titan.own_process import in_own_process
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import KFAC, Shampoo
 from titan_shampoo.library_optimizer import LibraryOptimizer
 
@@ -93,8 +93,7 @@ def added_after_an_evaluation() -> list[str]:
         model(torch.zeros(1, 4, dtype=torch.float64))
     optimizer.add_param_group({"params": [("2.weight", added)]})
     assert isinstance(optimizer, KFAC)
-    assert optimizer._step is not None
-    return [layer.name for layer in optimizer._step.layers]
+    return [name for name, param in model.named_parameters() if optimizer.preconditions(param)]
 
 
 def test_a_group_may_be_added_after_an_evaluation() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.distributed.blocks import Alignment
 
@@ -84,7 +84,7 @@ def test_every_shard_is_stepped_as_if_it_were_the_parameter() -> None:
 
 def grids(options: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], ...]]:
     _, run = sharded("shard", dist.get_world_size(), options)
-    return {p.name: p.grid.edges for p in run["optimizer"]._engine.plan.params}
+    return {name: grid.edges for name, grid in run["optimizer"].grids().items()}
 
 
 def test_blocks_are_cut_at_shard_edges_as_well_as_at_multiples() -> None:

@@ -10,8 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bin_packing import is_impossible
-from tests.virtual_ranks import PERIOD, fsdp_parameters, llama_8b, loads, resnet50, shampoo_cost
+from tests.support.bin_packing import is_impossible
+from tests.support.planned_parameters import (
+    PERIOD,
+    fsdp_parameters,
+    llama_8b,
+    loads,
+    resnet50,
+    shampoo_cost,
+)
 from titan_shampoo.distributed.advice import imbalance, suggestions
 from titan_shampoo.distributed.assignment import (
     TOLERANCE,

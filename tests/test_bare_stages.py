@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.layers import normal
-from tests.ranks import run_on_ranks
+from tests.support.layer_models import normal
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, Eva, EvaF, EvaS
 
 METHODS: dict[str, Any] = {"Eva": Eva, "EvaF": EvaF, "EvaS": EvaS, "FOOF": FOOF, "KFAC": KFAC}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpoint.command_line import main
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from checkpoint.errors import CheckpointError
 from checkpoint.lock import FolderLock
 from checkpoint.retention import Retention
 from checkpoint.staging import Staging, local_chunks
 from checkpoint.verify import verify
-from tests.checkpoint_runs import content, run_in
-from tests.ranks import PATIENCE, run_on_ranks
 from tests.soak.disks import fill_levels, run_on_full_disk
+from tests.support.checkpoint_runs import content, run_in, run_until_signal
+from tests.support.ranks import PATIENCE, run_on_ranks
 
 # ---- full disks
 
@@ -144,19 +143,6 @@ def save_steps(folder, until):
 
 
 # ---- signals
-
-
-def run_until_signal(folder, number, delay, signalled_rank):
-    with run_in(folder, "fsdp2", interval=1000) as run:
-        run.manager.load()
-        run.train(1)
-        if dist.get_rank() == signalled_rank:
-            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
-        last = run.train(10_000)
-        digest = run.local_bytes()
-    with run_in(folder, "fsdp2", load_only=True) as run:
-        run.manager.load()
-        return last, run.progress.value, digest == run.local_bytes()
 
 
 @pytest.mark.parametrize(

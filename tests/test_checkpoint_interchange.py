@@ -25,8 +25,8 @@ from checkpoint.native import NativeReader, alone, read_native, tensors_of, writ
 from checkpoint.reader import model_weights
 from checkpoint.verify import verify
 from parallel import transformer
-from tests.checkpoint_runs import SHAPES, content, run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import SHAPES, content, run_in
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import titan
 from titan_shampoo.titan import weights_adapter
 from titan_shampoo.titan.recipes import TRANSFORMERS

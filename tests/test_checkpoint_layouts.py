@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from checkpoint.verify import read_manifest
-from tests.checkpoint_runs import LAYER_METHODS, LAYOUTS, content, run_in, world_of
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import LAYER_METHODS, LAYOUTS, content, run_in, world_of
+from tests.support.ranks import run_on_ranks
 
 STEPS, MORE = 4, 10
 SOURCES = ("single", "ddp2", "fsdp3", "hsdp2x2", "fsdp2xtp2", "pp2")

@@ -6,8 +6,8 @@ import torch
 from checkpoint.compare import geometry_problems
 from checkpoint.errors import CheckpointError
 from checkpoint.reblock import block_places, new_factors
-from tests.checkpoint_runs import content, run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import content, run_in
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.distributed.geometry import make_grid
 from titan_shampoo.functional.symmetric import unpack
 from titan_shampoo.titan.config import JobConfig

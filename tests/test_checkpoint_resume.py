@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from checkpoint.errors import CheckpointError
-from tests.checkpoint_runs import LAYER_METHODS, SHAPES, run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import LAYER_METHODS, SHAPES, run_in
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.distributed.state import BlockTensor
 
 STEPS = 12

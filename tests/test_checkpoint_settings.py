@@ -10,17 +10,9 @@ import torch
 from checkpoint.errors import CheckpointError
 from checkpoint.settings import settings_differences
 from checkpoint.verify import read_manifest
-from tests.checkpoint_runs import content, run_in
-from tests.ranks import run_on_ranks
-
-
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
+from tests.support.checkpoint_runs import content, run_in
+from tests.support.log_lines import Lines
+from tests.support.ranks import run_on_ranks
 
 
 def train(folder, until, config, *, last=None, settings=None, load_step=-1):

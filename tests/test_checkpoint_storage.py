@@ -18,10 +18,10 @@ from checkpoint.reader import Reader, whole_tensors
 from checkpoint.record import describe_run
 from checkpoint.verify import read_manifest, verify
 from checkpoint.writer import TORCH_DTYPES, Writer
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
 from tests.soak.corruptions import DAMAGES, count_undetected
 from tests.soak.crashes import crash_points
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.distributed.state import BlockTensor
 
 

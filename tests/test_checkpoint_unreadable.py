@@ -11,8 +11,8 @@ import torch.distributed as dist
 from checkpoint import verify
 from checkpoint.errors import CheckpointError
 from checkpoint.retention import Retention
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
 
 DATA = "what rank 1 hashes"
 NAMES = ("manifest.json", DATA)

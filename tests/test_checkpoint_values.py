@@ -3,7 +3,6 @@
 Sums are written anew after each change, as somebody would who edits a checkpoint by hand.
 """
 
-import copy
 import json
 import math
 import pickle
@@ -20,10 +19,11 @@ import pytest
 import xxhash
 
 from checkpoint.errors import CheckpointError
-from checkpoint.manifest import MANIFEST, SUMS
+from checkpoint.manifest import MANIFEST
 from checkpoint.verify import read_manifest, verify
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import run_in
+from tests.support.forged_checkpoints import GONE, changed, forge, manifest_of
+from tests.support.ranks import run_on_ranks
 
 SETTINGS = {
     "debug.seed": None,
@@ -42,7 +42,6 @@ SETTINGS = {
 }
 DATA = "rank-00000.safetensors"
 WEIGHT = "model.wq.weight"
-GONE = object()
 
 # Values that are of a wrong type or out of every range.
 WRONG: dict[str, Any] = {
@@ -170,37 +169,6 @@ def three_steps(folder):
     with run_in(folder, settings=SETTINGS) as run:
         run.manager.load()
         run.train(3)
-
-
-def changed(content: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """A copy of a manifest with another value somewhere, or without it."""
-    found = copy.deepcopy(content)
-    *outer, key = place
-    table = found
-    for name in outer:
-        table = table[name]
-    if value is GONE:
-        del table[key]
-    else:
-        table[key] = value
-    return found
-
-
-def forge(place: Path, content: Any) -> None:
-    """Write a manifest, with sums that fit; a file's own is put right where its entry is whole."""
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    (place / MANIFEST).write_bytes(data)
-    *lines, _ = (place / SUMS).read_text().splitlines()
-    files = content.get("files") if isinstance(content, dict) else None
-    if isinstance(files, dict) and all(isinstance(f, dict) for f in files.values()):
-        lines = [f"{file.get('xxh128')}  {name}" for name, file in sorted(files.items())]
-    lines.append(f"{xxhash.xxh3_128_hexdigest(data)}  {MANIFEST}")
-    (place / SUMS).write_bytes("".join(f"{line}\n" for line in lines).encode(errors="replace"))
-
-
-def manifest_of(place: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((place / MANIFEST).read_bytes())
-    return content
 
 
 def copy_of(saved: Path, folder: Path) -> Path:

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from tests.message_buffers import Buffers
-from tests.ranks import run_on_ranks
+from tests.support.internals import plan_of, stacks_of
+from tests.support.message_buffers import Buffers
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed import exchange, plan
 from titan_shampoo.distributed.summary import summarize
+from titan_shampoo.functional.shampoo import ShampooRule
 
 SHAPES = [(16, 24), (24, 16), (8, 8), (16, 16), (40, 8)]
 BUCKETS = 3
@@ -63,9 +65,8 @@ def counted_steps(
         optimizer.step()
         counted = Counted(patch)
         optimizer.step()
-        engine = optimizer._engine
-        assert engine is not None
-        summary = summarize(engine.plan.params, engine.plan.blocks, {})
+        planned = plan_of(optimizer)
+        summary = summarize(planned.params, planned.blocks, {})
         sent = summary.sent[summary.ranks.tolist().index(dist.get_rank())]
         return counted.calls, counted.sent, float(sent), summary.collectives
 
@@ -133,9 +134,8 @@ def buffers_of_a_step(
         assert not buffers.sizes
         summary = optimizer.plan_summary()
         planned = summary.working["messages"][summary.ranks.tolist().index(dist.get_rank())]
-        engine = optimizer._engine
-        assert engine is not None
-        return buffers.most_exchanges, buffers.most_bytes, float(planned), len(engine.plan.buckets)
+        num_buckets = len(plan_of(optimizer).buckets)
+        return buffers.most_exchanges, buffers.most_bytes, float(planned), num_buckets
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -155,23 +155,26 @@ def order_of_a_step() -> list[str]:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         optimizer = optimizer_with_small_buckets(patch, (2,), [Shard(0)], 16, SHAPES)
-        engine = optimizer._engine
-        assert engine is not None
-        buckets = engine.plan.buckets
-        bucket_of = {stack: n for n, bucket in enumerate(buckets) for stack in bucket.stacks}
+        buckets, stacks = plan_of(optimizer).buckets, stacks_of(optimizer)
+        bucket_of = {
+            stacks[stack]["left"].untyped_storage().data_ptr(): number
+            for number, bucket in enumerate(buckets)
+            for stack in bucket.stacks
+        }
         gather, scatter = exchange.Exchange.gather, exchange.Exchange.scatter
-        work = engine._replace_by_directions
+        work = ShampooRule.direction
 
-        def said_and(what: str, function: Any, *args: Any) -> None:
+        def said_and(what: str, function: Any, *args: Any) -> Any:
             said.append(what)
-            function(*args)
+            return function(*args)
 
         patch.setattr(exchange.Exchange, "gather", lambda own, *args: said_and(
             f"gather {buckets.index(own.bucket)}", gather, own, *args))  # fmt: skip
         patch.setattr(exchange.Exchange, "scatter", lambda own, *args: said_and(
             f"scatter {buckets.index(own.bucket)}", scatter, own, *args))  # fmt: skip
-        patch.setattr(engine, "_replace_by_directions", lambda number, *args: said_and(
-            f"work {bucket_of[number]}", work, number, *args))  # fmt: skip
+        patch.setattr(ShampooRule, "direction", lambda rule, state, *args: said_and(
+            f"work {bucket_of[state['left'].untyped_storage().data_ptr()]}",
+            work, rule, state, *args))  # fmt: skip
         optimizer.step()
     return list(dict.fromkeys(said))
 

@@ -6,9 +6,9 @@ import signal
 import numpy as np
 import pytest
 
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.test_titan_restart import torchrun, wait_for, workers_of
-from tests.titan_runs import records, text_run, train_all, write_text
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import records, text_run, train_all, write_text
+from tests.support.torchrun import torchrun, wait_for, workers_of
 
 NUM_STEPS = 50
 RUN = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import PATIENCE
+from tests.support.ranks import PATIENCE
 from titan_shampoo.config import (
     ConfigError,
     check_dump_folder,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.internals import step_blocks
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 
 pytestmark = pytest.mark.gpu
@@ -78,18 +79,16 @@ def test_a_step_without_refresh_is_captured_in_a_graph(method: str) -> None:
     twin, twins = trained(method, "cuda", 12)
     for one in (optimizer, twin):
         one.param_groups[0]["precondition_frequency"] = NEVER
-    engine = optimizer._engine
-    grads = {n: member.param.grad for n, member in enumerate(engine.members)}
     taken = torch.ones((), dtype=torch.bool, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            engine.step(grads, taken)
+            step_blocks(optimizer, taken)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        engine.step(grads, taken)
+        step_blocks(optimizer, taken)
     for _ in range(5):
         graph.replay()
     for _ in range(3 + 5):

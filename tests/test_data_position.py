@@ -16,10 +16,10 @@ from checkpoint.data_order import order_differences
 from checkpoint.errors import CheckpointError
 from checkpoint.rng import problem, rng_rows
 from checkpoint.verify import read_manifest
-from tests.checkpoint_runs import Counter, run_in
-from tests.ranks import run_on_ranks
-from tests.test_checkpoint_settings import Lines
-from tests.titan_runs import text_run, train_all, trainer_of, write_text
+from tests.support.checkpoint_runs import Counter, run_in
+from tests.support.log_lines import Lines
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import text_run, train_all, trainer_of, write_text
 from titan_shampoo.distributed.state import BlockTensor
 
 ORDER = {

@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
-from tests.ranks import run_on_ranks
-from tests.titan_runs import records, text_run, train_all, trainer_of
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import records, text_run, train_all, trainer_of
 from titan_shampoo.config import ConfigError, read_config
 from titan_shampoo.data import DataError
 from titan_shampoo.data.sources import is_held_out

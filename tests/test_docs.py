@@ -1,4 +1,4 @@
-"""What the documentation says about the code is true of it: functions, messages, links."""
+"""What documentation and Makefile say about the code is true of it: functions, messages, links."""
 
 import ast
 import re
@@ -91,3 +91,14 @@ def headings(page):
 def test_links_to_headings_lead_to_one(page):
     for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
         assert heading in headings(page.parent / target if target else page), (target, heading)
+
+
+def test_what_make_quick_runs_exists():
+    listed = re.search(r"^QUICK = \\\n((?:.*\\\n)*.*\n)", (ROOT / "Makefile").read_text(), re.M)
+    assert listed
+    targets = listed[1].replace("\\", " ").split()
+    assert targets
+    for target in targets:
+        file, _, test = target.partition("::")
+        assert not test or test in names_in(ROOT / file), target
+        assert (ROOT / file).is_file(), target

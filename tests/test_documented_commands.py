@@ -20,9 +20,9 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 
 from checkpoint.command_line import main as checkpoint
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.starts import start_on_ranks
-from tests.titan_runs import text_run, train_all, write_text
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
+from tests.support.train_script import start_on_ranks
 from titan_shampoo.config import check_world, read_config, read_plan_request
 from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.plot import main as plot

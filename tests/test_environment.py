@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import PATIENCE, run_on_ranks
+from tests.support.ranks import PATIENCE, run_on_ranks
 from titan_shampoo.config import ConfigError, check_launch
 from titan_shampoo.titan import environment
 from titan_shampoo.titan.config import JobConfig

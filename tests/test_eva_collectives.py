@@ -5,9 +5,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tests.layers import Mixed, Perceptron, made, normal
-from tests.ranks import run_on_ranks
-from tests.test_eva_layouts import LAYOUTS, batch, make
+from tests.support.layer_layouts import LAYOUTS, batch, make
+from tests.support.layer_models import Mixed, Perceptron, made, normal
+from tests.support.ranks import run_on_ranks
 
 CHECK = 1
 """The element that says on all ranks whether gradients are finite."""

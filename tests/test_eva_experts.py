@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from parallel.gradients import sum_gradients
-from tests.layers import normal, seen_by
-from tests.mixture import (
+from tests.reference.eva import NaiveEva
+from tests.support.expert_models import (
     DIM,
     EXPERTS,
     FORMS,
@@ -38,8 +38,8 @@ from tests.mixture import (
     mixture,
     torchtitans,
 )
-from tests.ranks import run_on_ranks
-from tests.reference.eva import NaiveEva
+from tests.support.layer_models import normal, seen_by
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.statistics import tap

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,30 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.layers import Mixed, made, normal
-from tests.ranks import run_on_ranks
-from titan_shampoo import FOOF, KFAC, Eva, EvaF, EvaS, Shampoo
+from tests.support.internals import rates_on_device, taps_of
+from tests.support.layer_methods import (
+    METHODS,
+    advance,
+    assert_same,
+    every_method,
+    loss_of,
+    make,
+    states,
+    values,
+)
+from tests.support.layer_models import Mixed, made
+from tests.support.ranks import run_on_ranks
+from titan_shampoo import Shampoo
 from titan_shampoo.layers.optimizer import LayerOptimizer
 
-METHODS: dict[str, Any] = {"Eva": Eva, "EvaF": EvaF, "EvaS": EvaS, "FOOF": FOOF, "KFAC": KFAC}
 TAPPED = [method for method in METHODS if method != "EvaS"]
-OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 0.01, "weight_decay": 0.1}
 
 AT_ONCE: dict[str, dict[str, Any]] = {
     method: {"refresh": "together"} if method in ("FOOF", "KFAC") else {} for method in METHODS
 }
 """All inversions in the first step."""
 
-every_method = pytest.mark.parametrize("method", METHODS)
 every_tapped_method = pytest.mark.parametrize("method", TAPPED)
-
-
-def make(method: str, model: nn.Module, params: Any = None, **options: Any) -> LayerOptimizer:
-    own = {} if method == "EvaS" else {"model": model}
-    given = model.named_parameters() if params is None else params
-    return METHODS[method](given, **OPTIONS | own | options)
-
-
-def loss_of(model: nn.Module, step: int) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    images, targets = normal(step, 6, 2, 7, 6).to(dtype), normal(500 + step, 6, 3).to(dtype)
-    return ((model(images) - targets) ** 2).sum(1).mean()
-
-
-def advance(optimizer: LayerOptimizer, model: nn.Module, steps: Iterable[int]) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
 
 
 def trained(method: str, steps: int = 5, **options: Any) -> tuple[Any, LayerOptimizer]:
@@ -56,26 +45,6 @@ def trained(method: str, steps: int = 5, **options: Any) -> tuple[Any, LayerOpti
     optimizer = make(method, model, **options)
     advance(optimizer, model, range(steps))
     return model, optimizer
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
-
-
-def states(optimizer: LayerOptimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}.{key}": value.clone()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-        if key != "blocks"  # whose saved form has the step of the schedule
-    }
-
-
-def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 def assert_only_time_passed(after: dict[str, Tensor], before: dict[str, Tensor]) -> None:
@@ -156,12 +125,11 @@ def test_rates_are_not_sent_to_the_device_where_no_scale_depends_on_them(
     method: str, scaling: str | None
 ) -> None:
     model, optimizer = trained(method, steps=1, scaling=scaling)
-    assert optimizer._step is not None
-    known = set(optimizer._step._constants)
+    known = rates_on_device(optimizer)
     for step in range(1, 4):
         optimizer.param_groups[0]["lr"] *= 0.5
         advance(optimizer, model, [step])
-    assert set(optimizer._step._constants) == known
+    assert rates_on_device(optimizer) == known
 
 
 @every_method
@@ -418,7 +386,7 @@ def test_a_statistic_that_is_not_finite_changes_nothing() -> None:
     loss_of(model, 3).backward()
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
-    optimizer._tapped[0].input_sum[0] = torch.inf
+    taps_of(optimizer)[0].input_sum[0] = torch.inf
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert_same(values(model), before)
@@ -447,7 +415,7 @@ def skip_on_all(method: str, bad_rank: int) -> tuple[bool, bool, int]:
     state = {k: v.to_local().clone() if hasattr(v, "to_local") else v.clone()
              for k, v in optimizer.state[model.wide.weight].items() if k != "cursor"}  # fmt: skip
     if dist.get_rank() == bad_rank:
-        for tapped in optimizer._tapped:
+        for tapped in taps_of(optimizer):
             tapped.input_sum.fill_(torch.nan)
         model.wide.weight.grad.to_local().fill_(torch.inf)
     optimizer.step()

@@ -5,16 +5,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.layers import Mixed, made, normal, seen_by
 from tests.reference.eva import NaiveEva
+from tests.support.layer_iterates import (
+    LAYERS,
+    LR,
+    STEPS,
+    TOLERANCE,
+    arrays_of,
+    learning_rate,
+    loss_at,
+)
+from tests.support.layer_models import Mixed, made, seen_by
 from titan_shampoo import Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
 
 METHODS: dict[str, Any] = {"Eva": Eva, "EvaF": EvaF, "EvaS": EvaS}
-LAYERS = ("conv", "dilated", "wide", "narrow", "last")
-STEPS, LR, TOLERANCE = 20, 0.05, 1e-10
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -34,18 +41,6 @@ def make(method: str, model: nn.Module, **options: Any) -> LayerOptimizer:
     return METHODS[method](model.named_parameters(), **{"lr": LR, **own, **options})
 
 
-def loss_at(step: int) -> Any:
-    def loss_of(model: nn.Module) -> Tensor:
-        targets = normal(500 + step, 6, 3)
-        return ((model(normal(step, 6, 2, 7, 6)) - targets) ** 2).sum(1).mean()
-
-    return loss_of
-
-
-def learning_rate(step: int) -> float:
-    return LR * (1 - step / (2 * STEPS))
-
-
 def compare(method: str, options: dict[str, Any]) -> None:
     model = made(Mixed)
     optimizer = make(method, model, **options)
@@ -53,7 +48,7 @@ def compare(method: str, options: dict[str, Any]) -> None:
     layers = LAYERS[:3] if method == "EvaS" else LAYERS
     naive = NaiveEva(
         method,
-        {name: _arrays(model.get_submodule(name)) for name in layers},
+        {name: arrays_of(model.get_submodule(name)) for name in layers},
         optimizer.param_groups[0] | {"lr": LR},
     )
     for step in range(STEPS):
@@ -71,15 +66,6 @@ def compare(method: str, options: dict[str, Any]) -> None:
                 error = np.linalg.norm(param.detach().numpy() - wanted) / np.linalg.norm(wanted)
                 assert error < TOLERANCE, f"{name}, step {step}: {error:.1e}"
                 wanted[...] = param.detach().numpy()  # errors of one step, not of a trajectory
-
-
-def _arrays(module: nn.Module) -> tuple[Any, Any]:
-    weight: Any = module.weight
-    bias: Any = module.bias
-    return (
-        weight.detach().numpy().copy(),
-        None if bias is None else bias.detach().numpy().copy(),
-    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

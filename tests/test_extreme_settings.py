@@ -8,7 +8,7 @@ import time
 import pytest
 import tomli
 
-from tests.starts import start_on_ranks
+from tests.support.train_script import start_on_ranks
 from titan_shampoo import plot
 from titan_shampoo.config import (
     ConfigError,

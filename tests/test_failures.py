@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.block_views import of_blocks
-from tests.checkpoint_runs import Run, run_in
-from tests.ranks import run_on_ranks
+from tests.support.block_views import of_blocks
+from tests.support.checkpoint_runs import Run, run_in
+from tests.support.internals import repair
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.state import BlockTensor
@@ -80,8 +81,7 @@ def test_repetition_in_float64_gives_the_roots_of_the_failed_step(
         take_step(weight, optimizer, 1)
     twin, sound = matrix_and_optimizer(precondition_frequency=100, refresh="together")
     take_step(twin, sound, 1)
-    assert optimizer._engine is not None
-    optimizer._engine.repair()
+    repair(optimizer)
     mended, expected = optimizer.state[weight], sound.state[twin]
     for name in ("left_root", "right_root"):
         found, wanted = of_blocks(mended, name)[0], of_blocks(expected, name)[0]
@@ -102,8 +102,7 @@ def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
         return Root(root * 1e100, condition)
 
     monkeypatch.setattr(shampoo, "inverse_root", large)
-    assert optimizer._engine is not None
-    optimizer._engine.repair()
+    repair(optimizer)
     assert torch.equal(of_blocks(optimizer.state[weight], "left_root")[0], last)
     assert of_blocks(optimizer.state[weight], "failures")[0] == 1
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.internals import read_late
 from titan_shampoo import Eva, Shampoo
 
 PEAK, DECAY = 0.1, 0.2
@@ -32,7 +33,7 @@ def stepped(method: type[Any], shares: list[float], late: bool, **options: Any) 
     vector = nn.Parameter(torch.arange(1.0, 7.0))
     optimizer = method([("norm.bias", vector)], lr=PEAK, betas=(0.9, 0.99), weight_decay=DECAY,
                        **options)  # fmt: skip
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     for step, share in enumerate(shares):
         optimizer.param_groups[0]["lr"] = PEAK * share
         vector.grad = torch.full((6,), float(step)) - vector.detach()
@@ -75,7 +76,7 @@ def test_a_gradient_may_have_another_dtype(late: bool) -> None:
         vector = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
         vector.grad_dtype = None
         optimizer = Shampoo([("norm.bias", vector)], lr=0.5)
-        optimizer._watch.late = late
+        read_late(optimizer, late)
         vector.grad = torch.ones(4, dtype=dtype)
         optimizer.step()
         found.append(vector.detach())

@@ -13,9 +13,9 @@ from checkpoint.errors import CheckpointError
 from checkpoint.folders import commit, discard, set_aside, sweep, writing_name
 from checkpoint.lock import FolderLock
 from checkpoint.verify import read_manifest, verify
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
-from tests.titan_runs import text_run, train_all, trainer_of, write_text
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import text_run, train_all, trainer_of, write_text
 from titan_shampoo.config import ConfigError, check_dump_folder, read_config
 from titan_shampoo.data.text import TextDataset
 from titan_shampoo.data.tokenizer import ByteTokenizer

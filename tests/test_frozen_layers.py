@@ -8,10 +8,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
-from tests.test_changed_groups import TAPPED, advance, backward, made, model
-from tests.test_replaced_parameters import local_rows, sharded_step, whole
+from tests.support.all_methods import (
+    TAPPED,
+    advance,
+    backward,
+    local_rows,
+    made,
+    model,
+    sharded_step,
+    whole,
+)
+from tests.support.block_views import of_blocks
+from tests.support.internals import layers_of
+from tests.support.ranks import run_on_ranks
 
 every_tapped_method = pytest.mark.parametrize("method", TAPPED)
 
@@ -114,7 +123,7 @@ def test_moments_and_inverses_of_frozen_layers_are_not_formed(method: str) -> No
     net[0].requires_grad_(False)
     optimizer: Any = made(method, net, precondition_frequency=1)
     advance(optimizer, net, range(3))
-    frozen, trained = optimizer._step.layers
+    frozen, trained = layers_of(optimizer)
     assert (frozen.tapped.collects_moments, trained.tapped.collects_moments) == (False, True)
     assert of_blocks(optimizer.state[net[0].weight], "refreshes")[0] == 0
     assert of_blocks(optimizer.state[net[2].weight], "refreshes")[0] > 0

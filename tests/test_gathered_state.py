@@ -24,9 +24,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from tests.layers import Perceptron, made
-from tests.ranks import run_on_ranks
-from tests.test_eva_layouts import ddp, fsdp, fsdp_by_tp, fsdp_over_columns, hsdp, train, values
+from tests.support.layer_layouts import (
+    ddp,
+    fsdp,
+    fsdp_by_tp,
+    fsdp_over_columns,
+    hsdp,
+    train,
+    values,
+)
+from tests.support.layer_models import Perceptron, made
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
 from titan_shampoo.distributed import gathered
 
@@ -297,7 +305,10 @@ def load_what_is_not_whole(method: str) -> dict[str, tuple[str, bool]]:
 def test_state_that_is_not_whole_is_refused_on_all_ranks_and_changes_nothing(method: str) -> None:
     wanted = {
         "rank 0's DTensors": "blocks of the state are of different steps, or one rank's",
-        "rank 0's blocks": ("one rank's are in the place of another's", "what one rank has of its own fits that rank alone"),
+        "rank 0's blocks": (
+            "one rank's are in the place of another's",
+            "what one rank has of its own fits that rank alone",
+        ),
         "two steps": "blocks of the state are of different steps",
         "missing on rank 1": "the state has 0 entries",
         "two forms": "local_state_dict() on some ranks",

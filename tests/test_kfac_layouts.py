@@ -8,9 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from tests.layers import Perceptron, made
-from tests.ranks import run_on_ranks
-from tests.test_eva_layouts import (
+from tests.support.layer_layouts import (
     LAYOUTS,
     MICROBATCHES,
     STEPS,
@@ -20,6 +18,8 @@ from tests.test_eva_layouts import (
     train,
     values,
 )
+from tests.support.layer_models import Perceptron, made
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC
 from titan_shampoo.layers.optimizer import LayerOptimizer
 

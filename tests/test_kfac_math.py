@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers import normal
 from tests.reference import kfac as reference
+from tests.support.layer_models import normal
 from titan_shampoo.functional.eva import eva, eva_f
 from titan_shampoo.functional.kfac import Damping, direction, refreshed
 

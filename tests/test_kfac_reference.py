@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.layers import Mixed, made, seen_by
 from tests.reference.kfac import NaiveKFAC
-from tests.test_eva_reference import LAYERS, LR, _arrays, learning_rate, loss_at
+from tests.support.internals import moment_turns_of, turns_of
+from tests.support.layer_iterates import LAYERS, LR, arrays_of, learning_rate, loss_at
+from tests.support.layer_models import Mixed, made, seen_by
 from titan_shampoo import FOOF, KFAC
 
 METHODS: dict[str, Any] = {"FOOF": FOOF, "KFAC": KFAC}
@@ -26,21 +27,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def turns_of(optimizer: Any) -> dict[str, list[int]]:
+def refresh_turns(optimizer: Any) -> dict[str, list[int]]:
     """When the blocks of each layer are refreshed."""
     found: dict[str, list[int]] = {name: [] for name in LAYERS}
-    plan = optimizer._step.plan
-    for block in plan.blocks:
-        found[plan.params[block.param].name.removesuffix(".weight")].append(block.turn)
+    for (name, _), turn in turns_of(optimizer).items():
+        found[name.removesuffix(".weight")].append(turn)
     return found
 
 
-def moment_turns_of(optimizer: Any) -> dict[str, int]:
+def moment_turns(optimizer: Any) -> dict[str, int]:
     """When moments of each layer are formed, beside the first step."""
-    step = optimizer._step
-    names = [layer.name.removesuffix(".weight") for layer in step.layers]
     is_staggered = optimizer.param_groups[0]["refresh"] == "staggered"
-    return dict(zip(names, step.turns if is_staggered else [0] * len(names), strict=True))
+    return {
+        name.removesuffix(".weight"): turn if is_staggered else 0
+        for name, turn in moment_turns_of(optimizer).items()
+    }
 
 
 def compare(method: str, options: dict[str, Any]) -> None:
@@ -50,10 +51,10 @@ def compare(method: str, options: dict[str, Any]) -> None:
     optimizer = METHODS[method](model.named_parameters(), lr=LR, model=model, **own, **options)
     naive = NaiveKFAC(
         method,
-        {name: _arrays(model.get_submodule(name)) for name in LAYERS},
+        {name: arrays_of(model.get_submodule(name)) for name in LAYERS},
         {"factored_damping": None, "loss_normaliser": None} | dict(optimizer.param_groups[0]),
-        turns_of(optimizer),
-        moment_turns_of(optimizer),
+        refresh_turns(optimizer),
+        moment_turns(optimizer),
     )
     for step in range(STEPS):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step)

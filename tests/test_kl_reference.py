@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.iterates import assert_follows
 from tests.reference.kl_shampoo import KLShampoo as Reference
-from tests.test_shampoo_reference import SHAPES, STACKS
+from tests.support.block_iterates import SHAPES, STACKS, assert_follows
 from titan_shampoo import KLShampoo
 
 BASE: dict[str, Any] = {

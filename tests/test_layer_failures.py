@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.block_views import of_blocks
-from tests.layers import Mixed, made
-from tests.ranks import run_on_ranks
-from tests.test_eva_protocol import advance, every_method, loss_of, make, states, values
+from tests.support.block_views import of_blocks
+from tests.support.internals import read_late, repair
+from tests.support.layer_methods import advance, every_method, loss_of, make, states, values
+from tests.support.layer_models import Mixed, made
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC
 from titan_shampoo.functional import kfac
 
@@ -66,8 +67,7 @@ def test_repetition_in_float64_gives_the_inverses_of_the_failed_step(
         spoil_first_inverse(patch, torch.float32)
         advance(optimizer, model, [0])
     advance(sound, twin, [0])
-    assert optimizer._step is not None
-    optimizer._step.repair()
+    repair(optimizer)
     mended, expected = states(optimizer), states(sound)
     for key in [key for key in expected if "inverse" in key]:
         assert torch.allclose(mended[key], expected[key], rtol=1e-3, atol=1e-4), key
@@ -84,8 +84,7 @@ def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
     failed = [key for key, value in states(optimizer).items() if "failures" in key and value]
     sound = kfac.damped_inverse
     monkeypatch.setattr(kfac, "damped_inverse", lambda *args: sound(*args) * 1e100)
-    assert optimizer._step is not None
-    optimizer._step.repair()
+    repair(optimizer)
     after = states(optimizer)
     assert failed
     assert all(after[key] == 1 for key in failed)
@@ -119,7 +118,7 @@ def test_a_device_that_decides_for_itself_skips_the_same_steps(
     for late in (False, True):
         model = made(Mixed)
         optimizer = make(method, model, **extra)
-        optimizer._watch.late = late
+        read_late(optimizer, late)
         known = []
         for step in range(8):
             if step in (0, 3, 4):

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import titan_shampoo
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 METHODS = ("Shampoo", "SOAP", "KLShampoo", "Eva", "EvaF", "EvaS", "FOOF", "KFAC")
 LOOK_INTO_LAYERS = ("Eva", "EvaF", "FOOF", "KFAC")

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from tests.ranks import run_on_ranks
+from tests.support.internals import read_late
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
 
 BLOCKS: dict[str, Any] = {
@@ -30,7 +31,7 @@ SCALED: dict[str, tuple[Any, dict[str, Any]]] = {
 TAPPED: dict[str, Any] = {"Eva": Eva, "EvaF": EvaF, "FOOF": FOOF, "KFAC": KFAC}
 
 every_scaled_method = pytest.mark.parametrize("method", SCALED)
-read_late = pytest.mark.parametrize("late", [False, True])
+late_or_not = pytest.mark.parametrize("late", [False, True])
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -42,7 +43,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def made(method: str, model: nn.Module, late: bool) -> Any:
     kind, options = SCALED[method]
     optimizer = kind(model.named_parameters(), lr=0.01, **options)
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     return optimizer
 
 
@@ -85,7 +86,7 @@ def scaler_of(scale: float = 2.0**10) -> torch.amp.GradScaler:
 
 
 @every_scaled_method
-@read_late
+@late_or_not
 def test_a_step_that_a_scaler_skips_changes_nothing_and_is_not_counted(
     method: str, late: bool
 ) -> None:
@@ -135,7 +136,7 @@ def test_a_scale_that_is_too_large_to_begin_with_does_not_end_the_run(method: st
 
 
 @every_scaled_method
-@read_late
+@late_or_not
 def test_unscaling_clipping_and_stepping_is_clipping_and_stepping(method: str, late: bool) -> None:
     """The order of Trainer, accelerate and Lightning."""
     model, twin = network(), network()
@@ -259,7 +260,7 @@ def by_value(params: Any) -> None:
 
 
 @every_scaled_method
-@read_late
+@late_or_not
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_clipping_by_norm_does_not_hide_a_bad_gradient(
     method: str, late: bool, value: float
@@ -282,7 +283,7 @@ def test_clipping_by_norm_does_not_hide_a_bad_gradient(
 
 
 @every_scaled_method
-@read_late
+@late_or_not
 def test_clipping_by_value_takes_infinity_for_its_bound(method: str, late: bool) -> None:
     """The step is taken, as by any optimizer, and not counted: it sees finite gradients."""
     model = network()
@@ -302,7 +303,7 @@ def test_clipping_by_value_takes_infinity_for_its_bound(method: str, late: bool)
 
 
 @every_scaled_method
-@read_late
+@late_or_not
 @pytest.mark.parametrize(("clip", "skipped"), [(None, 1), (by_norm, 0), (by_value, 0)])
 def test_a_norm_that_overflows_is_skipped_unless_clipping_makes_zeros_of_it(
     method: str, late: bool, clip: Callable[[Any], None] | None, skipped: int

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
+from tests.support.block_views import of_blocks
+from tests.support.internals import plan_of, stacks_of
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import KLShampoo, Shampoo
 from titan_shampoo.distributed import blocks as blocks_module
 from titan_shampoo.distributed import plan as plan_module
@@ -156,9 +157,8 @@ def one_small_parameter() -> tuple[int, list[str], list[str]]:
     again = Shampoo([("w", param)], precondition_frequency=1)
     again.load_state_dict(saved)
     again.step()
-    assert again._engine is not None
     global_keys = sorted(again.sharded_state()["w"])
-    return len(again._engine.plan.stacks), sorted(saved["state"][0]), global_keys
+    return len(plan_of(again).stacks), sorted(saved["state"][0]), global_keys
 
 
 def test_ranks_that_own_nothing_construct_step_save_and_load() -> None:
@@ -179,9 +179,9 @@ def bytes_of_state(shards: int) -> int:
         for number in range(4)
     }
     optimizer = Shampoo(params.items(), block_size=16)
-    assert optimizer._engine is not None
-    stacks = optimizer._engine.state.stacks
-    return sum(value.numel() * value.itemsize for state in stacks for value in state.values())
+    return sum(
+        value.numel() * value.itemsize for state in stacks_of(optimizer) for value in state.values()
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -251,8 +251,7 @@ def experts_with_factors() -> list[int]:
     param = torch.nn.Parameter(placed)
     optimizer = Shampoo([{"params": [("experts.w1", param)], "batch_dims": 1}], block_size=8)
     assert isinstance(param, DTensor)
-    assert optimizer._engine is not None
-    assert not any(block.is_cut for block in optimizer._engine.plan.blocks)
+    assert not any(block.is_cut for block in plan_of(optimizer).blocks)
     return list(of_blocks(optimizer.state[param], "left"))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from tests.support.internals import layers_of, moment_turns_of, turns_of
 from titan_shampoo import FOOF, KFAC
 from titan_shampoo.layers.optimizer import LayerOptimizer
 
@@ -46,13 +47,11 @@ def measured_in(
 ) -> list[set[str]]:
     """The layers of which each step forms moments."""
     found = []
-    step = optimizer._step
-    assert step is not None
     for number in range(steps):
         optimizer.zero_grad()
         loss = network(torch.ones(3, 4) + number).square().mean()
         (loss * torch.nan if lose(number) else loss).backward()
-        tapped = [(layer.name, layer.tapped) for layer in step.layers]
+        tapped = [(layer.name, layer.tapped) for layer in layers_of(optimizer)]
         found.append({n for n, one in tapped if one is not None and one.input_moment is not None})
         optimizer.step()
     return found
@@ -132,8 +131,7 @@ def test_what_is_no_layer_takes_no_turn_from_layers_of_other_stages(method: str)
         params = network.named_parameters()
         options = {"factor_frequency": 3, "precondition_frequency": 5, "refresh": "staggered"}
         optimizer = METHODS[method](params, model=network, all_params=whole, **options)
-        plan = optimizer._step.plan
-        turns.append((optimizer._step.turns, [block.turn for block in plan.blocks]))
+        turns.append((moment_turns_of(optimizer), turns_of(optimizer)))
     assert turns[0] == turns[1]
 
 
@@ -145,7 +143,7 @@ def test_copies_measure_each_layer_in_its_turn(method: str) -> None:
     copied, twin = copy.deepcopy((optimizer, network))
     twin(torch.ones(3, 4)).sum().backward()
     network(torch.ones(3, 4)).sum().backward()
-    for mine, other in zip(copied._step.layers, optimizer._step.layers, strict=True):
+    for mine, other in zip(layers_of(copied), layers_of(optimizer), strict=True):
         assert (mine.tapped.input_moment is None) == (other.tapped.input_moment is None)
 
 

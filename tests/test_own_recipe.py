@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.command_line import main as checkpoint
-from tests.ranks import PATIENCE
+from tests.support.ranks import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/recipes.md").read_text().partition("## A recipe of your own")[2]

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import run_on_ranks
-from tests.titan_runs import text_run, trainer_of, write_text
+from tests.support.internals import turns_of
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import text_run, trainer_of, write_text
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -97,19 +98,16 @@ def test_a_copy_of_a_stage_keeps_its_turns() -> None:
     params = [(name, torch.nn.Parameter(weights[name])) for name in names]
     optimizer = Shampoo(params, block_size=4, all_params=whole)
     again = pickle.loads(pickle.dumps(optimizer))
-    assert optimizer._engine is not None
-    expected = [block.turn for block in optimizer._engine.plan.blocks]
-    assert [block.turn for block in again._engine.plan.blocks] == expected
+    assert turns_of(optimizer)
+    assert turns_of(again) == turns_of(optimizer)
 
 
-def turns_of(args: list[str]) -> dict[tuple[str, int], int]:
+def turns_in_run(args: list[str]) -> dict[tuple[str, int], int]:
     """Refresh turn of each block of this rank's stages."""
     found: dict[tuple[str, int], int] = {}
     with trainer_of(args) as trainer:
         for optimizer in trainer.optimizers.optimizers:
-            if optimizer._engine is not None:  # embedding and head have stages of their own
-                names = [member.name for member in optimizer._engine.members]
-                found |= {(names[b.param], b.index): b.turn for b in optimizer._engine.plan.blocks}
+            found |= turns_of(optimizer)  # none for embedding and head, which have own stages
     return found
 
 
@@ -121,8 +119,8 @@ def test_stages_of_a_run_take_the_turns_of_one_rank(tmp_path: Path) -> None:
         "parallelism__pipeline_parallel_microbatch_size": 2,
         "parallelism__pipeline_parallel_schedule": "Interleaved1F1B",
     }
-    (expected,) = run_on_ranks(1, turns_of, text_run(tmp_path, "one", **settings))
-    first, second = run_on_ranks(2, turns_of, text_run(tmp_path, "two", **settings, **stages))
+    (expected,) = run_on_ranks(1, turns_in_run, text_run(tmp_path, "one", **settings))
+    first, second = run_on_ranks(2, turns_in_run, text_run(tmp_path, "two", **settings, **stages))
     assert first
     assert second
     assert first | second == expected

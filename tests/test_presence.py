@@ -17,7 +17,8 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from tests.ranks import run_on_ranks
+from tests.support.internals import deciding_groups, read_late
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.distributed.layout import Team
 from titan_shampoo.distributed.presence import Presence, judges
@@ -104,7 +105,7 @@ def train_with_late_reads(patterns: list[dict[int, list[str]]]) -> list[list[boo
         placed = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
         params[name] = torch.nn.Parameter(placed)
     optimizer = optimizer_of(params, "Shampoo", 64)
-    optimizer._watch.late = True  # as on accelerators
+    read_late(optimizer)
     moved = []
     for missing in patterns:
         for name, param in params.items():
@@ -178,7 +179,7 @@ def skipped_steps() -> tuple[int, list[int]]:
     grad[0, 0] = torch.inf if dist.get_rank() == 1 else 1.0
     param.grad = DTensor.from_local(grad, mesh, [Replicate(), Shard(0)])
     optimizer.step()
-    return optimizer.skipped_steps, sorted(group.size() for group in optimizer._judges)
+    return optimizer.skipped_steps, sorted(group.size() for group in deciding_groups(optimizer))
 
 
 def test_all_ranks_that_share_a_parameter_skip_a_step_together() -> None:
@@ -225,7 +226,7 @@ def steps_of_a_stage(late: bool) -> tuple[list[bool], int]:
         [(weights[stage][0], param)], all_params=weights, pipeline_group=mesh["pp"].get_group(),
         block_size=4, precondition_frequency=1,
     )  # fmt: skip
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     moved = []
     for step in range(4):
         grad = param.detach().clone() + step
@@ -263,7 +264,7 @@ def steps_of_a_stage_with_a_lone_parameter() -> tuple[list[bool], int]:
         before = params["plain"].detach().clone()
         optimizer.step()
         moved.append(not torch.equal(before, params["plain"].detach()))
-    return moved, len(optimizer._judges)
+    return moved, len(deciding_groups(optimizer))
 
 
 def test_stages_with_parameters_of_single_ranks_judge_over_the_same_groups() -> None:
@@ -292,7 +293,7 @@ def train_with_sums(method: str, late: bool) -> dict[str, Tensor]:
         for name, whole in tensors(0).items()
     }
     optimizer = optimizer_of(params, method, 5)
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     for step in range(1, STEPS + 1):
         for name, term in tensors(step).items():
             scaled = term * (1 + dist.get_rank())
@@ -339,7 +340,7 @@ def train_replicas(layout: str, late: bool) -> dict[str, Tensor]:
 
     params = {n: torch.nn.Parameter(placed(whole)) for n, whole in tensors(0).items()}
     optimizer = optimizer_of(params, "Shampoo", 4)
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     for step in range(1, STEPS + 1):
         for name, grad in tensors(step).items():
             absent = lacks_a_replica(mesh.get_local_rank("r"), name, step)

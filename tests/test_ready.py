@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_optimizer_protocol import advance, assert_same, every_method, make, values
-from tests.test_optimizer_protocol import parameters as all_parameters
+from tests.support.block_methods import advance, assert_same, every_method, make, values
+from tests.support.block_methods import parameters as all_parameters
 from titan_shampoo.blocks import ready
 from titan_shampoo.blocks.ready import Ready
 from titan_shampoo.functional import roots, soap

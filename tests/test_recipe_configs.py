@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.titan_runs import records, train_all
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import records, train_all
 from titan_shampoo.config import check_world, read_config
 from titan_shampoo.config.reference import reference_page
 from titan_shampoo.plot import main as plot

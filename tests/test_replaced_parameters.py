@@ -6,13 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_on_ranks
-from tests.test_changed_groups import METHODS, TAPPED, advance, assert_same, everything, made, model
+from tests.support.all_methods import (
+    METHODS,
+    TAPPED,
+    advance,
+    assert_same,
+    everything,
+    made,
+    model,
+    sharded_step,
+    whole,
+)
+from tests.support.internals import read_late
+from tests.support.ranks import run_on_ranks
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_tapped_method = pytest.mark.parametrize("method", TAPPED)
@@ -36,7 +46,7 @@ def test_replaced_parameters_are_warned_of_once_by_name(
 ) -> None:
     net = model()
     optimizer: Any = made(method, net)
-    optimizer._watch.late = late
+    read_late(optimizer, late)
     replace_all(net)
     advance(optimizer, net, range(2))
     assert not idle_warnings(caplog)
@@ -52,7 +62,7 @@ def test_a_model_that_has_replaced_all_parameters_ends_the_run(method: str, late
     for steps_before in (0, 2):
         net = model()
         optimizer: Any = made(method, net)
-        optimizer._watch.late = late
+        read_late(optimizer, late)
         advance(optimizer, net, range(steps_before))
         replace_all(net)
         with pytest.raises(RuntimeError, match=r"^0\.weight and 5 more: the model has other param"):
@@ -152,24 +162,6 @@ def sharded(net: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for part in (*parts, net):
         fully_shard(part, mesh=mesh)
-
-
-def local_rows(step: int, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2 * step + rank)
-    return torch.randn(5, 4, generator=generator, dtype=torch.float64)
-
-
-def sharded_step(optimizer: torch.optim.Optimizer, net: nn.Module, step: int) -> None:
-    optimizer.zero_grad()
-    net(local_rows(step, torch.distributed.get_rank())).square().mean().backward()
-    optimizer.step()
-
-
-def whole(net: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach()
-        for name, param in net.named_parameters()
-    }
 
 
 def shard_too_late(method: str) -> tuple[str, list[str]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import PATIENCE
-from tests.titan_runs import text_run, write_text
+from tests.support.ranks import PATIENCE
+from tests.support.titan_runs import text_run, write_text
 from titan_shampoo.stopping import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]

@@ -87,7 +87,8 @@ def ours(size: int, degenerate_basis: str = "arbitrary") -> Tensor:
     weight, generator = start(size)
     param = torch.nn.Parameter(weight.clone())
     optimizer = SOAP([("w", param)], lr=LR, betas=BETAS, eps=EPS, precondition_frequency=PERIOD,
-                     refresh="together", start_step=1, degenerate_basis=degenerate_basis)  # fmt: skip
+                     refresh="together", start_step=1,
+                     degenerate_basis=degenerate_basis)  # fmt: skip
     for _ in range(STEPS):
         param.grad = grad_of(param.detach(), generator)
         optimizer.step()

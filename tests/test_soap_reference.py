@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.iterates import assert_follows
 from tests.reference import shampoo, soap
-from tests.test_shampoo_reference import SHAPES, STACKS
+from tests.support.block_iterates import SHAPES, STACKS, assert_follows
 from titan_shampoo import SOAP
 
 REFERENCES: dict[str, type[shampoo.Shampoo]] = {"eigh": soap.SOAP, "qr": soap.SOAPByQR}

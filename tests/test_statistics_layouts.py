@@ -25,7 +25,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.reduced_statistics import reduced, sums_of
 from titan_shampoo.statistics import TappedLayer, check_counts, tap
 
 BATCH, LENGTH, WIDTH = 8, 4, 6
@@ -73,33 +74,6 @@ def expected(dtype=torch.float64) -> Sums:
     layers = collected(model)
     loss_of(model(make_batch(dtype))).backward()
     return {layer.name: sums_of(layer) for layer in layers}
-
-
-def sums_of(layer: TappedLayer) -> dict[str, Tensor]:
-    names = ("input_sum", "output_sum", "input_moment", "output_moment")
-    values = {name: getattr(layer, name) for name in names}
-    return {name: value.clone() for name, value in values.items() if value is not None}
-
-
-def reduced(layer: TappedLayer) -> dict[str, Tensor]:
-    """The sums over all ranks, and of the whole layer, by nothing but what the layer says."""
-    sums, sharding = sums_of(layer), layer.sharding
-    if isinstance(layer.weight, DTensor):
-        mesh = layer.weight.device_mesh
-        for axis in sharding.row_axes:
-            for value in sums.values():
-                dist.all_reduce(value, group=mesh.get_group(axis))
-        for axis in sharding.input_axes:
-            inputs, count = sums["input_sum"].tensor_split([-1])
-            sums["input_sum"] = torch.cat([gathered(inputs, mesh, axis), count])
-        for axis in sharding.output_axes:
-            sums["output_sum"] = gathered(sums["output_sum"], mesh, axis)
-    return sums
-
-
-def gathered(part: Tensor, mesh: DeviceMesh, axis: int) -> Tensor:
-    placements = [Shard(0) if other == axis else Replicate() for other in range(mesh.ndim)]
-    return DTensor.from_local(part, mesh, placements).full_tensor()
 
 
 def verify(model: nn.Module, batch: Tensor, layers=None, dtype=torch.float64, **tolerance) -> None:

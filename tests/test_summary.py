@@ -7,8 +7,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from tests.ranks import run_on_ranks
-from tests.virtual_ranks import fsdp_parameters, llama_8b, loads, resnet50
+from tests.support.planned_parameters import fsdp_parameters, llama_8b, loads, resnet50
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
 from titan_shampoo.distributed.advice import ACCEPTED, imbalance, suggestions
 from titan_shampoo.distributed.blocks import assigned_blocks

@@ -10,12 +10,25 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.layers import Mixed, made
-from tests.ranks import run_on_ranks
-from tests.test_eva_protocol import loss_of
-from tests.test_titan_layouts import GLOBAL_BATCH, LAYOUTS
-from tests.test_titan_optimizers import container_of, optimizer_config, parameters, same, whole
-from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
+from tests.support.layer_methods import loss_of
+from tests.support.layer_models import Mixed, made
+from tests.support.optimizer_containers import (
+    container_of,
+    optimizer_config,
+    parameters,
+    same,
+    whole,
+)
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import (
+    GLOBAL_BATCH,
+    LAYOUTS,
+    records,
+    text_run,
+    train_all,
+    trainer_of,
+    write_text,
+)
 from titan_shampoo.statistics import SPLIT_BACKWARD_SCHEDULES
 from titan_shampoo.titan.optimizers import OptimizersContainer
 

@@ -3,9 +3,10 @@
 import pytest
 from torch.distributed.tensor import DTensor
 
-from tests.block_views import of_blocks
-from tests.ranks import run_on_ranks
-from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
+from tests.support.block_views import of_blocks
+from tests.support.internals import plan_of
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import records, text_run, train_all, trainer_of, write_text
 
 GLOBAL_BATCH = 8
 LAYOUTS = {
@@ -51,8 +52,8 @@ def factors_by_expert(args):
             if name == "layers.0.moe.experts.w1"
         )
         grid = shampoo.grids()[name]
-        blocks = [block for block in shampoo._engine.plan.blocks
-                  if shampoo._engine.plan.params[block.param].name == name]  # fmt: skip
+        plan = plan_of(shampoo)
+        blocks = [block for block in plan.blocks if plan.params[block.param].name == name]
         lefts = sorted(of_blocks(shampoo.state[param], "left"))
         assert isinstance(param, DTensor)
         return grid.batch_dims, grid.counts, sum(block.is_cut for block in blocks), lefts

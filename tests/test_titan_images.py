@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy, one_hot
 
 from parallel.batch_norm import synchronise_batch_norm
-from tests.ranks import run_on_ranks
-from tests.titan_runs import image_run, records, train_all, trainer_of
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import image_run, records, train_all, trainer_of
 from titan_shampoo.data.mixup import MixedLabels
 from titan_shampoo.titan.averaging import AveragedWeights
 from titan_shampoo.titan.images import class_loss

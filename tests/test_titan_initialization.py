@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 from titan_shampoo.titan.initialization import DrawWhole, initialize_alike, unwrapped_name
 
 # World size, mesh shape with axes; 13, 11 and 7 rows divide evenly by nothing.

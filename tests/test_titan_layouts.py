@@ -4,44 +4,17 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_on_ranks
-from tests.titan_runs import image_run, records, text_run, train_all, trainer_of, write_text
-
-GLOBAL_BATCH = 8
-
-# World size, data-parallel ranks, settings.
-LAYOUTS = {
-    "fsdp2": (2, 2, {}),
-    "ddp2": (
-        2,
-        2,
-        {
-            "parallelism__data_parallel_replicate_degree": 2,
-            "parallelism__data_parallel_shard_degree": 1,
-        },
-    ),
-    "tp2": (2, 1, {"parallelism__tensor_parallel_degree": 2}),
-    "pp2": (
-        2,
-        1,
-        {
-            "parallelism__pipeline_parallel_degree": 2,
-            "parallelism__pipeline_parallel_microbatch_size": 4,
-        },
-    ),
-    "ddp2_accumulated": (
-        2,
-        2,
-        {
-            "parallelism__data_parallel_replicate_degree": 2,
-            "parallelism__data_parallel_shard_degree": 1,
-            "training__local_batch_size": GLOBAL_BATCH // 4,
-            "training__global_batch_size": GLOBAL_BATCH,
-        },
-    ),
-    "hsdp2x2": (4, 4, {"parallelism__data_parallel_replicate_degree": 2}),
-    "fsdp2_tp2": (4, 2, {"parallelism__tensor_parallel_degree": 2}),
-}
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import (
+    GLOBAL_BATCH,
+    LAYOUTS,
+    image_run,
+    records,
+    text_run,
+    train_all,
+    trainer_of,
+    write_text,
+)
 
 
 def run_of(folder, name, num_readers, settings):

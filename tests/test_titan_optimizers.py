@@ -1,6 +1,5 @@
 """The optimizers of a run: who steps which parameter, and what checkpoints make of the state."""
 
-import copy
 import zlib
 from typing import Any
 
@@ -8,18 +7,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.ranks import run_on_ranks
+from tests.support.optimizer_containers import (
+    Values,
+    container_of,
+    optimizer_config,
+    parameters,
+    same,
+    whole,
+)
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, KLShampoo
 from titan_shampoo.config import ConfigError
 from titan_shampoo.config.tables import Group
-from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.titan import ParallelDims
-from titan_shampoo.titan.config import JobConfig
 from titan_shampoo.titan.optimizers import (
     OptimizersContainer,
     Preconditioner,
@@ -27,7 +32,6 @@ from titan_shampoo.titan.optimizers import (
     members,
 )
 
-OWN_TABLES = {"Shampoo": "shampoo", "SOAP": "soap", "KLShampoo": "kl_shampoo", "SGD": "sgd"}
 BLOCK_METHODS = ("Shampoo", "SOAP", "KLShampoo")
 METHODS = (*BLOCK_METHODS, "AdamW", "SGD")
 
@@ -36,8 +40,6 @@ OWN_KEYS: dict[str, dict[str, Any]] = {
     method: {"block_size": 4, "precondition_frequency": 2, "start_step": 1, "momentum": 0.5}
     for method in BLOCK_METHODS
 } | {"AdamW": {}, "SGD": {"momentum": 0.9}}
-
-Values = dict[str, Tensor]
 
 
 class Model(nn.Module):
@@ -48,21 +50,6 @@ class Model(nn.Module):
         self.tok_embeddings = nn.Embedding(7, 6, dtype=dtype)
         self.layers = nn.ModuleList([nn.Linear(6, 9, dtype=dtype), nn.Linear(9, 6, dtype=dtype)])
         self.norm = nn.LayerNorm(6, dtype=dtype)
-
-
-def optimizer_config(method: str, groups: tuple[Group, ...] = (), **own: Any) -> Any:
-    config: Any = copy.deepcopy(JobConfig().optimizer)
-    config.name, config.lr, config.implementation = method, 0.1, "for-loop"
-    config.groups = list(groups)
-    for key, value in own.items():
-        setattr(getattr(config, OWN_TABLES[method]), key, value)
-    return config
-
-
-def container_of(model: nn.Module, config: Any) -> OptimizersContainer:
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    dims = ParallelDims(1, world_size, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=world_size)
-    return build_optimizers([model], config, dims)
 
 
 def build(
@@ -85,38 +72,6 @@ def step(model: nn.Module, container: OptimizersContainer, number: int) -> None:
             grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
         param.grad = grad
     container.step()
-
-
-def whole(values: dict[str, Tensor]) -> Values:
-    """The values in global coordinates, put together from all ranks; none of it is missing."""
-    result = {}
-    for name, value in values.items():
-        if isinstance(value, BlockTensor):
-            parts: list[Any] = [value.chunks]
-            if dist.is_initialized():
-                parts = [None] * dist.get_world_size()
-                dist.all_gather_object(parts, value.chunks)
-            result[name] = torch.full(value.shape, torch.nan, dtype=value.dtype)
-            for offsets, chunk in (item for chunks in parts for item in chunks.items()):
-                place = zip(offsets, chunk.shape, strict=True)
-                result[name][tuple(slice(at, at + size) for at, size in place)] = chunk
-        else:
-            value = value.detach()
-            result[name] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
-        assert not result[name].isnan().any(), name
-    return result
-
-
-def parameters(model: nn.Module) -> Values:
-    return whole(dict(model.named_parameters()))
-
-
-def same(mine: Values, other: Values) -> bool:
-    """Whether names, dtypes and every bit are equal."""
-    return mine.keys() == other.keys() and all(
-        value.dtype == other[name].dtype and torch.equal(value, other[name])
-        for name, value in mine.items()
-    )
 
 
 def options_of(container: OptimizersContainer) -> dict[str, tuple[type, float, float]]:

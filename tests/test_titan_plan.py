@@ -13,14 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint.state import RunState
 from parallel.recipes import recipe_of
-from tests.message_buffers import Buffers
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.titan_runs import image_run, text_run, trainer_of, write_text
+from tests.support.internals import kept_tensors
+from tests.support.message_buffers import Buffers
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import image_run, text_run, trainer_of, write_text
 from titan_shampoo import titan
-from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, check_world, read_config, read_plan_request
 from titan_shampoo.layers.kronecker import KroneckerStep
-from titan_shampoo.layers.methods import KroneckerOptimizer
 from titan_shampoo.layers.moments import Moments
 from titan_shampoo.titan.config import make_job_config
 from titan_shampoo.titan.planning import RunPlan
@@ -127,14 +126,8 @@ def _measured(args: list[str]) -> dict[str, int]:
             found["state"] += bytes_of(
                 value for state in states for key, value in state.items() if key != "blocks"
             )
-            step: Any = None
-            if isinstance(optimizer, BlockOptimizer):
-                step = optimizer._engine
-            elif isinstance(optimizer, KroneckerOptimizer):
-                step = optimizer._step
-            if step is not None:
-                for tensors in step._workspace._kept.values():
-                    found["in a step"] += bytes_of(tensors)
+            for tensors in kept_tensors(optimizer).values():
+                found["in a step"] += bytes_of(tensors)
         if buffers.most_bytes + moments.most_bytes:
             found["in a step"] += buffers.most_bytes + moments.most_bytes
         return dict(found)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from parallel.recipes import recipe_of
-from tests.titan_runs import image_run, text_run, write_text
+from tests.support.titan_runs import image_run, text_run, write_text
 from titan_shampoo.config import ConfigError
 from titan_shampoo.titan.config import JobConfig, load_job_config
 from titan_shampoo.titan.learning_rates import build_learning_rates

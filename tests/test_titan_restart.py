@@ -3,58 +3,16 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from checkpoint.folders import steps_in
 from checkpoint.verify import read_manifest, verify
-from tests.checkpoint_runs import content
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.titan_runs import text_run, train_all, write_text
-
-ROOT = Path(__file__).parents[1]
-SAVING = {
-    "checkpoint__enable": True,
-    "checkpoint__interval": 2,
-    "training__steps": 12,
-    "optimizer__name": "Shampoo",
-    "optimizer__shampoo.precondition_frequency": 2,
-    "optimizer__shampoo.block_size": 64,
-}
-
-
-def torchrun(args, folder, *options):
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"),
-    }  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
-        [*launch, *options, "train.py", *args],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
-
-
-def workers_of(process):
-    """The ranks that a torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children]
-
-
-def wait_for(path, process, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
-
-
-def equal(first, second):
-    one, two = content(first), content(second)
-    return one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+from tests.support.checkpoint_runs import content, equal
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
+from tests.support.torchrun import SAVING, torchrun, wait_for, workers_of
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from checkpoint import CheckpointError
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.test_checkpoint_values import changed, forge, manifest_of
-from tests.titan_runs import records, text_run, train_all, trainer_of, write_text
+from tests.support.forged_checkpoints import changed, forge, manifest_of
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import records, text_run, train_all, trainer_of, write_text
 
 SAVING = {
     "checkpoint__enable": True,

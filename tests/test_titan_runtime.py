@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch._utils
 
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.titan_runs import text_run, train_all, write_text
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
 
 pytestmark = pytest.mark.skipif(
     torch._utils._get_available_device_type() is not None, reason="has an accelerator"

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from tests.ranks import run_on_ranks
-from tests.test_titan_layouts import GLOBAL_BATCH, LAYOUTS
-from tests.titan_runs import text_run, trainer_of, write_text
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import GLOBAL_BATCH, LAYOUTS, text_run, trainer_of, write_text
 
 MESHES = ("fsdp2", "ddp2", "tp2", "hsdp2x2", "fsdp2_tp2")
 

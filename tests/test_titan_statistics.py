@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from tests.ranks import run_on_ranks
-from tests.test_statistics_layouts import reduced
-from tests.titan_runs import text_run, trainer_of, write_text
+from tests.support.ranks import run_on_ranks
+from tests.support.reduced_statistics import reduced
+from tests.support.titan_runs import text_run, trainer_of, write_text
 from titan_shampoo.models.resnet import ResNet, ResNetArgs
 from titan_shampoo.statistics import check_counts, tap
 

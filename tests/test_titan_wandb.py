@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_on_ranks
-from tests.titan_runs import text_run, train_all, write_text
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
 
 
 class Recorder(ModuleType):

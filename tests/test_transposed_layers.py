@@ -9,17 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.layers import Perceptron, made
-from tests.ranks import run_on_ranks
-from tests.test_eva_layouts import (
-    OPTIONS,
-    ddp,
-    fsdp,
-    fsdp_over_columns,
-    train,
-    values,
-    whole,
-)
+from tests.support.layer_layouts import OPTIONS, ddp, fsdp, fsdp_over_columns, train, values, whole
+from tests.support.layer_models import Perceptron, made
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, Eva, EvaF
 from titan_shampoo.statistics import tap
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers import Mixed, made, normal
-from tests.test_eva_protocol import advance, make
+from tests.support.internals import kept_tensors, stacks_of
+from tests.support.layer_methods import advance, make
+from tests.support.layer_models import Mixed, made, normal
 from titan_shampoo import Shampoo
 from titan_shampoo.distributed import presence
 from titan_shampoo.distributed.gradients import placement_code
@@ -34,7 +35,7 @@ def test_steps_of_layers_use_the_same_stacks_and_directions(method: str) -> None
     places = []
     for step in range(3):
         advance(optimizer, model, [step])
-        kept = optimizer._step._workspace._kept
+        kept = kept_tensors(optimizer)
         places.append([tensor.data_ptr() for use in sorted(kept) for tensor in kept[use]])
     assert places[0]
     assert places[0] == places[1] == places[2]
@@ -61,9 +62,8 @@ def test_a_parameter_without_a_gradient_does_not_have_the_state_of_its_stack_cop
     weights = {name: torch.nn.Parameter(torch.ones(4, 3)) for name in "abcd"}
     alone = {name: torch.nn.Parameter(torch.ones(4, 3)) for name in "acd"}
     optimizer, other = Shampoo(weights.items(), lr=0.1), Shampoo(alone.items(), lr=0.1)
-    assert optimizer._engine is not None
     places = {tensor.untyped_storage().data_ptr()
-              for stack in optimizer._engine.state.stacks for tensor in stack.values()}  # fmt: skip
+              for stack in stacks_of(optimizer) for tensor in stack.values()}  # fmt: skip
     sound = ShampooRule.direction
     seen = []
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import run_on_ranks
-from tests.starts import start_on_ranks
-from tests.titan_runs import text_run, train_all, write_text
+from tests.support.ranks import run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
+from tests.support.train_script import start_on_ranks
 
 TEXT = {
     "model.flavor": "byte_debug",

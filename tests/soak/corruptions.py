@@ -15,8 +15,8 @@ from unittest.mock import patch
 import checkpoint.verify
 from checkpoint.errors import CheckpointError
 from checkpoint.verify import verify
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
 
 Damage = Callable[[Path, Path, random.Random], Path]
 

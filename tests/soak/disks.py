@@ -14,8 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoint.verify import verify
-from tests.checkpoint_runs import run_in
-from tests.ranks import run_on_ranks
+from tests.support.checkpoint_runs import run_in
+from tests.support.ranks import run_on_ranks
 
 
 @contextmanager

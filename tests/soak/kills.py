@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from checkpoint.folders import step_folder, steps_in
 from checkpoint.verify import verify
-from tests.checkpoint_runs import content, run_in
-from tests.ranks import _FORKS, PATIENCE, _work
+from tests.support.checkpoint_runs import content, run_in
+from tests.support.ranks import _FORKS, PATIENCE, _work
 
 STEPS = 60
 

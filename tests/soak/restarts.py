@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 from checkpoint.verify import verify
-from tests.ranks import PATIENCE, run_on_ranks
-from tests.test_titan_restart import SAVING, equal, torchrun, wait_for, workers_of
-from tests.titan_runs import text_run, train_all, write_text
+from tests.support.checkpoint_runs import equal
+from tests.support.ranks import PATIENCE, run_on_ranks
+from tests.support.titan_runs import text_run, train_all, write_text
+from tests.support.torchrun import SAVING, torchrun, wait_for, workers_of
 
 
 def job(folder: Path, name: str, draw: random.Random) -> str:

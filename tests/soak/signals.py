@@ -6,8 +6,8 @@ import signal
 import tempfile
 from pathlib import Path
 
-from tests.ranks import run_on_ranks
-from tests.test_checkpoint_failures import run_until_signal
+from tests.support.checkpoint_runs import run_until_signal
+from tests.support.ranks import run_on_ranks
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

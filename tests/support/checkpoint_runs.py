@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import os
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -358,3 +360,21 @@ def _strided(tensor: Tensor, mesh: Any) -> DTensor:
         local.clone(), mesh, [_StridedShard(0, split_factor=2), Shard(0)],
         run_check=False, shape=tensor.shape, stride=tensor.stride(),
     )  # fmt: skip
+
+
+def equal(first, second):
+    one, two = content(first), content(second)
+    return one.keys() == two.keys() and all((one[key] == two[key]).all() for key in one)
+
+
+def run_until_signal(folder, number, delay, signalled_rank):
+    with run_in(folder, "fsdp2", interval=1000) as run:
+        run.manager.load()
+        run.train(1)
+        if dist.get_rank() == signalled_rank:
+            threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+        last = run.train(10_000)
+        digest = run.local_bytes()
+    with run_in(folder, "fsdp2", load_only=True) as run:
+        run.manager.load()
+        return last, run.progress.value, digest == run.local_bytes()

@@ -11,7 +11,7 @@ from typing import Any
 
 _FORKS = multiprocessing.get_context("forkserver")
 # What workers would each import for themselves; torch._dynamo comes with the first optimizer step.
-_FORKS.set_forkserver_preload(["torch._dynamo", "titan_shampoo.titan", "tests.titan_runs"])
+_FORKS.set_forkserver_preload(["torch._dynamo", "titan_shampoo.titan", "tests.support.titan_runs"])
 
 PATIENCE = 600
 """Seconds of silence after which something hangs: a machine may have other work, ten times its own.

@@ -19,6 +19,41 @@ from titan_shampoo.titan.records import RunRecords
 
 Settings = dict[str, Any]
 
+GLOBAL_BATCH = 8
+# World size, data-parallel ranks, settings.
+LAYOUTS: dict[str, tuple[int, int, Settings]] = {
+    "fsdp2": (2, 2, {}),
+    "ddp2": (
+        2,
+        2,
+        {
+            "parallelism__data_parallel_replicate_degree": 2,
+            "parallelism__data_parallel_shard_degree": 1,
+        },
+    ),
+    "tp2": (2, 1, {"parallelism__tensor_parallel_degree": 2}),
+    "pp2": (
+        2,
+        1,
+        {
+            "parallelism__pipeline_parallel_degree": 2,
+            "parallelism__pipeline_parallel_microbatch_size": 4,
+        },
+    ),
+    "ddp2_accumulated": (
+        2,
+        2,
+        {
+            "parallelism__data_parallel_replicate_degree": 2,
+            "parallelism__data_parallel_shard_degree": 1,
+            "training__local_batch_size": GLOBAL_BATCH // 4,
+            "training__global_batch_size": GLOBAL_BATCH,
+        },
+    ),
+    "hsdp2x2": (4, 4, {"parallelism__data_parallel_replicate_degree": 2}),
+    "fsdp2_tp2": (4, 2, {"parallelism__tensor_parallel_degree": 2}),
+}
+
 
 def write_text(folder: Path) -> Path:
     """A text of 64 kB, of words, so that there is something to learn."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.layers import normal
+from tests.support.layer_models import normal
 from titan_shampoo.titan.experts import install_cpu_experts
 
 # isort: split

@@ -1,0 +1,1 @@
+"""Helpers that several test modules share; `tests/reference` has the algorithms written naively."""
