@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.layers import normal
-from tests.ranks import run_on_ranks
+from tests.support.layer_models import normal
+from tests.support.ranks import run_on_ranks
 from titan_shampoo import Eva, EvaF, EvaS
 from titan_shampoo.layers import bunches
 
