@@ -1,6 +1,6 @@
-"""The commands of ``python -m checkpoint`` and what they print.
+"""The commands of ``python -m checkpoint`` and their output.
 
-Exit codes: 0 well, 1 if checkpoints differ or one is not good, 2 if a command cannot be done.
+Exit codes: 0 for success, 1 if checkpoints differ or one is damaged, 2 if a command fails.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _NEWEST = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with se
 
 
 def main(args: Sequence[str]) -> int:
-    """Do what a command line asks for and return the exit code."""
+    """Run the command line and return the exit code."""
     options = _parser().parse_args(args)
     try:
         return int(options.command(options))
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoint, or all checkpoints of a folder or of a run, where its settings put them."""
+    """The checkpoint, or all checkpoints of a folder or of a run."""
     try:
         steps = steps_in(path)
         if not steps and not (path / MANIFEST).exists() and steps_in(path / "checkpoint"):
@@ -94,7 +94,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _one(path: Path) -> Path:
-    """The checkpoint, or the newest of a folder or of a run."""
+    """The checkpoint, or the newest one of a folder or of a run."""
     return _checkpoints(path)[-1]
 
 
@@ -118,7 +118,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _problems(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint."""
+    """All problems of a checkpoint."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
@@ -169,10 +169,10 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _good(folder: Path) -> Manifest:
-    """The manifest of a checkpoint that verifies.
+    """The manifest of a checkpoint, after it is verified.
 
     Raises:
-        CheckpointError: If it does not.
+        CheckpointError: If it is damaged.
     """
     problems = _problems(folder)
     if problems:
@@ -202,5 +202,5 @@ def _print(text: str) -> None:
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # a reader like `head` has enough
+    except BrokenPipeError:  # a reader like `head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

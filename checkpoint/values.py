@@ -1,4 +1,4 @@
-"""By how much the tensors of two checkpoints differ."""
+"""Numerical differences between the tensors of two checkpoints."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +21,8 @@ def value_differences(
     Args:
         first: A checkpoint.
         second: Another, with tensors of the same shapes.
-        keys: Which tensors.
-        told: Is told how many bytes have been compared since the last call.
+        keys: Keys of the tensors to compare.
+        told: Callback with the number of bytes compared since the last call.
     """
     changes = {}
     pairs = zip(whole_tensors(*first, keys), whole_tensors(*second, keys), strict=True)
@@ -34,7 +34,7 @@ def value_differences(
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, which unlike its numbers are equal to themselves."""
+    """The bytes of a tensor; unlike NaN, a byte always equals itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
