@@ -1,8 +1,8 @@
 """Type and range of every value in the record of a manifest, and agreement between values.
 
 Hashes prove that a manifest was not changed by accident, not that its values make sense, and
-anybody can compute them again. All readers of checkpoints go through :func:`problem`, so that no other
-module has to check a value. ``checkpoint.manifest`` checks files and tensors.
+anybody can compute them again. All readers of checkpoints go through :func:`problem`, so that no
+other module has to check a value. ``checkpoint.manifest`` checks files and tensors.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Verification of a checkpoint: its structure first, then the hash of every byte.
 
 Needs neither torch nor a GPU. ``read_manifest`` takes milliseconds and finds files that are
-missing, truncated, renamed or foreign, and values that make no sense. ``file_problems`` reads everything.
+missing, truncated, renamed or foreign, and values that make no sense. ``file_problems`` reads
+everything.
 """
 
 import os

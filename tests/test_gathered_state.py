@@ -296,7 +296,7 @@ def load_what_is_not_whole(method: str) -> dict[str, tuple[str, bool]]:
 @pytest.mark.parametrize("method", ["Shampoo", "FOOF"])
 def test_state_that_is_not_whole_is_refused_on_all_ranks_and_changes_nothing(method: str) -> None:
     wanted = {
-        "rank 0's DTensors": "blocks of the state are of different steps, or belong to another rank",
+        "rank 0's DTensors": "blocks of the state are of different steps, or belong to another",
         "rank 0's blocks": (
             "or belong to another rank",
             "the state of one rank fits that rank alone",
