@@ -22,7 +22,7 @@ class Workspace:
         self._kept: dict[str, list[Tensor]] = {}
 
     def tensors(self, use: str, sizes: Iterable[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """One tensor of each size and dtype; those of the last step with this ``use`` if they fit."""
+        """One tensor of each size and dtype; the last ones for this ``use`` if they fit."""
         wanted = list(sizes)
         kept = self._kept.get(use, [])
         if [(tensor.shape, tensor.dtype) for tensor in kept] == wanted:
