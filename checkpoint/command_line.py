@@ -20,8 +20,8 @@ from titan_shampoo.config.errors import ConfigError
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
-_INSPECT = "what, when, which run, sizes by kind, block grids"
-_VERIFY = "read every byte; exit code 1 if one is not as written"
+_INSPECT = "step, time, run, sizes by kind, block grids"
+_VERIFY = "read every byte; exit code 1 if any has changed"
 
 _ALL = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with several: all of them"
 _NEWEST = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with several: the newest"
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", _inspect, _INSPECT, _ALL)
     verify = command("verify", _verify, _VERIFY, _ALL)
-    diff = command("diff", _diff, "what differs between two checkpoints")
-    diff.add_argument("other", type=Path, metavar="OTHER", help="what to compare it with")
+    diff = command("diff", _diff, "differences between two checkpoints")
+    diff.add_argument("other", type=Path, metavar="OTHER", help="the other checkpoint")
     for made in (inspect, verify, diff):
         made.add_argument("--json", action="store_true", help="one JSON object on standard output")
     export = command("export", _export, "write weights, or all state, for other programs")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hf: weights as safetensors under Hugging Face's names (of a ResNet: torchvision's); "
         "dcp: all tensors in torch.distributed.checkpoint's own format. Default: hf",
     )
-    export.add_argument("--dtype", choices=_DTYPES, help="convert weights; default: as they are")
+    export.add_argument("--dtype", choices=_DTYPES, help="dtype of the weights; default: unchanged")
     convert = command(
         "convert",
         _convert,
@@ -154,7 +154,9 @@ def _export(options: argparse.Namespace) -> int:
     folder = _one(options.path)
     manifest = _good(folder)
     with _bar("export", _bytes_to_write(manifest, options.to)) as bar:
-        export(folder, manifest, options.out, to=options.to, dtype=options.dtype, told=bar.update)
+        export(
+            folder, manifest, options.out, to=options.to, dtype=options.dtype, progress=bar.update
+        )
     _print(f"{options.out}: step {manifest.step} of {folder}")
     return 0
 
@@ -163,7 +165,7 @@ def _convert(options: argparse.Namespace) -> int:
     from checkpoint.interchange import convert  # noqa: PLC0415 (imports torch)
 
     with _bar("convert") as bar:
-        convert(options.path, options.out, flavor=options.flavor, told=bar.update)
+        convert(options.path, options.out, flavor=options.flavor, progress=bar.update)
     _print(f"{options.out}: weights of {options.path}")
     return 0
 

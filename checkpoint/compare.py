@@ -75,17 +75,17 @@ def _edges(grid: dict[str, Any] | None) -> str:
 def _advice(own: dict[str, Any], other: dict[str, Any]) -> str:
     """Advice for blocks with other edges."""
     options = _options(own, other)
-    anew = 'set checkpoint.exclude_from_loading = ["optimizer"]'
+    without_state = 'set checkpoint.exclude_from_loading = ["optimizer"]'
     if is_cut_at_shards(other):
         cut = 'block_alignment = "shard" cuts them where shards end:'
         first = f"set {options}, and" if options else cut
         return (
-            f"{first} resume on ranks that shard as those that saved it, or {anew}; "
+            f"{first} resume on ranks that shard as those that saved it, or {without_state}; "
             'checkpoint.reblock is for block_alignment = "global"'
         )
     if can_reblock(own, other):
         return f'set {f"{options}, or " if options else ""}checkpoint.reblock = "approximate"'
-    return f"set {options}" if options else anew
+    return f"set {options}" if options else without_state
 
 
 def _options(own: dict[str, Any], other: dict[str, Any]) -> str:

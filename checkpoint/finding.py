@@ -41,9 +41,9 @@ def verify_together(folder: Path, group: dist.ProcessGroup) -> Found:
     except MissingFileError as error:
         raise _agreed(error, 0, group) from error
     mine = shares(manifest, dist.get_world_size(group))[dist.get_rank(group)]
-    told = gathered(next(file_problems(folder, manifest, mine), None), group)
+    by_rank = gathered(next(file_problems(folder, manifest, mine), None), group)
     problems = [
-        _agreed(problem, rank, group) for rank, problem in enumerate(told) if problem is not None
+        _agreed(problem, rank, group) for rank, problem in enumerate(by_rank) if problem is not None
     ]
     for problem in sorted(problems, key=lambda problem: isinstance(problem, UnreadableError)):
         raise problem

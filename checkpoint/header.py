@@ -48,7 +48,7 @@ def header_problem(path: Path, entries: Entries) -> str | None:
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name appears twice")
     return table
 
 

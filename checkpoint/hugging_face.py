@@ -59,9 +59,9 @@ def load_hugging_face(
         wanted = _wanted(folder, model, adapter, files)
     except CheckpointError as error:
         problem = str(error)
-    for said in gathered(problem, group):
-        if said is not None:
-            raise CheckpointError(said)
+    for refusal in gathered(problem, group):
+        if refusal is not None:
+            raise CheckpointError(refusal)
     with OpenFiles(folder) as opened:
         for name, stored in wanted.items():
             with opened.file(files[stored]) as file:

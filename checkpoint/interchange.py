@@ -21,12 +21,12 @@ from checkpoint.reader import model_weights, whole_tensors
 from checkpoint.record import describe_run
 from checkpoint.writer import Writer
 
-Told = Callable[[int], object]
+Progress = Callable[[int], object]
 """Callback with the number of bytes done since the last call."""
 
 
 def export(
-    folder: Path, manifest: Manifest, out: Path, *, to: str, dtype: str | None, told: Told
+    folder: Path, manifest: Manifest, out: Path, *, to: str, dtype: str | None, progress: Progress
 ) -> None:
     """Write a checkpoint for another program.
 
@@ -36,7 +36,7 @@ def export(
         out: A folder that does not exist yet.
         to: "hf": weights as safetensors; "dcp": everything in torch's own format.
         dtype: Dtype for weights; None keeps theirs.
-        told: Callback for the progress.
+        progress: Callback for the progress.
 
     Raises:
         CheckpointError: If it fails; nothing is left behind then.
@@ -45,7 +45,7 @@ def export(
     if to == "hf":
         settings = manifest.record.get("settings", {})
         adapter = _adapter(settings.get("model.name"), settings.get("model.flavor"))
-        weights = _told(model_weights(folder, manifest), told)
+        weights = _reporting(model_weights(folder, manifest), progress)
         export_weights(weights, out, adapter, convert_to)
         return
     if os.path.lexists(out):
@@ -53,7 +53,7 @@ def export(
     # Weights under torchtitan's bare names, everything else under the names used here.
     tensors = {
         key.removeprefix(MODEL_PREFIX): _converted(whole, key, convert_to)
-        for key, whole in _told(whole_tensors(folder, manifest, manifest.tensors), told)
+        for key, whole in _reporting(whole_tensors(folder, manifest, manifest.tensors), progress)
     }
     writing = writing_name(out)
     try:
@@ -67,7 +67,9 @@ def export(
             discard(writing)
 
 
-def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda _: None) -> None:
+def convert(
+    source: Path, out: Path, *, flavor: str | None, progress: Progress = lambda _: None
+) -> None:
     """Make a checkpoint of another program's weights, to begin a run from.
 
     Args:
@@ -75,7 +77,7 @@ def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda 
         out: A folder that does not exist yet.
         flavor: Flavour of the Llama-style transformer, for its names and order of weights; None
             keeps names.
-        told: Callback for the progress.
+        progress: Callback for the progress.
 
     Raises:
         CheckpointError: If it fails; nothing is left behind then.
@@ -86,7 +88,7 @@ def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda 
         stored = iter(_model_of_native(read_native(source)).items())
     else:
         stored = _stored(source)
-    weights = dict(_told(stored, told))
+    weights = dict(_reporting(stored, progress))
     adapter = _adapter("llama3", flavor) if flavor else None
     if adapter is not None:
         weights = _translated(weights, adapter, source)
@@ -100,10 +102,12 @@ def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda 
         raise in_one_line(out, "not written", error) from error
 
 
-def _told(tensors: Iterator[tuple[str, Tensor]], told: Told) -> Iterator[tuple[str, Tensor]]:
+def _reporting(
+    tensors: Iterator[tuple[str, Tensor]], progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in tensors:
         yield key, tensor
-        told(tensor.nbytes)
+        progress(tensor.nbytes)
 
 
 def _converted(tensor: Tensor, key: str, dtype: torch.dtype | None) -> Tensor:

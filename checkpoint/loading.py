@@ -191,14 +191,14 @@ class Loading:
         """Refuse, on all ranks, a checkpoint that does not fit this run."""
         problems = list(self._problems(found, components, tensors, recut))
         extra = {key for key in unwanted(tensors, found.manifest) if not _is_recut(key, recut)}
-        told = gathered((problems[:1], len(problems), extra), self._group)
-        nobodys = sorted(set.intersection(*(extra for *_, extra in told)))
-        lines = [line for first, *_ in told for line in first]
+        found_by_rank = gathered((problems[:1], len(problems), extra), self._group)
+        unused = sorted(set.intersection(*(extra for *_, extra in found_by_rank)))
+        lines = [line for first, *_ in found_by_rank for line in first]
         lines += [
-            f"{key}: in the checkpoint, not in this run{option_of(key)}" for key in nobodys[:1]
+            f"{key}: in the checkpoint, not in this run{option_of(key)}" for key in unused[:1]
         ]
         if lines:
-            count = max(number for _, number, _ in told) + len(nobodys)
+            count = max(number for _, number, _ in found_by_rank) + len(unused)
             more = f" (and {count - 1} more)" if count > 1 else ""
             raise CheckpointError(f"{found.folder}: {lines[0]}{more}")
 
@@ -286,7 +286,7 @@ class Loading:
         say(
             _logger,
             logging.INFO,
-            "random generators are seeded anew: saved by %s %s ranks, here are %d",
+            "random generators are seeded again: saved on %s %s ranks, this run has %d",
             saved.get("ranks"),
             saved.get("device"),
             dist.get_world_size(),

@@ -184,7 +184,8 @@ class CheckpointManager:
                 "be another run's: this one has ended without saving more; start it again"
             )
         _logger.warning(
-            "%s: was deleted while this run trained, with all checkpoints in it; made anew", folder
+            "%s: was deleted while this run trained, with all checkpoints in it; created again",
+            folder,
         )
         return True
 

@@ -86,7 +86,7 @@ class TensorEntry:
                 start < 0 or extent < 0 or start + extent > size
                 for start, extent, size in zip(box.start, box.extent, self.shape, strict=True)
             ):
-                return f"a box at {list(box.start)} lies outside of shape {list(self.shape)}"
+                return f"a box at {list(box.start)} is outside of shape {list(self.shape)}"
         covered = sum(math.prod(box.extent) for box in self.boxes)
         if covered != math.prod(self.shape):
             return f"its boxes have {covered} elements, shape {list(self.shape)} has others"
@@ -208,7 +208,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise CheckpointError(f"{next(key for key in keys if keys.count(key) > 1)!r}: twice")
+        raise CheckpointError(f"{next(key for key in keys if keys.count(key) > 1)!r}: repeated")
     return table
 
 
@@ -221,14 +221,14 @@ def _popped_table(found: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _file(name: str, entry: Any) -> File:  # noqa: ANN401 (whatever JSON has)
     if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"files: {name!r} is no name of a data file")
+        raise CheckpointError(f"files: {name!r} is not the name of a data file")
     if not isinstance(entry, dict):
-        raise CheckpointError(f"files.{name}: {entry!r} is no table")
+        raise CheckpointError(f"files.{name}: {entry!r} is not a table")
     digest, size = entry.get("xxh128"), entry.get("bytes")
     if not isinstance(digest, str) or not _HASH.fullmatch(digest):
-        raise CheckpointError(f"files.{name}.xxh128: {digest!r} is no hash")
+        raise CheckpointError(f"files.{name}.xxh128: {digest!r} is not a hash")
     if not _is_count(size):
-        raise CheckpointError(f"files.{name}.bytes: {size!r} is no count")
+        raise CheckpointError(f"files.{name}.bytes: {size!r} is not a size")
     return File(size, digest)
 
 
@@ -243,7 +243,7 @@ def _tensor(key: str, entry: Any, files: dict[str, File]) -> TensorEntry:  # noq
             raise CheckpointError(f"{name}: not a known dtype, a shape and boxes: {_shown(entry)}")
     for box in tensor.boxes:
         if box.file not in files:
-            raise CheckpointError(f"{name}: lies in {box.file!r}, which is not among the files")
+            raise CheckpointError(f"{name}: is in {box.file!r}, which is not among the files")
     problem = tensor.problem()
     if problem:
         raise CheckpointError(f"{name}: {problem}")
@@ -254,7 +254,7 @@ def _box(name: str, box: Any) -> Box:  # noqa: ANN401
     match box:
         case [list(start), list(extent), str(file)] if all(map(_is_count, [*start, *extent])):
             return Box(tuple(start), tuple(extent), file)
-    raise CheckpointError(f"{name}: {_shown(box)} is no box")
+    raise CheckpointError(f"{name}: {_shown(box)} is not a box")
 
 
 def _shown(value: object) -> str:

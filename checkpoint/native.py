@@ -79,7 +79,7 @@ class NativeReader(dcp.FileSystemReader):
             raise CheckpointError(f"{path}: holds {type(found).__name__}, wanted Metadata")
         for entry in (found.storage_data or {}).values():
             if Path(entry.relative_path).name != entry.relative_path:
-                raise CheckpointError(f"{path}: {entry.relative_path} lies outside of the folder")
+                raise CheckpointError(f"{path}: {entry.relative_path} is outside of the folder")
         found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
         return found
 
@@ -102,9 +102,9 @@ def load_native(folder: Path, model: dict[str, Tensor], group: dist.ProcessGroup
         wanted = _wanted(folder, tensors_of(reader), model)
     except CheckpointError as error:
         problem = str(error)
-    for said in gathered(problem, group):
-        if said is not None:
-            raise CheckpointError(said)
+    for refusal in gathered(problem, group):
+        if refusal is not None:
+            raise CheckpointError(refusal)
     try:
         dcp.load(wanted, storage_reader=reader, process_group=group)
     except CheckpointException as error:

@@ -14,7 +14,7 @@ def value_differences(
     first: tuple[Path, Manifest],
     second: tuple[Path, Manifest],
     keys: Sequence[str],
-    told: Callable[[int], object],
+    progress: Callable[[int], object],
 ) -> dict[str, float]:
     """Largest change of an element of each tensor that differs, relative to its largest element.
 
@@ -22,14 +22,14 @@ def value_differences(
         first: A checkpoint.
         second: Another, with tensors of the same shapes.
         keys: Keys of the tensors to compare.
-        told: Callback with the number of bytes compared since the last call.
+        progress: Callback with the number of bytes compared since the last call.
     """
     changes = {}
     pairs = zip(whole_tensors(*first, keys), whole_tensors(*second, keys), strict=True)
     for (key, one), (_, two) in pairs:
         if not torch.equal(_bits(one), _bits(two)):
             changes[key] = _change(one.double(), two.double())
-        told(one.nbytes + two.nbytes)
+        progress(one.nbytes + two.nbytes)
     return changes
 
 

@@ -131,7 +131,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         found = _regular_size(folder / name)
         if found != file.bytes:
-            raise CheckpointError(f"{folder / name}: {found} bytes, written were {file.bytes}")
+            raise CheckpointError(f"{folder / name}: {found} bytes, wanted {file.bytes}")
     # Dot files belong to the file system (".nfs0000..."), and no reader opens them.
     own = {MANIFEST, SUMS, *manifest.files}
     names = _patiently(folder, partial(os.listdir, folder))
@@ -143,7 +143,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 def _content(path: Path) -> bytes:
     size = _regular_size(path)
     if size > _LARGEST_MANIFEST:
-        raise CheckpointError(f"{path}: {size} bytes, {_LARGEST_MANIFEST} at most are read")
+        raise CheckpointError(f"{path}: {size} bytes, wanted at most {_LARGEST_MANIFEST}")
     return _patiently(path, path.read_bytes)
 
 

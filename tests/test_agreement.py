@@ -92,7 +92,7 @@ MISTAKES: dict[Callable[[str], None], str] = {
     shape: "1.weight: shape is (4, 4) on rank 0 and (5, 4) on rank 1",
     dtype: "0.weight: dtype is torch.float32 on rank 0 and torch.float64 on rank 1",
     missing: "1.weight: is on rank 0 and not on rank 1",
-    order: "0.weight: comes where 1.weight comes on rank 1, on rank 0",
+    order: "0.weight: rank 0 has it in the position of 1.weight on rank 1",
     groups: "1.weight: number of its parameter group is 0 on rank 0 and 1 on rank 1",
 }
 

@@ -114,7 +114,7 @@ MISTAKES = [
     (
         "only images for text",
         {**TEXT, "training.dataset": "{}/good/train/cat"},
-        "not UTF-8 text, nor is any other",
+        "not UTF-8 text, and no other",
     ),
     (
         "unreachable hub",

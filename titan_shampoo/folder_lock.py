@@ -120,10 +120,10 @@ class FolderLock:
     def _holder(self) -> str:
         try:
             found = json.loads(os.pread(self._descriptor, 4096, 0))
-            told = f"process {found['pid']} on {found['host']} since {found['since']}"
+            holder = f"process {found['pid']} on {found['host']} since {found['since']}"
         except (ValueError, KeyError, TypeError):
-            return "it has not said which"
-        return told if told.isprintable() else "it has not said which"
+            return "an unknown process"
+        return holder if holder.isprintable() else "an unknown process"
 
 
 def _release(lock: FolderLock | None) -> None:

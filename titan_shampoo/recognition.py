@@ -155,8 +155,8 @@ def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:
         for group in groups
     ):
         warnings.warn(
-            "without names, embeddings and output heads cannot be told from other matrices and "
-            "are preconditioned (except for very tall ones); pass model.named_parameters(), or "
+            "without names, embeddings and output heads cannot be recognised among other matrices "
+            "and are preconditioned (except for very tall ones); pass model.named_parameters(), or "
             "model=model",
             stacklevel=4,  # the line of the user, who calls the constructor of a subclass
         )

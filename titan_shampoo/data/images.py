@@ -69,7 +69,7 @@ class ImageFiles:
     def _label(self, index: int) -> int:
         label = int(self.labels[index])
         if not 0 <= label < len(self.classes):  # hub data sets use -1 for unknown
-            raise ValueError(f"class {label}, there are {len(self.classes)}")
+            raise ValueError(f"class {label}, wanted one of {len(self.classes)} from 0 on")
         return label
 
     def shortage(self, num_needed: int) -> str:

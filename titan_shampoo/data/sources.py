@@ -170,7 +170,7 @@ def _documents(
         elif text:
             yield {"text": text, "held_out": is_held_out(file.relative_to(root).as_posix())}
     if skipped and len(skipped) == len(files):
-        raise DataError(f"{files[0]}: not UTF-8 text, nor is any other file given")
+        raise DataError(f"{files[0]}: not UTF-8 text, and no other file is")
     if skipped:
         message = "%s: skipped %d of %d files that are not UTF-8 text, first %s"
         first = printable(skipped[0])

@@ -176,4 +176,4 @@ def _difference(told: Sequence[_Told]) -> str:
                         f"rank {there.rank}")  # fmt: skip
     places = zip(here.known, there.known, strict=True)
     name, other = next((mine, theirs) for mine, theirs in places if mine != theirs)
-    return f"{name}: comes where {other} comes on rank {there.rank}, on rank {here.rank}"
+    return f"{name}: rank {here.rank} has it in the position of {other} on rank {there.rank}"

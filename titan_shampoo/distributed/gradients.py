@@ -43,8 +43,8 @@ def placement_code(param: Tensor) -> int:
     unknown = [placement for placement in grad.placements if placement not in _KINDS]
     if unknown:
         raise ValueError(f"a gradient of shape {tuple(grad.shape)} is placed by {unknown[0]}, its "
-                         f"parameter by {param.placements}; wanted it placed likewise, or by any "
-                         "of Replicate, Shard and Partial")  # fmt: skip
+                         f"parameter by {param.placements}; wanted the same placements, or any of "
+                         "Replicate, Shard and Partial")  # fmt: skip
     digits = (_KINDS.index(p) * len(_KINDS) ** axis for axis, p in enumerate(grad.placements))
     return 2 + sum(digits)
 

@@ -99,8 +99,9 @@ class Presence:
         codes = zip(self._params, answers.largest, answers.negative_smallest, strict=True)
         for param, code, negative in codes:
             if code != ABSENT and code != -negative:
-                raise ValueError(f"the gradients of a parameter of shape {tuple(param.shape)} are "
-                                 "placed in different ways on different ranks")  # fmt: skip
+                raise ValueError(f"got gradients of a parameter of shape {tuple(param.shape)} that "
+                                 "are placed in different ways on different ranks, wanted one "
+                                 "placement; redistribute them before step()")  # fmt: skip
         self._anywhere = answers.largest
         self._givers = {
             number: self._teams[number].num_replicas - distance

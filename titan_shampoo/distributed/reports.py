@@ -17,15 +17,15 @@ def told_by_owners(values: Tensor, plan: Plan) -> Tensor:
         values: Non-negative; zero for a block that this rank does not own.
         plan: The plan of this rank.
     """
-    told = values.clone()
+    shared_values = values.clone()
     for team in {param.team.ranks: param.team for param in plan.params}.values():
         # Block numbers may differ between ranks, as other placement groups add blocks in between;
         # their order does not.
         shared = [plan.params[block.param].team.ranks == team.ranks for block in plan.blocks]
         chosen = torch.tensor(shared, device=values.device)
-        part = told[chosen]
+        part = shared_values[chosen]
         for group in (team.shard_group, team.replica_group):
             if group is not None:
                 dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
-        told[chosen] = part
-    return told
+        shared_values[chosen] = part
+    return shared_values
