@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=2 train.py --job.config_file configs/transformer_debug.toml
 
-``--plan --world-size N`` prints what such a run needs on every rank, and starts nothing. Without
-torchrun it is one rank. Whatever a person can set wrong ends every rank with exit code 2
-and one line. Signals are those of ``titan_shampoo.stopping``.
+``--plan --world-size N`` prints the needs of such a run on every rank, and starts nothing. Without
+torchrun there is one rank. A mistake in the settings ends every rank with exit code 2 and one line.
+Signals are described in ``titan_shampoo.stopping``.
 """
 
 import json
@@ -39,14 +39,14 @@ _ONE_RANK = {
 
 
 def main(args: list[str], started_with: dict[str, str]) -> None:
-    """Train as the command line says, or plan for it.
+    """Train, or plan, as the command line says.
 
     Args:
         args: The command line without the program's name.
-        started_with: The environment as it was given.
+        started_with: The environment at the start.
 
     Raises:
-        ConfigError: If settings are wrong; before torch is imported, wherever that is possible.
+        ConfigError: If settings are wrong; if possible before torch is imported.
         DataError: If data, tokenizer or checkpoints cannot be used.
     """
     check_launch(started_with)
@@ -77,12 +77,12 @@ def main(args: list[str], started_with: dict[str, str]) -> None:
 
 
 def end_with(mistake: Exception) -> NoReturn:
-    """Say what is wrong, once per machine, and exit with code 2."""
+    """Report the mistake, once per machine, and exit with code 2."""
     recorded = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if recorded:  # torchtitan left a traceback there, for torchrun to print
+    if recorded:  # torchtitan wrote a traceback there, which torchrun would print
         Path(recorded).unlink(missing_ok=True)
-    # torchrun terminates all ranks when one exits: the others leave rank 0 the time to speak, and
-    # speak themselves if the mistake is theirs alone.
+    # torchrun terminates all ranks when one exits. The others leave rank 0 time to report, and
+    # report themselves if the mistake is theirs alone.
     is_first = os.environ["LOCAL_RANK"] == "0"
     if is_first:
         _say(mistake)
@@ -91,15 +91,15 @@ def end_with(mistake: Exception) -> NoReturn:
     if not is_first:
         time.sleep(8)
         _say(mistake)
-    # Not sys.exit: that would wait for what other ranks never send.
+    # Not sys.exit: that would wait for messages that other ranks never send.
     os._exit(2)
 
 
 def was_stopped(error: Exception) -> bool:
-    """Whether ``error`` only follows from the end of another rank; if so, it is said in one line.
+    """True if ``error`` only follows from the end of another rank; it is then reported in one line.
 
     The rank that ended first has the cause, and torchrun's agent ends the others within a second:
-    at once before the first step; later by a request to stop, which such a rank cannot fulfil.
+    before the first step at once, later by a request to stop, which such a rank cannot fulfil.
     """
     signals = sys.modules.get("checkpoint.signals")
     deadline = time.monotonic() + (3 if os.environ["WORLD_SIZE"] != "1" else 0)
@@ -114,7 +114,7 @@ def was_stopped(error: Exception) -> bool:
 
 
 def _say(message: object) -> None:
-    with suppress(OSError):  # nobody may be listening any more
+    with suppress(OSError):  # the reader may be gone
         sys.stdout.flush()
     with suppress(OSError):
         sys.stderr.write(f"{one_line(str(message))}\n")
@@ -131,12 +131,12 @@ if __name__ == "__main__":
     except (ConfigError, DataError) as mistake:
         end_with(mistake)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:  # the machine's, not ours
+        if isinstance(error, OSError) and error.filename:  # a fault of the machine
             end_with(ConfigError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
         if not was_stopped(error):
             raise
         os._exit(1)
     try:
         sys.stdout.flush()
-    except OSError:  # nobody listens any more, which Python would make the exit code
+    except OSError:  # the reader is gone; Python would turn that into the exit code
         os._exit(0)

@@ -1,4 +1,4 @@
-"""What a run saves and how it resumes.
+"""Checkpoints of a run: save, verify, resume, convert.
 
 The manager is imported on first use: ``python -m checkpoint verify`` must not wait for torch.
 """
@@ -15,7 +15,7 @@ __all__ = ["CheckpointError", "CheckpointManager"]
 
 
 def __getattr__(name: str) -> object:
-    """The manager, which needs torch."""
+    """The manager, imported now because it needs torch."""
     if name != "CheckpointManager":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module("checkpoint.manager").CheckpointManager

@@ -1,4 +1,4 @@
-"""Look at checkpoints, check, compare and convert them: ``python -m checkpoint --help``.
+"""Inspect, verify, compare and convert checkpoints: ``python -m checkpoint --help``.
 
 ``inspect``, ``verify`` and ``diff`` need neither torch nor a GPU.
 """

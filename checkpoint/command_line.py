@@ -1,6 +1,6 @@
-"""The commands of ``python -m checkpoint`` and what they print.
+"""The commands of ``python -m checkpoint`` and their output.
 
-Exit codes: 0 well, 1 if checkpoints differ or one is not good, 2 if a command cannot be done.
+Exit codes: 0 for success, 1 if checkpoints differ or one is damaged, 2 if a command fails.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from titan_shampoo.config.errors import ConfigError
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
-_INSPECT = "what, when, which run, sizes by kind, block grids"
-_VERIFY = "read every byte; exit code 1 if one is not as written"
+_INSPECT = "step, time, run, sizes by kind, block grids"
+_VERIFY = "read every byte; exit code 1 if any has changed"
 
 _ALL = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with several: all of them"
 _NEWEST = "a checkpoint (outputs/checkpoint/step-30), or a folder or run with several: the newest"
 
 
 def main(args: Sequence[str]) -> int:
-    """Do what a command line asks for and return the exit code."""
+    """Run the command line and return the exit code."""
     options = _parser().parse_args(args)
     try:
         return int(options.command(options))
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", _inspect, _INSPECT, _ALL)
     verify = command("verify", _verify, _VERIFY, _ALL)
-    diff = command("diff", _diff, "what differs between two checkpoints")
-    diff.add_argument("other", type=Path, metavar="OTHER", help="what to compare it with")
+    diff = command("diff", _diff, "differences between two checkpoints")
+    diff.add_argument("other", type=Path, metavar="OTHER", help="the other checkpoint")
     for made in (inspect, verify, diff):
         made.add_argument("--json", action="store_true", help="one JSON object on standard output")
     export = command("export", _export, "write weights, or all state, for other programs")
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hf: weights as safetensors under Hugging Face's names (of a ResNet: torchvision's); "
         "dcp: all tensors in torch.distributed.checkpoint's own format. Default: hf",
     )
-    export.add_argument("--dtype", choices=_DTYPES, help="convert weights; default: as they are")
+    export.add_argument("--dtype", choices=_DTYPES, help="dtype of the weights; default: unchanged")
     convert = command(
         "convert",
         _convert,
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoint, or all checkpoints of a folder or of a run, where its settings put them."""
+    """The checkpoint, or all checkpoints of a folder or of a run."""
     try:
         steps = steps_in(path)
         if not steps and not (path / MANIFEST).exists() and steps_in(path / "checkpoint"):
@@ -94,7 +94,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _one(path: Path) -> Path:
-    """The checkpoint, or the newest of a folder or of a run."""
+    """The checkpoint, or the newest one of a folder or of a run."""
     return _checkpoints(path)[-1]
 
 
@@ -118,7 +118,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _problems(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint."""
+    """All problems of a checkpoint."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
@@ -154,7 +154,9 @@ def _export(options: argparse.Namespace) -> int:
     folder = _one(options.path)
     manifest = _good(folder)
     with _bar("export", _bytes_to_write(manifest, options.to)) as bar:
-        export(folder, manifest, options.out, to=options.to, dtype=options.dtype, told=bar.update)
+        export(
+            folder, manifest, options.out, to=options.to, dtype=options.dtype, progress=bar.update
+        )
     _print(f"{options.out}: step {manifest.step} of {folder}")
     return 0
 
@@ -163,16 +165,16 @@ def _convert(options: argparse.Namespace) -> int:
     from checkpoint.interchange import convert  # noqa: PLC0415 (imports torch)
 
     with _bar("convert") as bar:
-        convert(options.path, options.out, flavor=options.flavor, told=bar.update)
+        convert(options.path, options.out, flavor=options.flavor, progress=bar.update)
     _print(f"{options.out}: weights of {options.path}")
     return 0
 
 
 def _good(folder: Path) -> Manifest:
-    """The manifest of a checkpoint that verifies.
+    """The manifest of a checkpoint, after it is verified.
 
     Raises:
-        CheckpointError: If it does not.
+        CheckpointError: If it is damaged.
     """
     problems = _problems(folder)
     if problems:
@@ -202,5 +204,5 @@ def _print(text: str) -> None:
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # a reader like `head` has enough
+    except BrokenPipeError:  # a reader like `head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

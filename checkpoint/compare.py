@@ -1,6 +1,6 @@
-"""Whether a checkpoint is this run's: same parameters, same methods, same grids.
+"""Comparison of a checkpoint with a run: parameters, methods, block grids.
 
-Answered from the manifest, before a tensor changes.
+It reads the manifest only, before a tensor changes.
 """
 
 import json
@@ -15,7 +15,7 @@ from checkpoint.reblock import can_reblock, is_cut_at_shards
 from checkpoint.state import PREFIXES, Geometry
 from checkpoint.writer import DTYPE_NAMES
 
-# State that an option adds or drops, by its name.
+# Options that add or remove state, by the name of the state.
 _OPTIONS = {
     "num_measured": "factor_frequency",
     "momentum": "momentum",
@@ -33,7 +33,7 @@ _STATE_NAME = re.compile(r"\.(\w+)(\.\d+(x\d+)?)?(\.[0-9a-f]{8})?$")
 
 
 def geometry_problems(mine: Geometry, theirs: Geometry) -> Iterator[str]:
-    """One line per parameter whose optimizer state means something else in a checkpoint."""
+    """One line per parameter whose optimizer state has another meaning in a checkpoint."""
     for name, own in mine.items():
         other = theirs.get(name)
         if other is None:
@@ -73,19 +73,19 @@ def _edges(grid: dict[str, Any] | None) -> str:
 
 
 def _advice(own: dict[str, Any], other: dict[str, Any]) -> str:
-    """What to do about blocks that are cut elsewhere."""
+    """Advice for blocks with other edges."""
     options = _options(own, other)
-    anew = 'set checkpoint.exclude_from_loading = ["optimizer"]'
+    without_state = 'set checkpoint.exclude_from_loading = ["optimizer"]'
     if is_cut_at_shards(other):
         cut = 'block_alignment = "shard" cuts them where shards end:'
         first = f"set {options}, and" if options else cut
         return (
-            f"{first} resume on ranks that shard as those that saved it, or {anew}; "
+            f"{first} resume on ranks that shard as those that saved it, or {without_state}; "
             'checkpoint.reblock is for block_alignment = "global"'
         )
     if can_reblock(own, other):
         return f'set {f"{options}, or " if options else ""}checkpoint.reblock = "approximate"'
-    return f"set {options}" if options else anew
+    return f"set {options}" if options else without_state
 
 
 def _options(own: dict[str, Any], other: dict[str, Any]) -> str:
@@ -97,7 +97,7 @@ def _options(own: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
-    """One line per wanted tensor that a checkpoint has not, or has otherwise."""
+    """One line per wanted tensor that a checkpoint lacks, or has in another shape or dtype."""
     for key, tensor in wanted.items():
         entry = manifest.tensors.get(key)
         if entry is None:
@@ -109,13 +109,13 @@ def tensor_problems(wanted: Mapping[str, Tensor], manifest: Manifest) -> Iterato
 
 
 def option_of(key: str) -> str:
-    """The half sentence that names the option on which it depends whether a tensor is there."""
+    """Clause that names the option which decides whether a tensor exists; may be empty."""
     found = _STATE_NAME.search(key) if key.startswith(OPTIMIZER_PREFIX) else None
     option = _OPTIONS.get(found[1]) if found else None
     return f"; set {option} as in the run that saved it" if option else ""
 
 
 def unwanted(wanted: Mapping[str, Tensor], manifest: Manifest) -> set[str]:
-    """Keys of a checkpoint that this rank does not want though it wants others of the kind."""
+    """Keys of a checkpoint whose kind this rank loads, but not these keys."""
     prefixes = tuple(p for p in PREFIXES.values() if any(key.startswith(p) for key in wanted))
     return {key for key in manifest.tensors if key.startswith(prefixes)} - wanted.keys()

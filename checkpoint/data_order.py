@@ -1,7 +1,7 @@
-"""Comparison of the order of a run's data with the order in which a checkpoint's were read.
+"""Comparison of the data order of a run with that of a checkpoint.
 
-Data are a function of the seed and the number of samples consumed. With another seed, data set or
-length of windows the order is another one: a position in it repeats some samples and misses others.
+Data are a function of the seed and the number of samples consumed. Another seed, data set or window
+length gives another order, in which the saved position repeats some samples and misses others.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,20 +18,20 @@ _ORDER: Mapping[str, Callable[[Settings], Any]] = {
     "training.seq_len": lambda of: of["training.seq_len"],
     "model.hf_assets_path": lambda of: of["model.hf_assets_path"] or "",
     "debug.seed": lambda of: of["debug.seed"] or 0,
-    "validation.dataset": lambda of: bool(of["validation.dataset"]),  # else some are held out
+    "validation.dataset": lambda of: bool(of["validation.dataset"]),  # otherwise 5% are held out
 }
-"""Settings that give the data their order, each with its value as the order sees it."""
+"""Settings that determine the order of the data, each with the part of its value that does."""
 
 
 def order_differences(
     record: Mapping[str, Any], settings: Settings, num_samples: int | None
 ) -> str:
-    """Name what gives the data another order than they had in a checkpoint; empty if nothing does.
+    """Describe the settings that have changed the order of the data; empty if none has.
 
     Args:
-        record: Of the checkpoint.
-        settings: Of this run, by dotted name.
-        num_samples: Size of this run's data set, if it is known.
+        record: Record of the checkpoint.
+        settings: Settings of this run, by dotted name.
+        num_samples: Size of this run's data set; None if unknown.
     """
     found = list(_differences(record.get("settings", {}), settings))
     saved = record.get("num_samples")

@@ -1,4 +1,4 @@
-"""What can be wrong with checkpoints, in one line that names the path."""
+"""Errors of checkpoints, each in one line with the path."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from titan_shampoo.config.errors import ConfigError
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that the settings name cannot be used, or not be written."""
+    """A checkpoint in the settings that cannot be used or written."""
 
 
 class UnreadableError(CheckpointError):
-    """What the file system does not give: it may be good, and nobody may call it damaged."""
+    """A read error of the file system: the file may be good, so it must not count as damaged."""
 
 
 class MissingFileError(CheckpointError):
-    """A file of a checkpoint is not there, as seen from one machine; its path is the argument."""
+    """A file that is missing as seen from one machine; its path is the argument."""
 
     @property
     def path(self) -> Path:
@@ -27,7 +27,7 @@ class MissingFileError(CheckpointError):
 
 def in_one_line(path: object, problem: str, cause: BaseException) -> CheckpointError:
     """Return ``path: problem: cause``, with the first failed rank's cause if several failed."""
-    failures = getattr(cause, "failures", None)  # torch.distributed.checkpoint's collective error
+    failures = getattr(cause, "failures", None)  # collective error of torch.distributed.checkpoint
     rank = None
     if failures:
         rank, (cause, _) = min(failures.items())

@@ -1,7 +1,7 @@
-"""Which checkpoint a run resumes from: the newest one that verifies.
+"""Search for the checkpoint to resume from: the newest one that verifies.
 
-Rank 0 alone looks at the folder, since network file systems do not look the same to all ranks at
-once; the ranks share the hashing of what it finds.
+Only rank 0 lists the folder, since ranks can see different states of a network file system at the
+same time. The ranks share the hashing of the files.
 """
 
 import logging
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A checkpoint every byte of which has been read and is right."""
+    """A checkpoint with every byte read and verified."""
 
     folder: Path
     manifest: Manifest
@@ -32,18 +32,18 @@ def verify_together(folder: Path, group: dist.ProcessGroup) -> Found:
     """Verify a checkpoint; each rank hashes its share.
 
     Raises:
-        CheckpointError: On every rank, naming the first file that is wrong.
-        UnreadableError: On every rank, if nothing is known to be wrong, but a rank cannot read a
-            file, or does not see one that another sees.
+        CheckpointError: On every rank; names the first damaged file.
+        UnreadableError: On every rank, if no damage is known, but a rank cannot read a file, or
+            does not see a file that another rank sees.
     """
     try:
         manifest = from_rank_0(partial(read_manifest, folder), group, folder)
     except MissingFileError as error:
         raise _agreed(error, 0, group) from error
     mine = shares(manifest, dist.get_world_size(group))[dist.get_rank(group)]
-    told = gathered(next(file_problems(folder, manifest, mine), None), group)
+    by_rank = gathered(next(file_problems(folder, manifest, mine), None), group)
     problems = [
-        _agreed(problem, rank, group) for rank, problem in enumerate(told) if problem is not None
+        _agreed(problem, rank, group) for rank, problem in enumerate(by_rank) if problem is not None
     ]
     for problem in sorted(problems, key=lambda problem: isinstance(problem, UnreadableError)):
         raise problem
@@ -51,7 +51,7 @@ def verify_together(folder: Path, group: dist.ProcessGroup) -> Found:
 
 
 def _agreed(problem: CheckpointError, rank: int, group: dist.ProcessGroup) -> CheckpointError:
-    """What all ranks say to a problem of one: a file is missing if none of them sees it."""
+    """Common error of all ranks for a problem of one: a file is missing if no rank sees it."""
     if not isinstance(problem, MissingFileError):
         return problem
     seeing = [other for other, seen in enumerate(gathered(_is_seen(problem.path), group)) if seen]
@@ -69,16 +69,16 @@ def _is_seen(path: Path) -> bool:
 
 
 def find_step(folder: Path, step: int, group: dist.ProcessGroup, *, changes_names: bool) -> Found:
-    """The checkpoint of one step; later ones are set aside, for the run starts there anew.
+    """The checkpoint of one step; later ones are renamed, because the run repeats their steps.
 
     Args:
-        folder: Where checkpoints lie.
-        step: The last step done in it.
+        folder: Folder of the checkpoints.
+        step: Last step done in the checkpoint.
         group: All ranks.
-        changes_names: Whether this run may rename checkpoints, since it writes here.
+        changes_names: True if this run may rename checkpoints, because it writes here.
 
     Raises:
-        CheckpointError: On every rank, if there is none of that step or it is not good.
+        CheckpointError: On every rank, if there is none of that step or it is damaged.
     """
     steps = from_rank_0(partial(steps_in, folder), group, folder)
     if step not in steps:
@@ -106,17 +106,17 @@ def find_step(folder: Path, step: int, group: dist.ProcessGroup, *, changes_name
 def find_newest(
     folder: Path, group: dist.ProcessGroup, *, fallback: bool, changes_names: bool
 ) -> Found | None:
-    """The newest checkpoint that verifies, or None if there is none at all.
+    """The newest checkpoint that verifies; None if there is none at all.
 
     Args:
-        folder: Where checkpoints lie.
+        folder: Folder of the checkpoints.
         group: All ranks.
-        fallback: Whether an older one may be used if the newest is not good.
-        changes_names: Whether this run may rename what it rejects.
+        fallback: True to use an older one if the newest is damaged.
+        changes_names: True if this run may rename the ones that it rejects.
 
     Raises:
-        CheckpointError: On every rank, if there are some and none may be used, or it is not known
-            whether the newest one may.
+        CheckpointError: On every rank, if there are some but none may be used, or if the state of
+            the newest one is unknown.
     """
     steps = from_rank_0(partial(steps_in, folder), group, folder)
     rejected: list[tuple[Path, str]] = []
@@ -147,7 +147,7 @@ def find_newest(
 
 
 def _reject(place: Path, problem: str, group: dist.ProcessGroup, *, renames: bool) -> None:
-    """Take a bad checkpoint out of the way, and say so."""
+    """Rename a damaged checkpoint and log it."""
     kept = place
     if renames:
         kept = from_rank_0(partial(set_aside, place, "bad"), group, place)

@@ -1,14 +1,14 @@
-r"""Where checkpoints lie: everything in one folder, a rename apart.
+r"""Names of checkpoint folders: all in one folder, and each change of state is a rename.
 
     checkpoint/step-20                    complete, and never written to again
     checkpoint/step-30.writing-1c9e02     being written, or left by a run that died
-    checkpoint/step-10.trash-77ab40       on its way out
-    checkpoint/step-25.bad                did not verify; kept for whoever wants to know why
+    checkpoint/step-10.trash-77ab40       being deleted
+    checkpoint/step-25.bad                did not verify; kept for inspection
     checkpoint/step-40.superseded         later than the step that a run was told to start from
     checkpoint/.lock                      held by the run that writes here
 
-Only ``^step-\d+$`` is ever resumed or counted. A rename is all that happens to a complete
-checkpoint, so a run that dies at any moment leaves each one whole under some name.
+Only ``^step-\d+$`` is ever resumed or counted. A complete checkpoint is only ever renamed, so a run
+that dies at any moment leaves each one whole under some name.
 """
 
 import os
@@ -23,7 +23,7 @@ _TEMPORARY = re.compile(r"(step-\d+|hf-step-\d+)\.(writing|trash)-[0-9a-f]{8}")
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in ``folder``, ascending; whether it is good is not asked.
+    """The steps with a checkpoint in ``folder``, ascending, damaged ones included.
 
     Raises:
         OSError: If ``folder`` exists and cannot be listed.
@@ -35,26 +35,26 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def step_of(name: str) -> int | None:
-    """The step that the name of a folder says it holds, if it says one."""
+    """The step in the name of a folder; None if the name has none."""
     found = _STEP.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Path of the checkpoint of ``step``."""
     return folder / f"step-{step}"
 
 
 def writing_name(place: Path) -> Path:
-    """A new name beside ``place`` for what is being written; a rename makes it complete."""
+    """A new name beside ``place`` for an unfinished checkpoint; a rename completes it."""
     return place.with_name(f"{place.name}.writing-{uuid.uuid4().hex[:8]}")
 
 
 def commit(written: Path, place: Path) -> None:
-    """Make what is ``written`` complete, at once and for good.
+    """Give ``written`` its final name ``place``, atomically and for good.
 
     Raises:
-        FileExistsError: If there is something at ``place``: it is not overwritten.
+        FileExistsError: If ``place`` exists: it is never overwritten.
     """
     sync_folder(written)
     if os.path.lexists(place):  # rename() would replace an empty folder
@@ -72,7 +72,7 @@ def set_aside(place: Path, reason: str) -> Path:
 
 
 def discard(place: Path) -> None:
-    """Delete a folder; the rename before means that nobody ever finds half of it."""
+    """Delete a folder, renamed first, so that nobody finds half of it under its name."""
     trash = place
     if not _TEMPORARY.fullmatch(place.name):
         trash = place.with_name(f"{place.name}.trash-{uuid.uuid4().hex[:8]}")
@@ -81,7 +81,7 @@ def discard(place: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what runs that died were writing or deleting; the lock must be held."""
+    """Delete unfinished and half-deleted folders of dead runs; the lock must be held."""
     if folder.exists():
         for entry in folder.iterdir():
             if _TEMPORARY.fullmatch(entry.name):
@@ -89,7 +89,7 @@ def sweep(folder: Path) -> None:
 
 
 def _remove(place: Path) -> None:
-    """Delete a folder, or a link to one: never what the link leads to."""
+    """Delete a folder, or only the link if it is one."""
     if place.is_symlink():
         place.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)

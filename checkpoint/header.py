@@ -1,9 +1,9 @@
-"""Headers of safetensors files: read by themselves, before any library is given the file.
+"""Headers of safetensors files, checked before any library reads the file.
 
     8 bytes: length of the header      JSON: {"<name>": {"dtype", "shape", "data_offsets"}, ...}
 
-A file whose hash is right may still be no such file: a pickle, an archive, or one whose header
-names other tensors than the manifest. The library would say so only while tensors are loaded.
+A file with the right hash may still be no safetensors file: a pickle, an archive, or one whose
+header names other tensors than the manifest. The library would find that only during the load.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 from checkpoint.manifest import ITEM_BYTES, Index, Manifest
 
 LONGEST = 100_000_000
-"""Bytes of a header; safetensors reads none that is longer."""
+"""Largest header in bytes; safetensors refuses longer ones."""
 
 Entries = dict[str, tuple[str, Index]]
-"""Dtype and shape by the name in a file."""
+"""Dtype and shape by name in a file."""
 
 
 def entries_by_file(manifest: Manifest) -> dict[str, Entries]:
-    """Everything that each file of a checkpoint holds."""
+    """The content of each file of a checkpoint."""
     found: dict[str, Entries] = {name: {} for name in manifest.files}
     for key, entry, box in manifest.entries():
         found[box.file][box.entry(key, entry.shape)] = (entry.dtype, box.extent)
@@ -48,7 +48,7 @@ def header_problem(path: Path, entries: Entries) -> str | None:
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name appears twice")
     return table
 
 

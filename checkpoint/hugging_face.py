@@ -1,6 +1,6 @@
-"""Weights as safetensors under the names of other people's programs.
+"""Weights as safetensors under the names of other programs.
 
-Transformers go through torchtitan's adapter to Hugging Face's names and order of rotary weights; a
+Transformers use torchtitan's adapter to Hugging Face's names and order of rotary weights; a
 ResNet's names are torchvision's already. One tensor is in memory at a time, so that any layout of
 ranks can load any file.
 """
@@ -27,10 +27,10 @@ from checkpoint.ranks import from_rank_0, gathered
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-"""As Hugging Face cuts files."""
+"""Size of a file, as Hugging Face cuts them."""
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-"""Weights that are not stored where they are the same as another."""
+"""Weights that are left out of a file if they equal another weight."""
 
 Weights = Mapping[str, Tensor]
 
@@ -44,13 +44,13 @@ def load_hugging_face(
     """Load weights in place, each rank its part.
 
     Args:
-        folder: Holds ``*.safetensors``, and their index if there are several.
+        folder: Folder with ``*.safetensors``, and their index if there are several.
         model: Live tensors by the model's names.
-        adapter: torchtitan's state-dict adapter, or None if names are the same.
+        adapter: torchtitan's state-dict adapter; None if names are the same.
         group: All ranks.
 
     Raises:
-        CheckpointError: On every rank, before anything changes, if a weight is not there or has
+        CheckpointError: On every rank, before anything changes, if a weight is missing or has
             another shape.
     """
     files = from_rank_0(partial(weight_files, folder), group, folder)
@@ -59,9 +59,9 @@ def load_hugging_face(
         wanted = _wanted(folder, model, adapter, files)
     except CheckpointError as error:
         problem = str(error)
-    for said in gathered(problem, group):
-        if said is not None:
-            raise CheckpointError(said)
+    for refusal in gathered(problem, group):
+        if refusal is not None:
+            raise CheckpointError(refusal)
     with OpenFiles(folder) as opened:
         for name, stored in wanted.items():
             with opened.file(files[stored]) as file:
@@ -77,7 +77,7 @@ def _wanted(
     adapter: Any,  # noqa: ANN401 (torchtitan's)
     files: Mapping[str, str],
 ) -> dict[str, str]:
-    """The name under which each weight of this rank is stored, by its name over there."""
+    """Stored name of each weight of this rank, by its name in the other program."""
     shapes = {key: torch.empty(value.shape, device="meta") for key, value in model.items()}
     theirs = shapes if adapter is None else adapter.to_hf(shapes)
     wanted = {}
@@ -137,16 +137,16 @@ def export_weights(
     adapter: Any,  # noqa: ANN401
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write weights under the other program's names, complete or not at all.
+    """Write weights under the other program's names, all of them or nothing.
 
     Args:
         weights: Whole tensors by the model's names.
         out: A folder that does not exist yet.
-        adapter: torchtitan's state-dict adapter, or None if names are the same.
-        dtype: What floating weights are converted to; None keeps theirs.
+        adapter: torchtitan's state-dict adapter; None if names are the same.
+        dtype: Dtype for floating weights; None keeps theirs.
 
     Raises:
-        CheckpointError: If something is there already, or the disk does not take it.
+        CheckpointError: If ``out`` exists, or the disk fails.
     """
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists; name another folder")
@@ -178,7 +178,7 @@ def _converted(
 
 
 def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write files of limited size, then give them the names that count them."""
+    """Write files of limited size, then rename them with their total number."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0

@@ -1,4 +1,4 @@
-"""Checkpoints for other programs, and from them, in one process."""
+"""Conversion of checkpoints to and from the formats of other programs, in one process."""
 
 import os
 import re
@@ -21,12 +21,12 @@ from checkpoint.reader import model_weights, whole_tensors
 from checkpoint.record import describe_run
 from checkpoint.writer import Writer
 
-Told = Callable[[int], object]
-"""Is told how many bytes have been done since the last call."""
+Progress = Callable[[int], object]
+"""Callback with the number of bytes done since the last call."""
 
 
 def export(
-    folder: Path, manifest: Manifest, out: Path, *, to: str, dtype: str | None, told: Told
+    folder: Path, manifest: Manifest, out: Path, *, to: str, dtype: str | None, progress: Progress
 ) -> None:
     """Write a checkpoint for another program.
 
@@ -35,25 +35,25 @@ def export(
         manifest: Its manifest.
         out: A folder that does not exist yet.
         to: "hf": weights as safetensors; "dcp": everything in torch's own format.
-        dtype: What weights are converted to; None keeps theirs.
-        told: Is told of the progress.
+        dtype: Dtype for weights; None keeps theirs.
+        progress: Callback for the progress.
 
     Raises:
-        CheckpointError: If it cannot be done; nothing is left of it then.
+        CheckpointError: If it fails; nothing is left behind then.
     """
     convert_to = None if dtype is None else getattr(torch, dtype)
     if to == "hf":
         settings = manifest.record.get("settings", {})
         adapter = _adapter(settings.get("model.name"), settings.get("model.flavor"))
-        weights = _told(model_weights(folder, manifest), told)
+        weights = _reporting(model_weights(folder, manifest), progress)
         export_weights(weights, out, adapter, convert_to)
         return
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists; name another folder")
-    # Weights under the bare names that torchtitan gives them, everything else as it is here.
+    # Weights under torchtitan's bare names, everything else under the names used here.
     tensors = {
         key.removeprefix(MODEL_PREFIX): _converted(whole, key, convert_to)
-        for key, whole in _told(whole_tensors(folder, manifest, manifest.tensors), told)
+        for key, whole in _reporting(whole_tensors(folder, manifest, manifest.tensors), progress)
     }
     writing = writing_name(out)
     try:
@@ -67,18 +67,20 @@ def export(
             discard(writing)
 
 
-def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda _: None) -> None:
+def convert(
+    source: Path, out: Path, *, flavor: str | None, progress: Progress = lambda _: None
+) -> None:
     """Make a checkpoint of another program's weights, to begin a run from.
 
     Args:
         source: A folder of safetensors files, or of torch's own format.
         out: A folder that does not exist yet.
-        flavor: The Llama-style transformer whose names and order weights are brought to; None
+        flavor: Flavour of the Llama-style transformer, for its names and order of weights; None
             keeps names.
-        told: Is told of the progress.
+        progress: Callback for the progress.
 
     Raises:
-        CheckpointError: If it cannot be done; nothing is left of it then.
+        CheckpointError: If it fails; nothing is left behind then.
     """
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
@@ -86,7 +88,7 @@ def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda 
         stored = iter(_model_of_native(read_native(source)).items())
     else:
         stored = _stored(source)
-    weights = dict(_told(stored, told))
+    weights = dict(_reporting(stored, progress))
     adapter = _adapter("llama3", flavor) if flavor else None
     if adapter is not None:
         weights = _translated(weights, adapter, source)
@@ -100,10 +102,12 @@ def convert(source: Path, out: Path, *, flavor: str | None, told: Told = lambda 
         raise in_one_line(out, "not written", error) from error
 
 
-def _told(tensors: Iterator[tuple[str, Tensor]], told: Told) -> Iterator[tuple[str, Tensor]]:
+def _reporting(
+    tensors: Iterator[tuple[str, Tensor]], progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in tensors:
         yield key, tensor
-        told(tensor.nbytes)
+        progress(tensor.nbytes)
 
 
 def _converted(tensor: Tensor, key: str, dtype: torch.dtype | None) -> Tensor:
@@ -121,7 +125,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _model_of_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights among the tensors of a training run of torchtitan's."""
+    """The weights among the tensors of one of torchtitan's training runs."""
     others = re.compile(r"(optimizer|optim|lr_scheduler|dataloader|train_state|rng)\.")
     kept = {key: tensor for key, tensor in tensors.items() if not others.match(key)}
     if kept and all(key.startswith(MODEL_PREFIX) for key in kept):
@@ -130,7 +134,7 @@ def _model_of_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _translated(weights: Mapping[str, Tensor], adapter: Any, source: Path) -> dict[str, Tensor]:  # noqa: ANN401
-    """Weights under the model's names; one at a time, since some have no equivalent."""
+    """Weights under the model's names, converted one by one, since some have no equivalent."""
     native: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         try:

@@ -1,7 +1,7 @@
-"""Taking over a checkpoint: nothing changes before all of it is known to be this run's.
+"""Load of a checkpoint into a run: all of it is checked before anything changes.
 
-The files have been verified by then (``checkpoint.finding``). Here names, shapes, methods and grids
-are compared, on all ranks, and then tensors are loaded in place.
+The files were verified before (``checkpoint.finding``). Names, shapes, methods and grids are
+compared here, on all ranks, and then tensors are loaded in place.
 """
 
 import logging
@@ -40,11 +40,11 @@ class Loading:
     """Loads checkpoints into a run.
 
     Args:
-        state: The run's, changed in place.
-        settings: Of this run, by dotted name.
+        state: State of the run, changed in place.
+        settings: Settings of this run, by dotted name.
         group: All ranks.
-        reblocks: Whether Shampoo's factors may be approximated for another block size.
-        data_position: What becomes of the position in the data if they are in another order.
+        reblocks: True if Shampoo's factors may be approximated for another block size.
+        data_position: Treatment of the saved position if the data have another order.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Loading:
         self._reblocks, self._data_position = reblocks, data_position
 
     def load(self, found: Found, components: set[str]) -> None:
-        """Load some components of a checkpoint that is good, if it is this run's.
+        """Load some components of a verified checkpoint, if they fit this run.
 
         Raises:
-            CheckpointError: On every rank and before anything changes, if it is not.
+            CheckpointError: On every rank and before anything changes, if they do not.
         """
         manifest, record = found.manifest, found.manifest.record
         tensors = self._state.tensors(components)
         recut = self._to_recut(record) if OPTIMIZER in components else []
         exact = {key: t for key, t in tensors.items() if not _is_recut(key, recut)}
         self._check(found, components, exact, recut)
-        # Who begins at step 1 keeps the generators of a beginning.
+        # A run that begins at step 1 keeps its initial generators.
         goes_on = PROGRESS in components
         rows = self._generators(found) if goes_on else {}
         self._read(found, exact)
@@ -89,15 +89,15 @@ class Loading:
                 say(_logger, logging.INFO, "%s", line)
 
     def load_initial(self, config: Any, adapter: Any) -> bool:  # noqa: ANN401 (torchtitan's)
-        """Begin from somebody else's checkpoint, if the settings name one; returns whether.
+        """Begin from another run's checkpoint if the settings name one; return True then.
 
         Args:
             config: The ``[checkpoint]`` table.
-            adapter: torchtitan's state-dict adapter, or None if the model has none.
+            adapter: torchtitan's state-dict adapter; None if the model has none.
 
         Raises:
-            CheckpointError: On every rank, if it is not good or does not fit, or all that is to be
-                loaded from it is left out.
+            CheckpointError: On every rank, if it is damaged or does not fit, or if the settings
+                exclude all that would be loaded from it.
         """
         path = config.initial_load_path
         only_model = config.initial_load_model_only or config.initial_load_in_hf
@@ -147,7 +147,7 @@ class Loading:
         self._state.take_model(model)
 
     def _to_recut(self, record: Mapping[str, Any]) -> list[str]:
-        """Parameters of this rank whose blocks have another size, if that may be."""
+        """Parameters of this rank with another block size, if they may be approximated."""
         saved, own = record.get("geometry", {}), self._state.geometry()
         return [
             name
@@ -159,7 +159,7 @@ class Loading:
         ]
 
     def _recut(self, found: Found, recut: list[str], tensors: Mapping[str, Tensor]) -> None:
-        """Approximate the factors of blocks of another size."""
+        """Approximate the factors of blocks with another size."""
         saved, own = found.manifest.record.get("geometry", {}), self._state.geometry()
         for name in recut:
             prefix = f"{OPTIMIZER_PREFIX}{name}."
@@ -188,17 +188,17 @@ class Loading:
         tensors: Mapping[str, Tensor],
         recut: list[str],
     ) -> None:
-        """Refuse, on all ranks, a checkpoint that is not this run's."""
+        """Refuse, on all ranks, a checkpoint that does not fit this run."""
         problems = list(self._problems(found, components, tensors, recut))
         extra = {key for key in unwanted(tensors, found.manifest) if not _is_recut(key, recut)}
-        told = gathered((problems[:1], len(problems), extra), self._group)
-        nobodys = sorted(set.intersection(*(extra for *_, extra in told)))
-        lines = [line for first, *_ in told for line in first]
+        found_by_rank = gathered((problems[:1], len(problems), extra), self._group)
+        unused = sorted(set.intersection(*(extra for *_, extra in found_by_rank)))
+        lines = [line for first, *_ in found_by_rank for line in first]
         lines += [
-            f"{key}: in the checkpoint, not in this run{option_of(key)}" for key in nobodys[:1]
+            f"{key}: in the checkpoint, not in this run{option_of(key)}" for key in unused[:1]
         ]
         if lines:
-            count = max(number for _, number, _ in told) + len(nobodys)
+            count = max(number for _, number, _ in found_by_rank) + len(unused)
             more = f" (and {count - 1} more)" if count > 1 else ""
             raise CheckpointError(f"{found.folder}: {lines[0]}{more}")
 
@@ -234,7 +234,7 @@ class Loading:
         return order_differences(record, self._settings, self._state.num_samples)
 
     def _values(self, record: Mapping[str, Any], components: set[str]) -> dict[str, Any]:
-        """Plain state to take over."""
+        """Plain state to load."""
         saved = record.get("values", {})
         values = {name: saved[name] for name in saved if name in components}
         if DATA in values and self._data_position != "refuse" and self._order_differences(record):
@@ -262,14 +262,14 @@ class Loading:
         reader = Reader(found.folder, found.manifest)
         try:
             dcp.load(tensors, storage_reader=reader, process_group=self._group)
-        except CheckpointException as error:  # not an Exception: it would pass most handlers
+        except CheckpointException as error:  # a BaseException: it would pass most handlers
             raise in_one_line(found.folder, "cannot be loaded", error) from error
 
     def _generators(self, found: Found) -> dict[str, Tensor]:
-        """States of this rank's random generators, read; none if other ranks saved them.
+        """States of this rank's random generators; empty if another number of ranks saved them.
 
         Raises:
-            CheckpointError: On every rank, if a generator would not take its state.
+            CheckpointError: On every rank, if a generator would reject its state.
         """
         rows = rng.rng_rows(dist.get_rank(), dist.get_world_size())
         if any(tensor_problems(rows, found.manifest)):
@@ -286,7 +286,7 @@ class Loading:
         say(
             _logger,
             logging.INFO,
-            "random generators are seeded anew: saved by %s %s ranks, here are %d",
+            "random generators are seeded again: saved on %s %s ranks, this run has %d",
             saved.get("ranks"),
             saved.get("device"),
             dist.get_world_size(),
@@ -294,7 +294,7 @@ class Loading:
 
 
 def _is_recut(key: str, recut: list[str]) -> bool:
-    """Whether a tensor belongs to blocks that are approximated."""
+    """True if a tensor belongs to blocks that are approximated."""
     name = key.removeprefix(OPTIMIZER_PREFIX)
     return any(
         name.startswith(f"{one}.") and is_per_block(name.removeprefix(f"{one}.")) for one in recut

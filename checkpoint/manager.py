@@ -1,8 +1,8 @@
-"""When a run saves, when it stops, and what it resumes from.
+"""Checkpoints during a run: when to save, when to stop, and where to resume.
 
-Takes the place of torchtitan's manager in its trainer: ``load`` before the first step, ``save``
-after each, ``close`` at the end. How a checkpoint is written stands in ``saving``, which one is
-used in ``finding``, what the state of a run is in ``state``.
+Replaces torchtitan's manager in its trainer: ``load`` before the first step, ``save`` after each,
+``close`` at the end. ``saving`` writes a checkpoint, ``finding`` chooses one, ``state`` names the
+state of a run.
 """
 
 import logging
@@ -39,18 +39,18 @@ from checkpoint.verify import read_manifest
 _logger = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(hours=2)
-"""For collectives about checkpoints: a slow disk is no reason to end a run, a dead rank is noticed
-by its closed connection."""
+"""Timeout of collectives about checkpoints: a slow disk must not end a run, and a dead rank is
+noticed by its closed connection."""
 
 
 class CheckpointManager:
-    """Saves every ``checkpoint.interval`` steps, after the last, and when asked to stop.
+    """Saves every ``checkpoint.interval`` steps, after the last step, and when asked to stop.
 
     Attributes:
-        enable: Whether anything is saved or loaded.
-        folder: Where checkpoints lie.
-        stopped: Whether a signal has ended the run; true after the step that was saved then. Before
-            the first step, and in a run that saves nothing, a signal ends the process.
+        enable: True if anything is saved or loaded.
+        folder: Folder of the checkpoints.
+        stopped: True after a signal has ended the run and its last step is saved. Before the first
+            step, and in a run that saves nothing, a signal ends the process.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CheckpointManager:
         ft_manager: object = None,  # torchtitan's replicas, which the configuration refuses
         job_config: object = None,
     ) -> None:
-        """Take what torchtitan's manager takes, and the settings of the run.
+        """Take the arguments of torchtitan's manager, and the settings of the run.
 
         Raises:
             CheckpointError: If settings do not fit the hardware or each other.
@@ -87,7 +87,7 @@ class CheckpointManager:
         self._adapter = sd_adapter
         check_settings(config, self._state.components)
         self._votes = _new_group()
-        # What a thread does together with other ranks' threads needs a group of its own.
+        # A thread's collectives with other ranks' threads need their own process group.
         in_background = config.async_mode != "disabled"
         self._group = _new_group() if in_background else self._votes
         self._loading = Loading(
@@ -116,14 +116,14 @@ class CheckpointManager:
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Load a checkpoint in place and return whether there was one.
+        """Load a checkpoint in place; return True if there was one.
 
         Args:
-            step: The last step done in it; -1 means the newest that is good.
+            step: Last step done in it; -1 for the newest good one.
 
         Raises:
-            CheckpointError: On every rank, before anything is changed, if there is none of that
-                step, or it is not good or not this run's.
+            CheckpointError: On every rank, before anything changes, if there is none of that step,
+                or if it is damaged or does not fit this run.
         """
         if not self.enable:
             return False
@@ -136,7 +136,7 @@ class CheckpointManager:
         if writes:
             from_rank_0(self._take_folder, self._votes, folder)
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-            step = -1  # The first attempt has gone on from there.
+            step = -1  # The first attempt has saved later steps since.
         if step == -1:
             found = find_newest(
                 folder, self._votes, fallback=self._config.fallback, changes_names=writes
@@ -158,19 +158,19 @@ class CheckpointManager:
         return True
 
     def _take_folder(self) -> None:
-        """Make sure, on rank 0, that no other run writes here, and clean up after dead ones."""
+        """Lock the folder against other runs, on rank 0, and clean up after dead ones."""
         if self._lock is None:
             self._lock = FolderLock(Path(self.folder))
         sweep(Path(self.folder))
 
     def _keep_folder(self) -> bool:
-        """Return, on rank 0, whether the folder had been deleted and is now another one.
+        """Return, on rank 0, whether the folder was deleted and has been created again.
 
         Raises:
-            CheckpointError: If it is another run's, or may be.
+            CheckpointError: If the new one belongs to another run, or may do so.
         """
         folder = Path(self.folder)
-        if self._lock is None:  # nothing was loaded
+        if self._lock is None:  # load() has not run
             self._lock = FolderLock(folder)
         if self._lock.is_held():
             return False
@@ -184,7 +184,8 @@ class CheckpointManager:
                 "be another run's: this one has ended without saving more; start it again"
             )
         _logger.warning(
-            "%s: was deleted while this run trained, with all checkpoints in it; made anew", folder
+            "%s: was deleted while this run trained, with all checkpoints in it; created again",
+            folder,
         )
         return True
 
@@ -195,15 +196,15 @@ class CheckpointManager:
 
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """See to everything that is due after a step, on all ranks together.
+        """Do everything that is due after a step, on all ranks together.
 
         Args:
             curr_step: The step that was done.
-            last_step: Whether it is the run's last.
+            last_step: True for the last step of the run.
 
         Raises:
             CheckpointError: On every rank, if the last state of a run could not be saved, or
-                another run may have taken the folder. Other failures are said, retried once, and
+                another run may have taken the folder. Other failures are logged, retried once, and
                 training goes on.
         """
         if not self.enable or self.load_only:
@@ -223,9 +224,9 @@ class CheckpointManager:
             self._save_on_the_way(curr_step, is_retry=failed)
 
     def _listen(self) -> None:
-        """Take over the signals, once there is something to save, or about to be.
+        """Handle signals from now on, because there will be something to save.
 
-        All ranks must have, before any of them can be done with the first step.
+        All ranks must do so before any of them can finish the first step.
         """
         if self.enable and not self.load_only and self._stop is None:
             self._stop = StopRequest()
@@ -235,7 +236,7 @@ class CheckpointManager:
         return step % config.interval == 0 or (step == 1 and config.enable_first_step_checkpoint)
 
     def _agree(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any rank's background save ended."""
+        """True if any rank was asked to stop, and True if any rank's background save has ended."""
         asked = self._stop is not None and self._stop.received is not None
         mine = [asked, self._background.is_done]
         votes = torch.tensor(mine, dtype=torch.int32)
@@ -244,7 +245,7 @@ class CheckpointManager:
         return bool(stops), bool(ended)
 
     def _finish_background(self, step: int) -> bool:
-        """Wait for the background save and return whether to be content with it."""
+        """Wait for the background save; return False if it has to be repeated."""
         if not self._background.is_running:
             return True
         try:
@@ -304,7 +305,7 @@ class CheckpointManager:
         _logger.info("exported %s", out)
 
     def _write_with_retry(self, step: int, model: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint now; once more if that fails.
+        """Write a checkpoint now, with one retry.
 
         Raises:
             CheckpointError: If both attempts failed.
@@ -320,7 +321,7 @@ class CheckpointManager:
         self._complete(step)
 
     def _complete(self, step: int) -> None:
-        """What follows a checkpoint that is complete."""
+        """Do what follows a complete checkpoint."""
         self._saved_step = step
         if dist.get_rank() == 0:
             self._retention.trust(step)
@@ -335,7 +336,7 @@ class CheckpointManager:
         return self._state.tensors(self._state.components) | rows
 
     def _record(self, step: int, *, is_model_only: bool = False) -> dict[str, Any]:
-        """What the manifest says beside files and tensors; the same on all ranks."""
+        """Record of the manifest, without files and tensors; the same on all ranks."""
         if self._geometry is None:
             parts = gathered(self._state.geometry(), self._votes)
             self._geometry = {name: one for part in parts for name, one in part.items()}
@@ -350,15 +351,15 @@ class CheckpointManager:
     # ---- the rest
 
     def maybe_wait_for_staging(self) -> None:
-        """Wait for nothing: whatever changes the state is enqueued behind the copies.
+        """Return at once: later changes of the state are enqueued behind the copies.
 
-        Called between the backward pass and the optimizers: what takes minutes in a first step, and
-        can be given up, is done.
+        torchtitan calls it between the backward pass and the optimizers, a moment at which slow
+        work of the first step that can be interrupted is done.
         """
         self._listen()
 
     def close(self) -> None:
-        """Wait for what is being written, and let other runs have the folder."""
+        """Wait for unfinished writes, and release the folder for other runs."""
         if not self._is_open:
             return
         self._is_open = False
@@ -378,7 +379,7 @@ def _new_group() -> dist.ProcessGroup:
 
 
 def _logged(do: Callable[[], None]) -> None:
-    """Run what no run should end for, in a thread whose errors nobody sees."""
+    """Run a task in a thread, with its errors logged: none of them should end the run."""
     try:
         do()
     except Exception as error:

@@ -1,13 +1,13 @@
-"""What a checkpoint consists of: the content of ``manifest.json``, and nothing that needs torch.
+"""Content of a checkpoint: ``manifest.json``, and no code that needs torch.
 
     {"format": "titan-shampoo checkpoint", "version": 3, "step": 30, "run": "3f2a90c1b6d4", ...
      "files": {"rank-00000.safetensors": {"bytes": 1840, "xxh128": "9b1e..."}},
      "tensors": {"model.norm.weight": {"dtype": "F32", "shape": [256],
                                        "boxes": [[[0], [128], "rank-00000.safetensors"], ...]}}}
 
-A box is a rectangle of a global tensor: where it starts, its extent, and the file that holds it.
-Hashes are XXH3's of 128 bits: they find any damage, at the speed of memory; they are no signature.
-That of the manifest itself stands in ``XXH128SUMS``, in the form that ``xxhsum --check`` reads.
+A box is a rectangle of a global tensor: its start, its extent, and its file. Hashes are XXH3 with
+128 bits: they find any damage, at the speed of memory, but are no signature. The hash of the
+manifest itself is in ``XXH128SUMS``, in the form that ``xxhsum --check`` reads.
 """
 
 import json
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 SUMS = "XXH128SUMS"
 
 MODEL_PREFIX, OPTIMIZER_PREFIX, GENERATORS_PREFIX = "model.", "optim.", "rng."
-"""How keys of tensors begin, by what they are."""
+"""Prefixes of the keys of tensors, by kind."""
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -52,14 +52,14 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of a global tensor, and the file in which it lies."""
+    """A rectangle of a global tensor, and its file."""
 
     start: Index
     extent: Index
     file: str
 
     def entry(self, key: str, shape: Index) -> str:
-        """The box's name in its file: the tensor's key, with the ranges unless it is all of it."""
+        """Name of the box in its file: the tensor's key, with the ranges unless it is the whole."""
         if self.extent == shape:
             return key
         pairs = zip(self.start, self.extent, strict=True)
@@ -80,13 +80,13 @@ class TensorEntry:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def problem(self) -> str | None:
-        """What is wrong with the boxes, or None."""
+        """Problem of the boxes; None if there is none."""
         for box in self.boxes:
             if not len(box.start) == len(box.extent) == len(self.shape) or any(
                 start < 0 or extent < 0 or start + extent > size
                 for start, extent, size in zip(box.start, box.extent, self.shape, strict=True)
             ):
-                return f"a box at {list(box.start)} lies outside of shape {list(self.shape)}"
+                return f"a box at {list(box.start)} is outside of shape {list(self.shape)}"
         covered = sum(math.prod(box.extent) for box in self.boxes)
         if covered != math.prod(self.shape):
             return f"its boxes have {covered} elements, shape {list(self.shape)} has others"
@@ -96,7 +96,7 @@ class TensorEntry:
 
 
 def _overlapping(boxes: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
-    """Pairs of boxes with elements in common, found along the dim that has most starts."""
+    """Pairs of boxes with common elements, found along the dim with most different starts."""
     dims = range(len(boxes[0].start) if boxes else 0)
     along = max(dims, key=lambda dim: len({box.start[dim] for box in boxes}), default=None)
     if along is None:  # one number
@@ -114,11 +114,11 @@ def _overlapping(boxes: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything about a checkpoint but the numbers in its tensors."""
+    """All of a checkpoint except the numbers in its tensors."""
 
     record: dict[str, Any]
     """``step``, ``run``, ``created``, ``software``, ``world``, ``settings``, ``geometry``,
-    ``values``: whatever the run says about itself, as plain JSON."""
+    ``values``: the run's description of itself, as plain JSON."""
     files: dict[str, File] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
 
@@ -155,7 +155,7 @@ class Manifest:
         return ("{\n" + ",\n".join(entries) + "\n}\n").encode()
 
     def sums(self, content: bytes) -> bytes:
-        """The content of ``XXH128SUMS``, for a manifest whose bytes are ``content``."""
+        """The content of ``XXH128SUMS``, for a manifest with the bytes ``content``."""
         lines = [f"{file.xxh128}  {name}" for name, file in sorted(self.files.items())]
         return "".join(f"{line}\n" for line in lines).encode() + own_sum(content)
 
@@ -167,12 +167,12 @@ class Manifest:
 
 
 def own_sum(content: bytes) -> bytes:
-    """The last line of ``XXH128SUMS``: the hash of a manifest whose bytes are ``content``."""
+    """The last line of ``XXH128SUMS``: the hash of a manifest with the bytes ``content``."""
     return f"{xxhash.xxh3_128_hexdigest(content)}  {MANIFEST}\n".encode()
 
 
 def _in_lines(value: object) -> str:
-    """JSON with one line per entry of a table, so that people can read it and diff it."""
+    """JSON with one line per entry of a table, for people and for diff."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value)
     lines = (f"  {json.dumps(str(key))}: {json.dumps(entry)}" for key, entry in value.items())
@@ -180,10 +180,10 @@ def _in_lines(value: object) -> str:
 
 
 def parse(content: bytes) -> Manifest:
-    """The manifest whose bytes are ``content``; of its record, nothing is checked here.
+    """The manifest with the bytes ``content``; its record is not checked here.
 
     Raises:
-        CheckpointError: If it is not one, of another version, or contradicts itself.
+        CheckpointError: If it is not a manifest, of another version, or contradicts itself.
     """
     try:
         found = json.loads(content.decode(), object_pairs_hook=_without_repetition)
@@ -204,11 +204,11 @@ def parse(content: bytes) -> Manifest:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The table of some keys, none of which is there twice: readers would differ on it."""
+    """A table without repeated keys, on which readers would disagree."""
     table = dict(pairs)
     if len(table) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise CheckpointError(f"{next(key for key in keys if keys.count(key) > 1)!r}: twice")
+        raise CheckpointError(f"{next(key for key in keys if keys.count(key) > 1)!r}: repeated")
     return table
 
 
@@ -221,14 +221,14 @@ def _popped_table(found: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _file(name: str, entry: Any) -> File:  # noqa: ANN401 (whatever JSON has)
     if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"files: {name!r} is no name of a data file")
+        raise CheckpointError(f"files: {name!r} is not the name of a data file")
     if not isinstance(entry, dict):
-        raise CheckpointError(f"files.{name}: {entry!r} is no table")
+        raise CheckpointError(f"files.{name}: {entry!r} is not a table")
     digest, size = entry.get("xxh128"), entry.get("bytes")
     if not isinstance(digest, str) or not _HASH.fullmatch(digest):
-        raise CheckpointError(f"files.{name}.xxh128: {digest!r} is no hash")
+        raise CheckpointError(f"files.{name}.xxh128: {digest!r} is not a hash")
     if not _is_count(size):
-        raise CheckpointError(f"files.{name}.bytes: {size!r} is no count")
+        raise CheckpointError(f"files.{name}.bytes: {size!r} is not a size")
     return File(size, digest)
 
 
@@ -243,7 +243,7 @@ def _tensor(key: str, entry: Any, files: dict[str, File]) -> TensorEntry:  # noq
             raise CheckpointError(f"{name}: not a known dtype, a shape and boxes: {_shown(entry)}")
     for box in tensor.boxes:
         if box.file not in files:
-            raise CheckpointError(f"{name}: lies in {box.file!r}, which is not among the files")
+            raise CheckpointError(f"{name}: is in {box.file!r}, which is not among the files")
     problem = tensor.problem()
     if problem:
         raise CheckpointError(f"{name}: {problem}")
@@ -254,7 +254,7 @@ def _box(name: str, box: Any) -> Box:  # noqa: ANN401
     match box:
         case [list(start), list(extent), str(file)] if all(map(_is_count, [*start, *extent])):
             return Box(tuple(start), tuple(extent), file)
-    raise CheckpointError(f"{name}: {_shown(box)} is no box")
+    raise CheckpointError(f"{name}: {_shown(box)} is not a box")
 
 
 def _shown(value: object) -> str:
@@ -267,7 +267,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _check_sizes(files: dict[str, File], tensors: dict[str, TensorEntry]) -> None:
-    """Refuse tensors that are larger than the files that hold them, before anybody makes room."""
+    """Refuse tensors larger than their files, before memory is allocated for them."""
     needed = dict.fromkeys(files, 0)
     for entry in tensors.values():
         for box in entry.boxes:

@@ -1,7 +1,7 @@
-"""torch.distributed.checkpoint's own format, in and out, without running code from it.
+"""torch.distributed.checkpoint's own format, read and written without running code from it.
 
-Its ``.metadata`` is a pickle, and so is every item in it that is no tensor: both can hold code.
-Here only the classes that describe tensors are unpickled, and only tensors are read.
+Its ``.metadata`` is a pickle, and so is every stored item other than a tensor: both can hold code.
+Only the classes that describe tensors are unpickled here, and only tensors are read.
 """
 
 import pickle
@@ -48,7 +48,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes what describes tensors, and nothing else."""
+    """Unpickles descriptions of tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 (pickle's)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -65,7 +65,7 @@ class NativeReader(dcp.FileSystemReader):
         """Return the description of the checkpoint's tensors.
 
         Raises:
-            CheckpointError: If there is anything else in it.
+            CheckpointError: If it contains anything else.
         """
         path = Path(self.path) / ".metadata"
         try:
@@ -79,7 +79,7 @@ class NativeReader(dcp.FileSystemReader):
             raise CheckpointError(f"{path}: holds {type(found).__name__}, wanted Metadata")
         for entry in (found.storage_data or {}).values():
             if Path(entry.relative_path).name != entry.relative_path:
-                raise CheckpointError(f"{path}: {entry.relative_path} lies outside of the folder")
+                raise CheckpointError(f"{path}: {entry.relative_path} is outside of the folder")
         found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
         return found
 
@@ -88,12 +88,12 @@ def load_native(folder: Path, model: dict[str, Tensor], group: dist.ProcessGroup
     """Load weights in place, on all ranks together.
 
     Args:
-        folder: Of torch's own format, as torchtitan or others have written it.
-        model: Live tensors by the model's names; all must be there, as such or after ``model.``.
+        folder: Checkpoint in torch's own format, by torchtitan or another program.
+        model: Live tensors by the model's names; all must be stored, as such or after ``model.``.
         group: All ranks.
 
     Raises:
-        CheckpointError: On every rank, if a weight is not there or has another shape or dtype.
+        CheckpointError: On every rank, if a weight is missing or has another shape or dtype.
     """
     reader = NativeReader(folder)
     wanted: dict[str, Tensor] = {}
@@ -102,9 +102,9 @@ def load_native(folder: Path, model: dict[str, Tensor], group: dist.ProcessGroup
         wanted = _wanted(folder, tensors_of(reader), model)
     except CheckpointError as error:
         problem = str(error)
-    for said in gathered(problem, group):
-        if said is not None:
-            raise CheckpointError(said)
+    for refusal in gathered(problem, group):
+        if refusal is not None:
+            raise CheckpointError(refusal)
     try:
         dcp.load(wanted, storage_reader=reader, process_group=group)
     except CheckpointException as error:
@@ -114,7 +114,7 @@ def load_native(folder: Path, model: dict[str, Tensor], group: dist.ProcessGroup
 def _wanted(
     folder: Path, stored: Mapping[str, TensorStorageMetadata], model: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights by the keys under which they are stored, all of them."""
+    """All weights by their stored keys."""
     prefix = "" if any(name in stored for name in model) else "model."
     wanted = {prefix + name: tensor for name, tensor in model.items()}
     for key, tensor in wanted.items():
@@ -130,14 +130,14 @@ def _wanted(
 
 
 def tensors_of(reader: NativeReader) -> Mapping[str, TensorStorageMetadata]:
-    """What is stored, without what is no tensor."""
+    """Descriptions of the stored tensors, without other items."""
     entries = reader.read_metadata().state_dict_metadata
     return {k: entry for k, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let torch do without ranks, and without saying so each time."""
+    """Let torch work without process groups, and without its warning about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

@@ -11,7 +11,7 @@ from checkpoint.errors import in_one_line
 
 
 class OpenFiles:
-    """Opens each file once, when it is first asked for, and closes all at the end of a ``with``."""
+    """Opens each file at its first use, and closes all at the end of a ``with``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -29,7 +29,7 @@ class OpenFiles:
         """A file to read from inside a ``with``.
 
         Raises:
-            CheckpointError: Naming it, if it cannot be opened or read.
+            CheckpointError: If it cannot be opened or read; names the file.
         """
         path = self._folder / name
         try:

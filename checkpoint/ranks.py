@@ -1,4 +1,4 @@
-"""Deciding together: what one rank finds out, all ranks know, and errors are everybody's."""
+"""Shared decisions of ranks: results and errors of one rank reach all of them."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def from_rank_0(find: Callable[[], T], group: dist.ProcessGroup, path: object) -> T:
-    """What ``find`` returns on rank 0, on every rank.
+    """Result of ``find`` on rank 0, on every rank.
 
     Raises:
         CheckpointError: On every rank, if ``find`` raises it on rank 0.
@@ -34,7 +34,7 @@ def from_rank_0(find: Callable[[], T], group: dist.ProcessGroup, path: object) -
 
 
 def say(logger: logging.Logger, level: int, message: str, *args: object) -> None:
-    """Log a line once, not on every rank."""
+    """Log a line on rank 0 only."""
     if dist.get_rank() == 0:
         logger.log(level, message, *args, stacklevel=2)
 

@@ -1,7 +1,7 @@
-"""Reading a checkpoint: any box of any tensor, for any number of ranks.
+"""Reader of checkpoints: any box of any tensor, for any number of ranks.
 
-Whether the files are what was written is checked before (``checkpoint.verify``): reading trusts
-them, but for what would be copied silently into the wrong place or type.
+The files were verified before (``checkpoint.verify``). The reader trusts them, and checks only what
+would otherwise be copied silently to the wrong place or type.
 """
 
 import os
@@ -31,7 +31,7 @@ from checkpoint.writer import TORCH_DTYPES
 
 
 class Reader(StorageReader):
-    """Loads from one checkpoint into whatever the planner wants.
+    """Loads from one checkpoint what the planner requests.
 
     Args:
         folder: The checkpoint.
@@ -49,11 +49,11 @@ class Reader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Every path will do."""
+        """Accept every path."""
         return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 (torch's)
-        """Return the tensors and boxes of the manifest as torch's planner wants them."""
+        """Return the tensors and boxes of the manifest in the form of torch's planner."""
         entries = {key: _metadata(entry) for key, entry in self._manifest.tensors.items()}
         return Metadata(state_dict_metadata=dict(entries))
 
@@ -64,7 +64,7 @@ class Reader(StorageReader):
         *args: Any,  # noqa: ANN401 (torch's)
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Do nothing: everything is known."""
+        """Do nothing: the manifest is known."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan."""
@@ -78,7 +78,7 @@ class Reader(StorageReader):
         """Copy every wanted box into place.
 
         Raises:
-            CheckpointError: If a file cannot be read, or has another type than is wanted.
+            CheckpointError: If a file cannot be read, or has another type than wanted.
         """
         by_file: dict[str, list[tuple[ReadItem, Box, TensorEntry]]] = defaultdict(list)
         for item in plan.items:
@@ -144,7 +144,7 @@ def _place(index: MetadataIndex) -> tuple[str, Index]:
 
 
 def _read(file: Any, key: str, box: Box, entry: TensorEntry, item: ReadItem) -> Tensor:  # noqa: ANN401
-    """The part of a box that is wanted."""
+    """The wanted part of a box."""
     if not entry.shape or tuple(item.lengths) == box.extent:
         return _checked(file, key, box, entry)
     found = file.get_slice(box.entry(key, entry.shape))

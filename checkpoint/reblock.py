@@ -1,14 +1,14 @@
 r"""Shampoo's factors for another block size: ``checkpoint.reblock = "approximate"``.
 
-A block's factors are sums of ``G G^T`` and ``G^T G`` over its own part of the gradient, of which a
-new block may have a part. What an old block with rows ``a`` and columns ``b`` in common gives it is
+A block's factors are sums of ``G G^T`` and ``G^T G`` over its own part of the gradient. A new block
+can have a part of an old one, with rows ``a`` and columns ``b`` in common. Its contribution is
 
     L[a, a] += L_old[a, a] * tr(R_old[b, b]) / tr(R_old)
     R[b, b] += R_old[b, b] * tr(L_old[a, a]) / tr(L_old)
 
-Splitting rows therefore gives the exact left factor, merging rows the exact right one, and columns
-mirror that. The rest is scaled by its share of the energy, and heals as the averages forget. Roots
-are computed anew; state of the parameter's own shape is loaded as it is.
+Splitting rows therefore gives the exact left factor, merging rows the exact right one, and likewise
+for columns. The rest is scaled by its share of the energy, and the error fades with the averages.
+Roots are computed again; state with the parameter's own shape is loaded unchanged.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from titan_shampoo.functional.symmetric import pack, unpack
 
 SIDES = ("left", "right")
 PER_BLOCK = (*SIDES, "left_root", "right_root", "left_basis", "right_basis")
-"""State with a tensor per block, whose keys end in its extent."""
+"""State with a tensor per block; its keys end in the block's extent."""
 
 COUNTERS = (FAILURES.name, REFRESHES.name, NUM_MEASURED.name)
 """State with a number per block."""
@@ -39,16 +39,16 @@ Factors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Where an old and a new block have rows, or columns, in common, from the start of each."""
+    """Common rows, or columns, of an old and a new block, relative to the start of each."""
 
     old: slice
     new: slice
 
 
 def can_reblock(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two descriptions of a parameter differ in the size of blocks alone, for Shampoo.
+    """True if two descriptions of a parameter differ only in the block size, for Shampoo.
 
-    Edges of blocks that are edges of shards too are another matter: keys then name the whole grid.
+    False if block edges are shard edges as well: the keys then name the whole grid.
     """
     mine, theirs = own.get("grid"), other.get("grid")
     return bool(
@@ -65,18 +65,18 @@ def can_reblock(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def is_cut_at_shards(description: Mapping[str, Any]) -> bool:
-    """Whether a parameter's blocks depend on the mesh."""
+    """True if a parameter's blocks depend on the mesh."""
     return description.get("options", {}).get("block_alignment", "global") != "global"
 
 
 def is_per_block(key: str) -> bool:
-    """Whether the name of a parameter's state depends on the block size."""
+    """True if the name of a parameter's state depends on the block size."""
     name, _, extent = key.partition(".")
     return key in COUNTERS or (name in PER_BLOCK and extent.isdecimal())
 
 
 def is_factor(key: str, prefix: str) -> bool:
-    """Whether a key, after its prefix, is that of factors."""
+    """True if a key is that of factors, after its prefix."""
     name, _, extent = key.removeprefix(prefix).partition(".")
     return name in SIDES and extent.isdecimal()
 
@@ -93,13 +93,13 @@ def new_factors(old: Grid, factors: Factors, new: Grid, position: tuple[int, ...
 
     Args:
         old: The grid of the checkpoint.
-        factors: All of its factors.
+        factors: All factors of the checkpoint.
         new: The new grid, of the same merged shape.
-        position: Which block of it.
+        position: Position of the block in the new grid.
 
     Returns:
-        ``left``, ``(rows, rows)``, and ``right``, ``(cols, cols)``; a side that the checkpoint has
-        not, since its exponent is 0, is left out.
+        ``left``, ``(rows, rows)``, and ``right``, ``(cols, cols)``; without the sides that the
+        checkpoint lacks because their exponent is 0.
     """
     extent = new.block_extent(position)
     sums = {
@@ -123,7 +123,7 @@ def new_factors(old: Grid, factors: Factors, new: Grid, position: tuple[int, ...
 def _overlaps(
     old: Grid, new: Grid, position: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[Range, ...]]]:
-    """Old blocks that a new one has a part of, and which."""
+    """Old blocks with a part in a new one, and the common ranges."""
     start, extent = new.block_start(position), new.block_extent(position)
     along = [list(_ranges(*one)) for one in zip(old.edges, start, extent, strict=True)]
     for pairs in itertools.product(*along):
@@ -131,7 +131,7 @@ def _overlaps(
 
 
 def _ranges(edges: tuple[int, ...], start: int, extent: int) -> Iterator[tuple[int, Range]]:
-    """Old blocks along one dim that have a part of ``[start, start + extent)``."""
+    """Old blocks along one dim with a part of ``[start, start + extent)``."""
     for index, (begin, end) in enumerate(itertools.pairwise(edges)):
         first, last = max(start, begin), min(start + extent, end)
         if first < last:
@@ -140,7 +140,7 @@ def _ranges(edges: tuple[int, ...], start: int, extent: int) -> Iterator[tuple[i
 
 
 def _share(factor: Tensor | None, part: slice, extent: int) -> Tensor | float:
-    """The share of an old block's energy in a part of its rows or columns."""
+    """Share of an old block's energy in a part of its rows or columns."""
     if factor is None:
         return (part.stop - part.start) / extent
     diagonal = factor.diagonal()
@@ -173,11 +173,11 @@ def fill(
     """Set factors and roots of this rank's blocks of one parameter, in place.
 
     Args:
-        state: The parameter's live state by name.
-        factors: All factors of the checkpoint, packed as it holds them.
-        old: The grid that they belong to.
+        state: Live state of the parameter, by name.
+        factors: All factors of the checkpoint, packed as in its files.
+        old: The grid of these factors.
         new: The grid of this run.
-        step: Steps that the parameter has taken.
+        step: Number of steps that the parameter has taken.
         options: The parameter's group.
     """
     rule = ShampooRule()

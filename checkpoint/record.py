@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run: who, when, with what, on what."""
+"""Description of a run in its checkpoints: time, software, settings, ranks."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ def describe_run(step: int, run: str, kind: str) -> dict[str, Any]:
 
     Args:
         step: The last step done.
-        run: What the run calls itself, the same however often it is resumed.
+        run: Identifier of the run, kept over all resumes.
         kind: "full" if it can be resumed, "model" if it holds weights only.
     """
     accelerator = torch.accelerator.current_accelerator()
@@ -59,7 +59,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, float):
-        return value if abs(value) < float("inf") else str(value)  # JSON knows no infinity
+        return value if abs(value) < float("inf") else str(value)  # JSON has no infinity
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a person wants to know about a checkpoint, or about the difference of two."""
+"""Reports for people on a checkpoint, or on the difference of two."""
 
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -14,7 +14,7 @@ _KINDS = {MODEL_PREFIX: "weights", GENERATORS_PREFIX: "random generators"}
 
 
 def described(folder: Path, manifest: Manifest) -> Report:
-    """What, when, which run, sizes by kind of state, and the block grids."""
+    """Content, time, run, sizes by kind of state, and block grids."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for key, entry in manifest.tensors.items():
@@ -44,7 +44,7 @@ def kind_of(key: str) -> str:
 
 
 def _grids(geometry: dict[str, Any]) -> list[Report]:
-    """Parameters that are treated alike, together."""
+    """Groups of parameters with equal treatment."""
     alike: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, one in geometry.items():
         grid = one.get("grid")
@@ -59,7 +59,7 @@ def _grids(geometry: dict[str, Any]) -> list[Report]:
 
 
 def lines_of_description(report: Report) -> list[str]:
-    """The report for people."""
+    """The report as text."""
     world, software = report["world"] or {}, report["software"] or {}
     total = sum(report["files"].values())
     lines = [
@@ -89,8 +89,8 @@ def _mesh(world: dict[str, Any]) -> str:
 def compared(first_path: Path, first: Manifest, second_path: Path, second: Manifest) -> Report:
     """Differences of two checkpoints' settings, counters, geometry and tensors.
 
-    Values are not read: tensors of equal shape and dtype that do not lie in files with equal hashes
-    are under ``"content"``, and may yet be equal.
+    Values are not read. Tensors of equal shape and dtype, but in files with different hashes, are
+    listed under ``"content"`` and may still be equal.
     """
     one, two = first.record.get("geometry", {}), second.record.get("geometry", {})
     tensors: dict[str, list[str]] = defaultdict(list)
@@ -117,7 +117,7 @@ def compared(first_path: Path, first: Manifest, second_path: Path, second: Manif
 
 
 def _counters(manifest: Manifest) -> dict[str, Any]:
-    """Steps, samples and the like by dotted name."""
+    """Counters of steps, samples and others, by dotted name."""
     values = manifest.record.get("values", {})
     return {f"{name}.{key}": one for name, state in values.items() for key, one in state.items()}
 
@@ -138,7 +138,7 @@ def _difference(key: str, first: Manifest, second: Manifest) -> str:
 
 
 def lines_of_comparison(report: Report) -> list[str]:
-    """The comparison for people."""
+    """The comparison as text."""
     lines = [f"{one['path']}: step {one['step']} of run {one['run']}" for one in
              (report["first"], report["second"])]  # fmt: skip
     lines += [f"  setting   {line}" for line in report["settings"]]

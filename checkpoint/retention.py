@@ -1,7 +1,7 @@
-"""How many checkpoints are kept: the newest ones that are good, and nobody deletes the last.
+"""Retention of checkpoints: the newest good ones are kept, and the last one is never deleted.
 
-A checkpoint counts when every byte of it has been verified: by this process, which wrote or loaded
-it, or here, once. Runs in a thread of rank 0, after the next one is complete.
+A checkpoint counts after every byte of it was verified: by this process, which wrote or loaded it,
+or once here. Runs in a thread of rank 0, after the next checkpoint is complete.
 """
 
 import logging
@@ -18,8 +18,8 @@ class Retention:
     """Keeps the newest good checkpoints of a folder.
 
     Args:
-        folder: Where checkpoints lie.
-        keep: How many; 0 means all.
+        folder: Folder of the checkpoints.
+        keep: Number to keep; 0 for all.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -28,11 +28,11 @@ class Retention:
         self._unknown: set[int] = set()
 
     def trust(self, step: int) -> None:
-        """Take the checkpoint of this step for verified: this process wrote it or read it all."""
+        """Mark the checkpoint of this step as verified: this process wrote it or read it all."""
         self._verified.add(step)
 
     def apply(self) -> None:
-        """Delete what is older than the newest good ones; set aside what is damaged."""
+        """Delete checkpoints older than the newest good ones; rename damaged ones."""
         if self._keep == 0:
             return
         good = 0
@@ -44,7 +44,7 @@ class Retention:
             try:
                 self._verify(step, place)
             except (UnreadableError, MissingFileError) as error:
-                # Only all ranks together may call that damage (``checkpoint.finding``).
+                # Damage is declared by all ranks together (``checkpoint.finding``).
                 if step not in self._unknown:
                     _logger.warning("not counted as kept: %s", error)
                 self._unknown.add(step)

@@ -1,7 +1,7 @@
 """Random generators of every rank as global tensors: one row per rank, no rank in a key.
 
-On the same number of ranks the rows come back. On another number nobody's row is anybody's: all
-generators are seeded anew from the run's seed, the step and the rank.
+On the same number of ranks, each rank loads its row. On another number the rows have no owner: all
+generators are then seeded from the run's seed, the step and the rank.
 """
 
 import random
@@ -18,10 +18,10 @@ from titan_shampoo.distributed.state import BlockTensor
 
 
 def rng_rows(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The present state of torch's, Python's, numpy's and the device's generators.
+    """Present state of torch's, Python's, numpy's and the device's generators.
 
     Returns:
-        ``rng.<name>``, each ``(world_size, length)``, of which this rank holds its row.
+        ``rng.<name>``, each ``(world_size, length)``; this rank holds its row.
     """
     rows = {"torch": torch.get_rng_state(), "python": _python_state(), "numpy": _numpy_state()}
     accelerator = torch.accelerator.current_accelerator()
@@ -36,10 +36,10 @@ def rng_rows(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def problem(rows: Mapping[str, Tensor]) -> str | None:
-    """Try rows of :func:`rng_rows` that were loaded on generators that nobody uses.
+    """Try loaded rows of :func:`rng_rows` on unused generators.
 
     Returns:
-        A line about the first that is not taken, or None.
+        A line about the first row that is rejected; None if there is none.
     """
     for key, row in _states(rows):
         try:
@@ -57,7 +57,7 @@ def problem(rows: Mapping[str, Tensor]) -> str | None:
 
 
 def restore(rows: Mapping[str, Tensor]) -> None:
-    """Set the generators to rows of :func:`rng_rows` that were loaded in place."""
+    """Set the generators to loaded rows of :func:`rng_rows`."""
     for name, row in _states(rows):
         if name == "torch":
             torch.set_rng_state(row)
@@ -78,7 +78,7 @@ def _states(rows: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def reseed(seed: int, step: int, rank: int) -> None:
-    """Seed all generators from what is the same however often a run is resumed."""
+    """Seed all generators from numbers that are equal after every resume."""
     words = np.random.SeedSequence((seed, step, rank)).generate_state(3, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))

@@ -1,7 +1,6 @@
-"""Writing checkpoints, at once or while training goes on, and what happens if that fails.
+"""Writes of checkpoints, in the foreground or beside training, and the handling of failures.
 
-A failed save leaves nothing behind and harms nothing that was there; every rank learns of it, in
-one line.
+A failed save leaves nothing behind and no damage; every rank reports it in one line.
 """
 
 import logging
@@ -30,16 +29,16 @@ def write(
     group: dist.ProcessGroup,
     is_ours: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Write one checkpoint, all ranks together, while rank 0 finds its folder ``is_ours``.
+    """Write one checkpoint on all ranks together, as long as ``is_ours`` holds on rank 0.
 
     Raises:
-        CheckpointError: On every rank, if it could not be written; nothing is left of it then.
+        CheckpointError: On every rank, if it could not be written; nothing is left behind then.
     """
     start = time.monotonic()
     writer = Writer(place, record, is_ours)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-    except CheckpointException as error:  # not an Exception: it would pass most handlers
+    except CheckpointException as error:  # a BaseException: it would pass most handlers
         writer.discard()
         raise in_one_line(place, "not saved", error) from error
     if dist.get_rank() == 0:
@@ -47,10 +46,10 @@ def write(
 
 
 class BackgroundSave:
-    """Writes one checkpoint at a time in a thread, which is the same thread on every rank."""
+    """Writes one checkpoint at a time in a thread, which lives as long as this object."""
 
     def __init__(self, group: dist.ProcessGroup, *, pinned: bool) -> None:
-        """Write with the collectives of ``group``, which nobody else may use meanwhile."""
+        """Write with the collectives of ``group``, which has no other users in the meantime."""
         self._group = group
         self._staging = Staging(pinned=pinned)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -63,7 +62,7 @@ class BackgroundSave:
         record: dict[str, Any],
         is_ours: Callable[[], bool],
     ) -> None:
-        """Copy the tensors and begin to :func:`write` the copies."""
+        """Copy the tensors, and start to :func:`write` the copies."""
         assert self._saving is None, "the last save must be finished first"
         copies, wait_for_copies = self._staging.copy(tensors)
 
@@ -75,16 +74,16 @@ class BackgroundSave:
 
     @property
     def is_running(self) -> bool:
-        """Whether a save was begun and not yet finished by :meth:`finish`."""
+        """True if a save was started and :meth:`finish` has not returned since."""
         return self._saving is not None
 
     @property
     def is_done(self) -> bool:
-        """Whether a save ended, well or not, that :meth:`finish` has not yet been asked about."""
+        """True if a save has ended, well or not, and :meth:`finish` was not called since."""
         return self._saving is not None and self._saving.done()
 
     def finish(self) -> None:
-        """Wait for the save that was begun, if any.
+        """Wait for the running save, if any.
 
         Raises:
             CheckpointError: If it failed.
@@ -94,5 +93,5 @@ class BackgroundSave:
             saving.result()
 
     def close(self) -> None:
-        """End the thread; waits for what it does."""
+        """Wait for the thread and end it."""
         self._thread.shutdown()

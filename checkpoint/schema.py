@@ -1,8 +1,8 @@
-"""Type and range of every value in the record of a manifest, and which values must agree.
+"""Type and range of every value in the record of a manifest, and agreement between values.
 
-Sums say that a manifest is what was written; they do not say that what was written makes sense, and
-anybody can write them anew. Everything that reads a checkpoint reads it through :func:`problem`, so
-that no other module has to doubt a value. Files and tensors are checked in ``checkpoint.manifest``.
+Hashes prove that a manifest was not changed by accident, not that its values make sense, and
+anybody can compute them again. All readers of checkpoints go through :func:`problem`, so that no
+other module has to check a value. ``checkpoint.manifest`` checks files and tensors.
 """
 
 import json
@@ -21,7 +21,7 @@ from checkpoint.manifest import (
 )
 
 LARGEST = 1 << 60
-"""No run counts further; also far from where 64-bit integers end."""
+"""Largest counter: beyond any run, and far below the end of 64-bit integers."""
 
 _SHOWN = 60
 
@@ -31,16 +31,16 @@ _PER_BLOCK = re.compile(
 """Keys of state with a row per block, or per block of an extent."""
 
 Rule = Callable[[str, Any], str | None]
-"""Takes the dotted name of a value and the value; returns what is wrong with it, or None."""
+"""Takes the dotted name of a value and the value; returns the problem, or None."""
 
 Record = Mapping[str, Any]
 
 
 def problem(manifest: Manifest) -> str | None:
-    """The first value of a manifest that is not of its type or range, or contradicts another.
+    """The first value of a manifest with a wrong type or range, or that contradicts another.
 
     Returns:
-        One line that begins with the value's dotted name, or None if there is no such value.
+        One line that begins with the value's dotted name; None if there is no such value.
     """
     return _RECORD("", manifest.record) or next(_contradictions(manifest), None)
 
@@ -92,7 +92,7 @@ def _one_of(*choices: str) -> Rule:
 
 
 def _plain(name: str, value: Any) -> str | None:  # noqa: ANN401
-    """Any value that JSON has and every reader can show: no infinity, no half of a character."""
+    """Any value of JSON that every reader can show: no infinity, no lone surrogate."""
     if isinstance(value, dict):
         return _each(_plain)(name, value)
     if isinstance(value, list):
@@ -133,7 +133,7 @@ def _table(
     *,
     others: Rule = _plain,
 ) -> Rule:
-    """A table with a rule for each key, and one for the keys that are not named."""
+    """A table with a rule for each key, and one for all other keys."""
     known = {**needed, **(optional or {})}
 
     def rule_of_table(name: str, value: Any) -> str | None:  # noqa: ANN401
@@ -159,7 +159,7 @@ def _table(
 _COUNT, _POSITIVE = _whole(0), _whole(1)
 _INDEX = _items(_COUNT)
 
-# By component; others than these are of recipes of one's own.
+# By component; own recipes can have other ones.
 _VALUES = _table(
     {
         "train_state": _table({"step": _COUNT, "num_labels_seen": _COUNT}),
@@ -267,12 +267,12 @@ def _of_progress(record: Record) -> Iterator[str]:
     if lanes is not None and lanes != settings.get("training.stream_lanes", lanes):
         wanted = settings["training.stream_lanes"]
         yield f"values.dataloader.lanes: got {lanes}, wanted {wanted} (training.stream_lanes)"
-    if "begun" in record:  # what was saved before it was recorded has not
+    if "begun" in record:  # older checkpoints lack it
         yield from _of_counters(record)
 
 
 def _of_counters(record: Record) -> Iterator[str]:
-    """Every counter has grown by as much as the steps since the run was begun or resumed say."""
+    """Check that every counter has grown by the number of steps since the run began or resumed."""
     values, begun = record["values"], record["begun"]
     first = begun["train_state"]["step"]
     steps = record["step"] - first
@@ -303,7 +303,7 @@ def _is_multiple(number: int, of: int) -> bool:
 
 
 def _batch_size(record: Record) -> int | None:
-    """Samples of all ranks in a step, if the settings say so."""
+    """Samples of all ranks in a step; None if the settings do not say."""
     settings = record["settings"]
     everywhere = settings.get("training.global_batch_size", -1)
     if everywhere > 0:
@@ -341,7 +341,7 @@ def _of_grid(name: str, one: Record) -> Iterator[str]:
 
 
 def _of_blocks(manifest: Manifest) -> Iterator[str]:
-    """State by block, of which there is as much as the grid has blocks."""
+    """State by block, whose size must match the number of blocks in the grid."""
     geometry = manifest.record["geometry"]
     cuts = {name: _cut(one["grid"]["edges"]) for name, one in geometry.items() if "grid" in one}
     for key, entry in manifest.tensors.items():
@@ -356,7 +356,7 @@ def _of_blocks(manifest: Manifest) -> Iterator[str]:
 
 
 def _cut(edges: list[list[int]]) -> tuple[int, set[tuple[int, int]]]:
-    """Number of blocks, and pairs of an extent and the number of blocks that have it in a dim."""
+    """Number of blocks, and pairs of an extent and the number of blocks with it along a dim."""
     counts = [len(along) - 1 for along in edges]
     blocks = math.prod(counts)
     extents: set[tuple[int, int]] = set()

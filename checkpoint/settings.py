@@ -1,6 +1,6 @@
-"""Settings: which of ``[checkpoint]`` go together, and how those of two attempts differ.
+"""Checks of ``[checkpoint]``, and comparison of the settings of two attempts.
 
-Hyper-parameters may change between attempts: the TOML file wins, and each change is said.
+Hyper-parameters may change between attempts: the TOML file wins, and each change is logged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def check_settings(config: Any, components: Sequence[str]) -> None:  # noqa: ANN401 (merged dataclass)
-    """Refuse what the hardware or the run cannot do.
+    """Refuse settings that the hardware or the run does not support.
 
     Args:
         config: The ``[checkpoint]`` table.
-        components: What the state of the run consists of.
+        components: Names of the components of the run's state.
 
     Raises:
-        CheckpointError: Naming the setting to change.
+        CheckpointError: With the setting to change.
     """
     if config.async_mode == "async_with_pinned_mem" and not _has_accelerator():
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""A signal means: finish the step, save, and end well.
+"""Signals that ask a run to finish the step, save, and end.
 
-Nothing is saved in a handler: torchrun sends SIGTERM to the survivors when a rank dies, and what
-only some ranks do together hangs. A handler only remembers; ranks agree at the end of the step.
+The handler only stores the signal, and ranks agree at the end of the step. A save in a handler
+would hang: torchrun sends SIGTERM to the survivors when a rank dies, and a save takes all ranks.
 """
 
 import signal
@@ -13,23 +13,23 @@ from titan_shampoo.stopping import heeded
 
 
 class StopRequest:
-    """Remembers a signal that asked this process to stop; more of them change nothing.
+    """Stores a signal that asks this process to stop; further signals change nothing.
 
     A scheduler often signals torchrun and the workers, and torchrun then signals them again.
     """
 
     any_received: ClassVar[bool] = False
-    """Whether this process was ever asked to stop: other ranks may have left already."""
+    """True if this process was ever asked to stop: other ranks may have left already."""
 
     def __init__(self) -> None:
-        """Take over the signals, if this is the main thread: no other may."""
+        """Handle the signals, if this is the main thread: Python allows it in no other."""
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in heeded()}
 
     def release(self) -> None:
-        """Give back the signals that nobody else has taken over."""
+        """Restore the handlers, except where another one was installed since."""
         while self._before:
             number, handler = self._before.popitem()
             if signal.getsignal(number) == self._remember:

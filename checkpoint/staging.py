@@ -1,8 +1,8 @@
-"""Copies of the state in CPU memory, so that training may go on while they are written.
+"""Copies of the state in CPU memory, so that training goes on while they are written.
 
-From a GPU into page-locked memory the copy is several times as fast, and the host does not wait for
-it: the copies are enqueued behind the step just done, whatever the next step changes comes after
-them, and the thread that writes waits for them.
+A copy from a GPU to page-locked memory is several times as fast, and the host does not wait for it.
+The copies are enqueued after the finished step and before the changes of the next one; the thread
+that writes waits for them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,10 +18,10 @@ Chunks = dict[tuple[int, ...], Tensor]
 
 
 class Staging:
-    """Copies states, into the same memory every time: the last copies must no longer be in use.
+    """Copies states to the same memory every time: the last copies must no longer be in use.
 
     Args:
-        pinned: Copy what lies on a GPU into page-locked memory, behind which the host goes on.
+        pinned: True to copy from a GPU to page-locked memory, without a wait of the host.
     """
 
     def __init__(self, *, pinned: bool) -> None:
@@ -29,7 +29,7 @@ class Staging:
         self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        """Copies of some tensors, and what waits until they are complete."""
+        """Copies of some tensors, and a function that waits until they are complete."""
         copies: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             chunks = {at: self._copied(key, at, t) for at, t in local_chunks(tensor).items()}

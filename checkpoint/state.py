@@ -1,12 +1,11 @@
-"""What a run's state is, by name, in global coordinates.
+"""State of a run by name, in global coordinates.
 
     model.layers.0.attention.wq.weight            weights and buffers
     optim.layers.0.attention.wq.weight.left.256   state of every optimizer, by parameter
     rng.torch                                     one row per rank
     train_state, lr_scheduler, dataloader         plain values, in the manifest
 
-Tensors are handed out live and are loaded in place: nothing is cast, and nothing that is missing
-can be overlooked.
+Tensors are live and loaded in place: no dtype changes, and a missing tensor cannot go unnoticed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from checkpoint.manifest import MODEL_PREFIX, OPTIMIZER_PREFIX
 
 MODEL, OPTIMIZER, PROGRESS, DATA = "model", "optimizer", "train_state", "dataloader"
 PREFIXES = {MODEL: MODEL_PREFIX, OPTIMIZER: OPTIMIZER_PREFIX}
-"""Components that are tensors, by the prefix of their keys."""
+"""Components that consist of tensors, by the prefix of their keys."""
 
 Geometry = dict[str, dict[str, Any]]
 
@@ -36,9 +35,9 @@ class RunState:
 
     Args:
         model_parts: The model's parts on this rank.
-        optimizers: ``state_dict()`` gives live tensors by ``<parameter>.<name>``; ``geometry()``
-            says how each parameter's state is laid out.
-        values: Components whose state is plain JSON, the same on all ranks.
+        optimizers: ``state_dict()`` returns live tensors by ``<parameter>.<name>``; ``geometry()``
+            describes the layout of each parameter's state.
+        values: Components with plain JSON state, the same on all ranks.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class RunState:
         return {key: value for part in parts for key, value in part.items()}
 
     def take_model(self, loaded: dict[str, Tensor]) -> None:
-        """Let modules see weights that were loaded, as some of them wish to."""
+        """Pass loaded weights to modules, as some of them have hooks for that."""
         weights: dict[str, Any] = dict(loaded)
         for part in self._model_parts:
             set_model_state_dict(part, weights, options=StateDictOptions(strict=False))
@@ -83,17 +82,17 @@ class RunState:
         return {name: component.state_dict() for name, component in self._values.items()}
 
     def take_values(self, values: Mapping[str, Any]) -> None:
-        """Load plain state of some components."""
+        """Load the plain state of some components."""
         for name, value in values.items():
             self._values[name].load_state_dict(value)
 
     @property
     def num_samples(self) -> int | None:
-        """Samples of the data set that is trained on, if its loader knows their number."""
+        """Number of training samples; None if the loader does not know it."""
         return getattr(self._values[DATA], "num_samples", None)
 
     def mesh(self) -> dict[str, int]:
-        """Names and extents of the axes over which weights are sharded, or replicated with them."""
+        """Names and extents of the mesh axes over which weights are sharded or replicated."""
         meshes = (t.device_mesh for t in self.model().values() if isinstance(t, DTensor))
         mesh = max(meshes, key=lambda mesh: mesh.ndim, default=None)
         if mesh is None:
@@ -101,7 +100,7 @@ class RunState:
         return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
 
     def options_of(self, name: str) -> Mapping[str, Any]:
-        """The parameter group to which a parameter belongs."""
+        """The parameter group of a parameter."""
         groups = (g for optimizer in self._optimizers.optimizers for g in optimizer.param_groups)
         found: Mapping[str, Any] = next(group for group in groups if name in group["param_names"])
         return found

@@ -1,4 +1,4 @@
-"""By how much the tensors of two checkpoints differ."""
+"""Numerical differences between the tensors of two checkpoints."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,27 +14,27 @@ def value_differences(
     first: tuple[Path, Manifest],
     second: tuple[Path, Manifest],
     keys: Sequence[str],
-    told: Callable[[int], object],
+    progress: Callable[[int], object],
 ) -> dict[str, float]:
     """Largest change of an element of each tensor that differs, relative to its largest element.
 
     Args:
         first: A checkpoint.
         second: Another, with tensors of the same shapes.
-        keys: Which tensors.
-        told: Is told how many bytes have been compared since the last call.
+        keys: Keys of the tensors to compare.
+        progress: Callback with the number of bytes compared since the last call.
     """
     changes = {}
     pairs = zip(whole_tensors(*first, keys), whole_tensors(*second, keys), strict=True)
     for (key, one), (_, two) in pairs:
         if not torch.equal(_bits(one), _bits(two)):
             changes[key] = _change(one.double(), two.double())
-        told(one.nbytes + two.nbytes)
+        progress(one.nbytes + two.nbytes)
     return changes
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, which unlike its numbers are equal to themselves."""
+    """The bytes of a tensor; unlike NaN, a byte always equals itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 

@@ -1,7 +1,8 @@
-"""Whether a checkpoint is what was written: structure first, then the hash of every byte.
+"""Verification of a checkpoint: its structure first, then the hash of every byte.
 
-Needs neither torch nor a GPU. ``read_manifest`` costs milliseconds and finds what is missing,
-truncated, renamed or foreign, and values that make no sense; ``file_problems`` reads everything.
+Needs neither torch nor a GPU. ``read_manifest`` takes milliseconds and finds files that are
+missing, truncated, renamed or foreign, and values that make no sense. ``file_problems`` reads
+everything.
 """
 
 import os
@@ -25,23 +26,23 @@ from checkpoint.schema import problem
 _PIECE = 1 << 20
 
 _LARGEST_MANIFEST = 1 << 30
-"""Bytes; that of a model of 8 billion parameters on 1,024 ranks has a tenth."""
+"""Largest manifest in bytes, ten times that of an 8-billion-parameter model on 1,024 ranks."""
 
 PAUSES = (0.1, 0.4, 1.5)
-"""Seconds between attempts to read: network file systems and full tables of files recover."""
+"""Seconds between attempts to read: network file systems and full file tables recover."""
 
 T = TypeVar("T")
 
 Progress = Callable[[int], object]
-"""Told how many bytes have been read since the last call."""
+"""Callback with the number of bytes read since the last call."""
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose structure is right; data are not hashed.
+    """The manifest of a checkpoint with the right structure; data are not hashed.
 
     Raises:
-        CheckpointError: If anything is missing, too short or long, foreign, or not its own.
-        UnreadableError: If that cannot be found out; the other cases are damage.
+        CheckpointError: If a file is missing, too short or long, foreign, or of another checkpoint.
+        UnreadableError: If a file cannot be read, and may be good.
     """
     if not _patiently(folder, folder.is_dir):
         raise CheckpointError(f"{folder}: no such checkpoint")
@@ -57,7 +58,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _sensible(path: Path, content: bytes) -> Manifest:
-    """The manifest with these bytes, if every value in it makes sense."""
+    """The manifest with the bytes ``content``, if every value in it makes sense."""
     try:
         manifest = parse(content)
         wrong = problem(manifest)
@@ -76,13 +77,13 @@ def file_problems(
     files: Iterable[tuple[str, File]] | None = None,
     progress: Progress = lambda _: None,
 ) -> Iterator[CheckpointError]:
-    """Read files in several threads; yields what is wrong with each that is not as written.
+    """Read files in several threads; yield the problem of each damaged one.
 
     Args:
         folder: The checkpoint.
         manifest: Its manifest.
-        files: Which of its files; None means all.
-        progress: Told of the progress.
+        files: The files to read; None for all of them.
+        progress: Callback for the progress.
     """
     wanted = list(manifest.files.items() if files is None else files)
     entries = entries_by_file(manifest)
@@ -96,11 +97,11 @@ def file_problems(
 
 
 def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
-    """The manifest of a checkpoint of which every byte is what was written.
+    """The manifest of a checkpoint, after every byte is verified.
 
     Raises:
-        CheckpointError: Naming the first file that is wrong.
-        UnreadableError: Naming the first file that cannot be read, which may be good.
+        CheckpointError: With the first damaged file.
+        UnreadableError: With the first file that cannot be read, and may be good.
     """
     manifest = read_manifest(folder)
     for found in file_problems(folder, manifest, progress=progress):
@@ -109,7 +110,7 @@ def verify(folder: Path, progress: Progress = lambda _: None) -> Manifest:
 
 
 def shares(manifest: Manifest, num_readers: int) -> list[list[tuple[str, File]]]:
-    """The files that each reader hashes, largest first to whom has least."""
+    """The files that each reader hashes; the largest go first, to the reader with the least."""
     parts: list[list[tuple[str, File]]] = [[] for _ in range(num_readers)]
     loads = [0] * num_readers
     for name, file in sorted(manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):
@@ -120,7 +121,7 @@ def shares(manifest: Manifest, num_readers: int) -> list[list[tuple[str, File]]]
 
 
 def _check_name(folder: Path, manifest: Manifest) -> None:
-    """Refuse ``step-30`` that holds step 20."""
+    """Refuse a ``step-30`` that holds step 20."""
     for name in {folder.name, folder.resolve().name}:
         if step_of(name) not in (None, manifest.step):
             raise CheckpointError(f"{folder}: renamed, it holds step {manifest.step}")
@@ -130,8 +131,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         found = _regular_size(folder / name)
         if found != file.bytes:
-            raise CheckpointError(f"{folder / name}: {found} bytes, written were {file.bytes}")
-    # Dot files are the file system's own (".nfs0000..."), and no reader looks at them.
+            raise CheckpointError(f"{folder / name}: {found} bytes, wanted {file.bytes}")
+    # Dot files belong to the file system (".nfs0000..."), and no reader opens them.
     own = {MANIFEST, SUMS, *manifest.files}
     names = _patiently(folder, partial(os.listdir, folder))
     foreign = sorted(name for name in names if name not in own and name[0] != ".")
@@ -142,12 +143,12 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 def _content(path: Path) -> bytes:
     size = _regular_size(path)
     if size > _LARGEST_MANIFEST:
-        raise CheckpointError(f"{path}: {size} bytes, {_LARGEST_MANIFEST} at most are read")
+        raise CheckpointError(f"{path}: {size} bytes, wanted at most {_LARGEST_MANIFEST}")
     return _patiently(path, path.read_bytes)
 
 
 def _regular_size(path: Path) -> int:
-    """Size of a file that is one: a pipe would wait for ever, a link lead elsewhere."""
+    """Size of a regular file; a pipe would block, and a link could lead elsewhere."""
     found = _patiently(path, path.lstat)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path}: not a regular file")
@@ -184,10 +185,10 @@ def _xxh128(path: Path, progress: Progress) -> str:
 
 
 def _patiently(path: Path, read: Callable[[], T]) -> T:
-    """What ``read`` returns, once the file system lets it.
+    """Result of ``read``, with retries while the file system fails.
 
     Raises:
-        MissingFileError: If there is no such file, and none appears.
+        MissingFileError: If the file is missing, and does not appear.
         UnreadableError: If it cannot be read for another reason.
     """
     for pause in PAUSES:

@@ -1,7 +1,8 @@
-"""Writing a checkpoint: torch.distributed.checkpoint plans who writes what, this stores it.
+"""Writer of checkpoints: torch.distributed.checkpoint plans the shares of ranks, this stores them.
 
-Each rank streams its boxes into safetensors files, hashing on the way; rank 0 adds the manifest and
-renames the folder when every rank's data are on the disk. No pickle, and nothing is overwritten.
+Each rank streams its boxes into safetensors files and hashes them on the way. Rank 0 adds the
+manifest, and renames the folder when every rank's data are on the disk. Nothing is pickled, and
+nothing is overwritten.
 """
 
 import errno
@@ -39,12 +40,12 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 MAX_FILE_BYTES = 4 << 30
-"""A rank begins another file here, so that readers can share the hashing."""
+"""Size in bytes from which a rank begins another file, so that readers can share the hashing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a global tensor as it will lie in a file: the memory of adjacent chunks."""
+    """A box of a global tensor in a file: the memory of adjacent chunks."""
 
     key: str
     dtype: str
@@ -57,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one rank has on the disk."""
+    """Files and boxes of one rank on the disk."""
 
     files: dict[str, File]
     boxes: list[tuple[Part, str]]
@@ -67,9 +68,9 @@ class Writer(StorageWriter):
     """Writes one checkpoint.
 
     Args:
-        place: Where it will lie when it is complete.
-        record: What the manifest says beside files and tensors; read on rank 0 only.
-        is_ours: Whether this run may write beside ``place``; asked on rank 0 only.
+        place: Path of the complete checkpoint.
+        record: Record of the manifest; read on rank 0 only.
+        is_ours: True if this run may write beside ``place``; called on rank 0 only.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Every path will do."""
+        """Accept every path."""
         return True
 
     def storage_meta(self) -> StorageMeta | None:
@@ -91,13 +92,13 @@ class Writer(StorageWriter):
         return None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Do nothing: what is to be known comes with the plan."""
+        """Do nothing: all information comes with the plan."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan, if all of it can be stored.
 
         Raises:
-            CheckpointError: If something is not a tensor of a known dtype.
+            CheckpointError: If an item is not a tensor of a known dtype.
         """
         for item in plan.items:
             data = item.tensor_data
@@ -108,10 +109,10 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Name the folder, on rank 0, and tell all ranks.
+        """Choose the folder on rank 0, and send its name to all ranks.
 
         Raises:
-            CheckpointError: If there is a checkpoint already, or no room for one.
+            CheckpointError: If the checkpoint exists, or there is no room for it.
         """
         if os.path.lexists(self._place):
             raise CheckpointError(f"{self._place}: exists, and a checkpoint is never overwritten")
@@ -132,7 +133,7 @@ class Writer(StorageWriter):
         """Write this rank's boxes.
 
         Raises:
-            CheckpointError: If the disk does not take them.
+            CheckpointError: If the disk fails.
         """
         rank, folder, need = plan.storage_data
         written = Written({}, [])
@@ -149,10 +150,10 @@ class Writer(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the manifest and make the checkpoint complete, on rank 0.
+        """Write the manifest and complete the checkpoint, on rank 0.
 
         Raises:
-            CheckpointError: If the disk does not take it, or boxes are missing.
+            CheckpointError: If the disk fails, or boxes are missing.
         """
         assert self._writing is not None, "torch finished a save that it had not begun"
         try:
@@ -180,12 +181,12 @@ class Writer(StorageWriter):
         self._writing = None
 
     def _check_folder(self) -> None:
-        """Refuse a folder that was deleted, perhaps made anew by another run, since it was ours."""
+        """Refuse a folder that was deleted, and perhaps created again by another run."""
         if not self._is_ours():
             raise CheckpointError(f"{self._place}: not saved: its folder was deleted meanwhile")
 
     def discard(self) -> None:
-        """Remove what was written of a checkpoint that failed; on rank 0, after all ranks."""
+        """Remove the parts of a failed checkpoint; on rank 0, after all ranks."""
         if self._writing is not None:
             discard(self._writing)
             self._writing = None
@@ -194,12 +195,12 @@ class Writer(StorageWriter):
 def make_manifest(
     record: dict[str, Any], metadata: Metadata, written: Iterable[Written]
 ) -> Manifest:
-    """The manifest of what all ranks have written.
+    """The manifest of the files of all ranks.
 
     Args:
-        record: What it says beside files and tensors.
+        record: Its record, without files and tensors.
         metadata: Dtype and shape of every tensor.
-        written: By each rank.
+        written: Files and boxes of each rank.
 
     Raises:
         CheckpointError: If boxes are missing or overlap.
@@ -212,7 +213,7 @@ def make_manifest(
             boxes.setdefault(part.key, []).append(Box(part.start, part.extent, name))
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            continue  # Writer.prepare_local_plan lets nothing else pass
+            continue  # Writer.prepare_local_plan allows nothing but tensors
         ordered = sorted(boxes.get(key, []), key=lambda box: box.start)
         dtype = DTYPE_NAMES[entry.properties.dtype]
         manifest.tensors[key] = TensorEntry(dtype, tuple(entry.size), tuple(ordered))
@@ -229,10 +230,10 @@ def files_of_rank(rank: int, items: Sequence[WriteItem]) -> Iterator[tuple[str, 
 
 
 def _parts(items: Sequence[WriteItem]) -> list[Part]:
-    """Boxes to write: chunks of a tensor that are adjacent along its first dim become one."""
+    """Boxes to write: chunks of a tensor that are adjacent along its first dim are joined."""
     ordered = sorted(
         (_part(item) for item in items),
-        # Wide elements first: then every entry of a file is aligned to its own.
+        # Wide elements first, so that every entry of a file is aligned to its element size.
         key=lambda part: (-TORCH_DTYPES[part.dtype].itemsize, part.key, part.start[1:], part.start),
     )
     parts: list[Part] = []
@@ -315,7 +316,7 @@ def _write_file(path: Path, parts: Sequence[Part], planner: SavePlanner) -> File
 
 
 def _contents(parts: Iterable[Part], planner: SavePlanner) -> Iterator[memoryview]:
-    """The bytes of parts, one chunk at a time: a rank's state need not exist twice."""
+    """The bytes of parts, one chunk at a time, so that a rank's state is never in memory twice."""
     for part in parts:
         for item in part.items:
             tensor = planner.resolve_data(item)
@@ -335,7 +336,7 @@ def _to_disk(file: BinaryIO) -> None:
 
 
 def _no_room(place: Path, error: OSError, need: int) -> CheckpointError:
-    """Why a checkpoint could not be written, with the numbers that a full disk is about."""
+    """Error for a failed write, with the free and the needed space."""
     folder = place.parent
     while not folder.exists():
         folder = folder.parent

@@ -1,1 +1,1 @@
-"""How each recipe's model is sharded over the mesh."""
+"""Sharding of each recipe's model over the mesh."""

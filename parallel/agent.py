@@ -15,31 +15,31 @@ if TYPE_CHECKING:  # launch.py runs under the name of __main__
     from parallel.launch import Stop
 
 EXPLAINED = 2
-"""Exit code of a rank that has said what is wrong."""
+"""Exit code of a rank that has reported its error."""
 
 _NOTHING_SAVED = "nothing was saved, as no step was done, or checkpoint.enable is false"
 
 
 def run_ranks(args: list[str], stop: "Stop") -> int:
-    """Run ``args`` as torchrun does, and return the exit code.
+    """Run ``args`` like torchrun, and return the exit code.
 
     Raises:
-        ChildFailedError: torchrun's report of a failure that no rank has explained.
+        ChildFailedError: torchrun's report of a failure that no rank has reported.
     """
     logging.getLogger(api.__name__).addFilter(lambda record: not stop.received and _is_news(record))
 
     class Ranks(multiprocessing.SubprocessContext):
-        """The ranks of this machine, to which signals are passed on."""
+        """The ranks of this machine, to which signals are forwarded."""
 
         def _start(self) -> None:
-            # torchrun has just made signals raise an exception wherever its agent is.
+            # torchrun's handlers, installed just before, would raise inside its agent.
             stop.begin()
             stop.listen()
             super()._start()  # type: ignore[no-untyped-call]
             stop.watch([*self.pids().values()])
 
         def wait(self, timeout: float = -1, period: float = 1) -> Any:  # noqa: ANN401 (torch's)
-            """Look which ranks have ended; those that were stopped are not started again."""
+            """Check which ranks have ended; stopped ones are not restarted."""
             result = super().wait(timeout, period)
             if stop.received and result is not None and result.is_failed():
                 raise SystemExit(_code_after_stop(stop, result.failures))
@@ -48,7 +48,7 @@ def run_ranks(args: list[str], stop: "Stop") -> int:
     multiprocessing.SubprocessContext = Ranks  # type: ignore[misc]
     try:
         run(parse_args(args))
-    except api.SignalException as error:  # before they were taken over
+    except api.SignalException as error:  # a signal before our handlers were installed
         return stop.leave(error.sigval, _NOTHING_SAVED)
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: _order(item[1]))
@@ -62,10 +62,10 @@ def run_ranks(args: list[str], stop: "Stop") -> int:
 
 
 def _code_after_stop(stop: "Stop", failures: Any) -> int:  # noqa: ANN401 (torch's)
-    """The exit code of a run that was asked to stop and did not end well."""
+    """Exit code of a run that was asked to stop and did not end well."""
     assert stop.received
     codes = [failure.exitcode for failure in failures.values()]
-    if all(code > 0 for code in codes):  # the ranks have said why
+    if all(code > 0 for code in codes):  # the ranks have reported the reason
         return EXPLAINED if EXPLAINED in codes else int(codes[0])
     if stop.received == signal.SIGQUIT:
         return stop.leave(stop.received, "at once, without saving")
@@ -73,12 +73,12 @@ def _code_after_stop(stop: "Stop", failures: Any) -> int:  # noqa: ANN401 (torch
 
 
 def _order(failure: Any) -> tuple[bool, float]:  # noqa: ANN401 (torch's)
-    """What failed first; the agent ends the other ranks by SIGTERM, within the same second."""
+    """Sort key that puts the first failure first: the agent ends other ranks within a second."""
     return failure.exitcode == -signal.SIGTERM, failure.timestamp
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of torchrun's says more than that a rank has ended, and the others with it."""
+    """True if a line of torchrun's log says more than that ranks have ended."""
     message = record.getMessage()
     codes = [EXPLAINED, *(-number for number in STOP_SIGNALS)]
     ended = any(f"exitcode: {code})" in message for code in codes)

@@ -1,8 +1,8 @@
-"""Batch norm by the statistics of all ranks' images, on CPUs as well as on GPUs.
+"""Batch norm with the statistics of all ranks' images, on CPUs as well as on GPUs.
 
 torch's ``SyncBatchNorm`` has no CPU kernel. This one gathers every rank's mean and variance, two
-numbers per channel; their gradients are summed over the ranks, and autograd does the rest.
-All ranks hold equally many images, as the loaders of this project make sure.
+numbers per channel; their gradients are summed over the ranks, and autograd does the rest. All
+ranks hold equally many images, which the loaders of this project guarantee.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
     """``BatchNorm2d`` of the batch of all ranks of ``mesh``.
 
     Args:
-        like: Gives size, epsilon and momentum.
-        mesh: All ranks that read different images, one dimension.
+        like: Batch norm with the size, epsilon and momentum.
+        mesh: One-dimensional mesh of the ranks that read different images.
     """
 
     def __init__(self, like: nn.BatchNorm2d, mesh: DeviceMesh) -> None:
-        """Have own parameters and buffers, not filled yet."""
+        """Create parameters and buffers, not filled yet."""
         super().__init__(like.num_features, like.eps, like.momentum)
         self._group = mesh.get_group()
         self._num_ranks = mesh.size()
@@ -41,7 +41,7 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
         )
         means, variances = moments.unbind(1)
         mean = means.mean(0)
-        # Within the ranks, and between them.
+        # Variance within the ranks, and between them.
         var = variances.mean(0) + means.var(0, correction=0)
         self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * self._num_ranks)
         scale = self.weight * torch.rsqrt(var + self.eps)
@@ -77,7 +77,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        """Return the sum of the ranks' gradients for this rank's part."""
+        """Return this rank's part of the gradients, summed over the ranks."""
         total = grad.contiguous()
         dist.all_reduce(total, group=ctx.group)
         return total[ctx.rank], None, None, None

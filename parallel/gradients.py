@@ -8,8 +8,8 @@ from torch.distributed.fsdp import FSDPModule
 def sum_gradients(model: nn.Module) -> None:
     """Make every FSDP2 unit of ``model`` reduce gradients by a plain sum.
 
-    A divide factor of 1 alone selects a scaled sum, which gloo does not have: the first backward
-    pass would raise.
+    A divide factor of 1 is not enough: it selects a scaled sum, which gloo lacks, and the first
+    backward pass would raise.
     """
     plain_sum_only = dist.get_backend() == "gloo"
     for module in model.modules():

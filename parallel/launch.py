@@ -1,12 +1,12 @@
-"""torchrun for people: a run that is stopped, or mistaken, ends with the line that says so.
+"""torchrun with readable errors: a stopped or misconfigured run ends with one line about it.
 
     python -m parallel.launch --standalone --nproc_per_node=2 train.py --job.config_file F
 
-Takes torchrun's arguments. torchrun itself ends every run that is signalled, and every rank that
-fails, with tracebacks of its own and exit code 1. Here a signal is passed on to the ranks, which
-save and end well; only SIGQUIT ends them at once. The exit code is 0 if the last step was done, or
-the run was stopped and saved; 2 if a rank has said what is wrong; 128 and the number of the signal
-if a signal ended the run and nothing was saved; 1 otherwise.
+Takes torchrun's arguments. torchrun ends every signalled run and every failed rank with its own
+tracebacks and exit code 1. Here a signal is forwarded to the ranks, which save and exit; only
+SIGQUIT ends them at once. The exit code is 0 if the last step was done, or if the run was stopped
+and saved; 2 if a rank has reported an error; 128 plus the number of the signal if a signal ended
+the run and nothing was saved; 1 otherwise.
 """
 
 import os
@@ -20,7 +20,7 @@ from titan_shampoo.stopping import STOP_SIGNALS, heeded
 
 
 class Stop:
-    """What asks the run to stop, and the ranks that this is passed on to."""
+    """Signals that ask the run to stop, and the ranks that receive them."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -29,23 +29,23 @@ class Stop:
         self._ignored = {*STOP_SIGNALS} - {*heeded()}
 
     def listen(self) -> None:
-        """Take over the signals; again, when torchrun has taken them."""
+        """Install the handlers, and install them again after torchrun has replaced them."""
         for number in (*STOP_SIGNALS, signal.SIGQUIT):
             ignored = number in self._ignored
             signal.signal(number, signal.SIG_IGN if ignored else self._pass_on)
 
     def begin(self) -> None:
-        """Remember what comes while ranks are being started, instead of leaving without them."""
+        """Hold signals back while ranks are started, so that no rank is left behind."""
         self._ranks = ()
 
     def watch(self, ranks: Sequence[int]) -> None:
-        """Pass on what came before, and whatever comes, to these processes."""
+        """Forward earlier and later signals to these processes."""
         self._ranks = ranks
         if self.received:
             self._send(self.received)
 
     def leave(self, number: int, why: str) -> int:
-        """Say that a signal ended the run; returns the exit code."""
+        """Report that a signal ended the run; return the exit code."""
         with suppress(OSError):  # the terminal may be closed
             sys.stderr.write(f"stopped by {signal.Signals(number).name}: {why}\n")
             sys.stderr.flush()
@@ -58,7 +58,7 @@ class Stop:
         self._send(number)
 
     def _send(self, number: int) -> None:
-        # All mean the same to a rank; SIGINT would raise in one that has just begun to start.
+        # One signal for all: SIGINT would raise in a rank that is still starting.
         sent = signal.SIGKILL if number == signal.SIGQUIT else signal.SIGTERM
         for rank in self._ranks or ():
             with suppress(ProcessLookupError):
@@ -66,7 +66,7 @@ class Stop:
 
 
 def main(args: list[str]) -> int:
-    """Run ``args`` as torchrun does, and return the exit code."""
+    """Run ``args`` like torchrun, and return the exit code."""
     stop = Stop()
     stop.listen()
     from parallel.agent import run_ranks  # noqa: PLC0415 (imports torch, which takes seconds)

@@ -1,9 +1,10 @@
 """The mixture of experts under FSDP2 and expert parallelism.
 
-The plan is torchtitan's: experts are divided over the ``ep`` ranks, to which tokens travel and come
-back, and each rank's experts are sharded over the rest of the data-parallel ranks (``efsdp``);
-router, shared expert and everything else are sharded with their block over all of them. Ours:
-gradients are summed in a way that gloo can, and the initial weights do not depend on any of it.
+The plan is torchtitan's. Experts are divided over the ``ep`` ranks, to which tokens travel and come
+back, and each rank's experts are sharded over the rest of the data-parallel ranks (``efsdp``).
+Router, shared expert and everything else are sharded with their block over all of them. Two things
+are ours: gradients are summed by operations that gloo has, and the initial weights do not depend on
+the sharding.
 """
 
 from torch import nn
@@ -22,9 +23,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     """Return ``model`` sharded as ``[parallelism]`` says.
 
     Args:
-        model: On the meta device.
-        parallel_dims: The degrees and their meshes.
-        job_config: Also says how to compile, checkpoint activations and mix precisions.
+        model: The model on the meta device.
+        parallel_dims: Degrees of parallelism and their meshes.
+        job_config: Configuration of compilation, activation checkpointing and mixed precision.
     """
     model = parallelize_mixture(model, parallel_dims, job_config)
     sum_gradients(model)

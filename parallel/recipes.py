@@ -1,4 +1,4 @@
-"""The recipes by ``model.name``: what is trained, and how it is sharded."""
+"""The recipes by ``model.name``, each with its sharding."""
 
 from parallel import mixture, resnet, transformer
 from titan_shampoo import titan
@@ -6,7 +6,7 @@ from titan_shampoo.titan import TrainSpec
 
 
 def recipe_of(model_name: str) -> TrainSpec:
-    """The recipe that ``model.name`` asks for, one of those that the settings allow."""
+    """The recipe for ``model.name``, one of those that the settings allow."""
     recipes = {
         "llama3": titan.transformer(transformer.parallelize, transformer.pipeline),
         "llama4": titan.mixture(mixture.parallelize),

@@ -1,9 +1,9 @@
 """The residual network under FSDP2, HSDP and DDP: one FSDP unit per residual block.
 
 Each rank normalises by the statistics of its own images, or with ``images.sync_batch_norm`` by
-those of all. In the former case the *running* statistics, which validation
-uses and checkpoints hold, are averaged over all data-parallel ranks after every training pass, so
-that they are the same everywhere; their variance leaves out the spread of the ranks' means.
+those of all ranks. In the former case the *running* statistics, for validation and checkpoints, are
+averaged over all data-parallel ranks after every training pass, so that they are equal everywhere;
+their variance does not include the spread of the ranks' means.
 """
 
 from typing import Any
@@ -39,11 +39,11 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 
     Args:
         model: A ``ResNet`` on the meta device.
-        parallel_dims: The degrees and their meshes.
-        job_config: Also says how to compile and mix precisions.
+        parallel_dims: Degrees of parallelism and their meshes.
+        job_config: Configuration of compilation and mixed precision.
 
     Raises:
-        ConfigError: If activations shall be recomputed: that would count each batch twice in the
+        ConfigError: If activations are recomputed, which would count each batch twice in the
             running statistics.
     """
     mode = job_config.activation_checkpoint.mode
@@ -60,7 +60,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if parallel_dims.fsdp_enabled:
         _shard(model, parallel_dims, job_config)
     elif parallel_dims.dp_replicate_enabled:
-        # Buffers are kept equal below; DDP would broadcast rank 0's instead.
+        # The hook below keeps buffers equal; DDP would broadcast rank 0's instead.
         mesh = parallel_dims.get_mesh("dp_replicate")
         replicate(model, device_mesh=mesh, bucket_cap_mb=100, broadcast_buffers=False)
     if parallel_dims.dp_enabled and not is_synchronised:
@@ -72,11 +72,11 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 def _compile(model: nn.Module, backend: str) -> None:
     """Compile each block for its own shapes.
 
-    Blocks share one function. Compiled for any shape, batch norm's counts have no number and
-    inductor gives up; and beyond the limit torch would run the later blocks as they are.
+    Blocks share one function. Compiled for variable shapes, batch norm's counts are symbolic and
+    inductor fails; beyond the recompile limit, torch would run the later blocks uncompiled.
     """
     blocks = _blocks(model)
-    # In training and in evaluation, with batches of their own sizes.
+    # Training and evaluation have batches of different sizes.
     torch._dynamo.config.recompile_limit = max(
         torch._dynamo.config.recompile_limit, 4 * len(blocks)
     )
@@ -113,7 +113,7 @@ def average_running_statistics(model: nn.Module, mesh: DeviceMesh) -> None:
     One collective of two numbers per channel; gradients are four hundred times as many.
 
     Args:
-        model: Has batch norms; its buffers may still move.
+        model: A model with batch norms; its buffers may still move.
         mesh: All ranks that read different data.
     """
 
@@ -133,7 +133,7 @@ def average_running_statistics(model: nn.Module, mesh: DeviceMesh) -> None:
             flat /= mesh.size()
             sizes = [buffer.numel() for buffer in buffers]
             for buffer, part in zip(buffers, flat.split(sizes), strict=True):
-                # .data: autograd saved the buffer for the backward pass, which does not read it.
+                # .data: autograd saved the buffer for the backward pass, but does not read it.
                 buffer.data.copy_(part)
 
     model.register_forward_hook(average)

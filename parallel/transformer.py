@@ -1,9 +1,9 @@
 """The Llama-style transformer under FSDP2, HSDP, DDP, tensor and pipeline parallelism.
 
 The plan is torchtitan's: attention and feed-forward column- then row-wise over ``tp``, one FSDP
-unit per block over ``dp_replicate x fsdp``; its context parallelism, which needs GPUs, is untested
-here. Ours: gradients are summed in a way that gloo can, and the initial weights do not depend on
-any of it.
+unit per block over ``dp_replicate x fsdp``. Its context parallelism, which needs GPUs, is untested
+here. Two things are ours: gradients are summed by operations that gloo has, and the initial weights
+do not depend on the sharding.
 """
 
 from torch import nn
@@ -27,9 +27,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     """Return ``model``, or a part of a pipeline, sharded as ``[parallelism]`` says.
 
     Args:
-        model: On the meta device.
-        parallel_dims: The degrees and their meshes.
-        job_config: Also says how to compile, checkpoint activations and mix precisions.
+        model: The model on the meta device.
+        parallel_dims: Degrees of parallelism and their meshes.
+        job_config: Configuration of compilation, activation checkpointing and mixed precision.
     """
     model = parallelize_llama(model, parallel_dims, job_config)
     sum_gradients(model)

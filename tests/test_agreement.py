@@ -92,7 +92,7 @@ MISTAKES: dict[Callable[[str], None], str] = {
     shape: "1.weight: shape is (4, 4) on rank 0 and (5, 4) on rank 1",
     dtype: "0.weight: dtype is torch.float32 on rank 0 and torch.float64 on rank 1",
     missing: "1.weight: is on rank 0 and not on rank 1",
-    order: "0.weight: comes where 1.weight comes on rank 1, on rank 0",
+    order: "0.weight: rank 0 has it in the position of 1.weight on rank 1",
     groups: "1.weight: number of its parameter group is 0 on rank 0 and 1 on rank 1",
 }
 
@@ -209,7 +209,7 @@ def test_what_some_ranks_hold_alone_is_an_error_on_all(method: str) -> None:
     *holders, _, last = run_on_ranks(4, refusal, half_of_the_ranks, method)
     sentence = "1.weight: shape is (4, 4) on rank 0 and (6, 4) on rank 1; give all ranks the same"
     assert holders[:2] == [sentence] * 2
-    assert last == "parameters or options of other ranks differ, as those ranks say"
+    assert last == "parameters or options of other ranks differ; see the errors of those ranks"
 
 
 def stages(method: str, bare: bool, wrong: dict[int, dict[str, Any]]) -> str:
@@ -259,7 +259,9 @@ def test_a_mistake_in_one_stage_is_an_error_in_all(method: str) -> None:
     wrong = {3: {"weight_decay": 0.5}}
     *others, third, last = run_on_ranks(4, stages, method, False, wrong)
     assert third == last == f"0.weight: weight_decay is 0.0 on rank 2 and 0.5 on rank 3{PLAIN}"
-    assert others == ["parameters or options of other ranks differ, as those ranks say"] * 2
+    assert (
+        others == ["parameters or options of other ranks differ; see the errors of those ranks"] * 2
+    )
 
 
 def of_a_whole_model(method: str) -> None:

@@ -145,7 +145,7 @@ def save_run(folder):
 def test_a_checkpoint_goes_to_torchs_format_and_back(tmp_path):
     run_on_ranks(2, save_run, tmp_path)
     place = tmp_path / "checkpoint" / "step-2"
-    export(place, verify(place), tmp_path / "dcp", to="dcp", dtype=None, told=lambda _: None)
+    export(place, verify(place), tmp_path / "dcp", to="dcp", dtype=None, progress=lambda _: None)
     native = read_native(tmp_path / "dcp")
     for key, value in content(place).items():
         assert torch.equal(native[key.removeprefix("model.")], value)

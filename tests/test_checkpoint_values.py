@@ -234,7 +234,10 @@ def test_a_manifest_in_which_nothing_is_wrong_is_good(saved, tmp_path):
         (b'{"a": ' * 900 + b"1" + b"}" * 900, "format"),
         (b"\xff\xfe{\x00}\x00", "not a manifest"),
         (b"\x80\x04N.", "not a manifest"),
-        (b'{"format": "titan-shampoo checkpoint", "version": 3, "version": 3}', "'version': twice"),
+        (
+            b'{"format": "titan-shampoo checkpoint", "version": 3, "version": 3}',
+            "'version': repeated",
+        ),
         (b'{"format": "titan-shampoo checkpoint", "version": [3]}', "format version [3]"),
         (b'{"format": "titan-shampoo checkpoint", "version": 3}', "files: missing"),
     ],

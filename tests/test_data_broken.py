@@ -213,7 +213,7 @@ def test_a_column_of_another_type_is_named(tmp_path, column, instead):
         str(folder), tokenizer=ByteTokenizer(), seq_len=8, lanes=1, max_bad_fraction=0.5
     )
     message = refusal(next, stream.windows(0))
-    assert "lane 0 of 1 has no text to train on (60 rows were skipped)" in message
+    assert "stream shard 0 of 1 has no text to train on (60 rows were skipped)" in message
 
 
 def test_texts_among_other_types_in_json_are_decoded(tmp_path):
@@ -257,7 +257,7 @@ def test_a_stream_that_cannot_go_on_names_its_file(tmp_path):
         file.write(b"\n".join([*(line.encode() for line in ROWS), BROKEN["no JSON"]]))
     message = refusal(streamed, tmp_path / "rows", max_bad_fraction=0.1)
     assert "file 1 of 1: cannot be read from row 0 on (ArrowInvalid: JSON parse error" in message
-    assert message.endswith("mend or remove the file")
+    assert message.endswith("repair or remove the file")
 
 
 @both

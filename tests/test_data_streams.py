@@ -128,7 +128,7 @@ def test_a_rank_reads_only_the_lanes_of_its_own_rows(folder, monkeypatch):
 
 
 def test_more_lanes_than_documents_are_refused(folder):
-    with pytest.raises(DataError, match=r"lane 10 of 4000 has no text .*training.stream_lanes"):
+    with pytest.raises(DataError, match=r"shard 10 of 4000 has no text .*training.stream_lanes"):
         taken([loader(folder, 0, 1, lanes=4000, batch=4000)], 1)
 
 

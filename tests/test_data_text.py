@@ -279,7 +279,7 @@ def test_a_shortage_of_held_out_text_names_the_validation_keys(tmp_path):
 def test_an_unreachable_hub_is_refused_at_once_and_stays_configured(monkeypatch):
     monkeypatch.setattr(sources, "_hub_answers", lambda _: False)
     start = time.monotonic()
-    with pytest.raises(DataError, match="not to be had as a hub data set"):
+    with pytest.raises(DataError, match="cannot be loaded as a hub data set"):
         open_text("nobody/nothing")
     assert time.monotonic() - start < 60
     assert not datasets.config.HF_HUB_OFFLINE

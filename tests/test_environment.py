@@ -103,7 +103,7 @@ def write_apart(folder):
 def test_a_folder_that_is_not_shared_is_refused_on_all_ranks(tmp_path):
     answers = run_on_ranks(2, write_apart, str(tmp_path))
     for apart, together in answers:
-        assert "is not seen on" in apart
+        assert "are not seen on" in apart
         assert together is None
     assert not list(tmp_path.rglob(".seen*"))
 

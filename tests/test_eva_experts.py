@@ -263,7 +263,7 @@ def test_matrices_that_are_stored_transposed_are_refused_by_name() -> None:
 
     model = Turned()
     tap(model, is_stack=_is_stack)
-    with pytest.raises(ValueError, match=r"w1: rows are multiplied by it as it is, .*batch_dims"):
+    with pytest.raises(ValueError, match=r"w1: got a stack that multiplies rows .*batch_dims"):
         model(torch.ones(2, DIM))
 
 

@@ -65,7 +65,7 @@ def test_failed_refresh_is_named_once_and_mended_in_float64(
         take_step(weight, optimizer, 2)
         take_step(weight, optimizer, 3)
     assert [record.getMessage() for record in caplog.records] == [
-        "w, block 0: a refresh failed; the last good one is kept, and it is repeated in float64"
+        "w, block 0: a refresh failed and is repeated in float64; the last good one stays in use"
     ]
     assert not torch.equal(of_blocks(state, "left_root")[0], torch.eye(2))
     assert of_blocks(state, "failures")[0] == 0

@@ -454,7 +454,7 @@ def test_a_model_whose_taps_are_taken_off_is_named(method: str) -> None:
     optimizer = made(method, model)
     train(model, optimizer, range(2))
     untap(model)
-    with pytest.raises(RuntimeError, match=r"^backbone\.0: its tap was taken off; give untap a"):
+    with pytest.raises(RuntimeError, match=r"^backbone\.0: its tap was removed; give untap a"):
         train(model, optimizer, range(2, 3))
     train(model, made(method, model), range(3))
 

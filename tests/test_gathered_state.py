@@ -304,10 +304,10 @@ def load_what_is_not_whole(method: str) -> dict[str, tuple[str, bool]]:
 @pytest.mark.parametrize("method", ["Shampoo", "FOOF"])
 def test_state_that_is_not_whole_is_refused_on_all_ranks_and_changes_nothing(method: str) -> None:
     wanted = {
-        "rank 0's DTensors": "blocks of the state are of different steps, or one rank's",
+        "rank 0's DTensors": "blocks of the state are of different steps, or belong to another",
         "rank 0's blocks": (
-            "one rank's are in the place of another's",
-            "what one rank has of its own fits that rank alone",
+            "or belong to another rank",
+            "the state of one rank fits that rank alone",
         ),
         "two steps": "blocks of the state are of different steps",
         "missing on rank 1": "the state has 0 entries",

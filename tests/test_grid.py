@@ -21,7 +21,7 @@ from titan_shampoo.block_memory import as_blocks
 from titan_shampoo.distributed.assignment import refresh_turns
 from titan_shampoo.distributed.copies import Copy, View, coalesce, pieces
 from titan_shampoo.distributed.geometry import Grid, Merge, make_grid
-from titan_shampoo.distributed.layout import Sharding, _cut_order
+from titan_shampoo.distributed.layout import Sharding, cut_order
 from titan_shampoo.distributed.overlap import holders, overlap_table
 
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ class Cutting:
     def sharding(self) -> Sharding:
         """What the library makes of the placements."""
         return Sharding(
-            tuple(self.sizes), _cut_order(list(zip(self.placements, self.sizes, strict=True)))
+            tuple(self.sizes), cut_order(list(zip(self.placements, self.sizes, strict=True)))
         )
 
     def shards(self, numbers: Tensor) -> list[Tensor]:

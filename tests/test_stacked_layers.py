@@ -1,4 +1,4 @@
-"""Small layers of equal shape are stepped as one stack: as many operations as one, same iterates."""
+"""Small layers of equal shape are stepped as one stack: the same iterates in fewer operations."""
 
 from typing import Any
 

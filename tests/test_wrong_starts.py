@@ -114,12 +114,12 @@ MISTAKES = [
     (
         "only images for text",
         {**TEXT, "training.dataset": "{}/good/train/cat"},
-        "not UTF-8 text, nor is any other",
+        "not UTF-8 text, and no other",
     ),
     (
         "unreachable hub",
         {**TEXT, "training.dataset": "nobody/nothing"},
-        'training.dataset = "nobody/nothing": no such file or folder, and not to be had',
+        'training.dataset = "nobody/nothing": no such file or folder, and cannot be loaded',
     ),
     ("no images", {**IMAGES, "training.dataset": "{}/goood"}, 'no such file.*"{}/good"\\?'),
     ("a file for images", {**IMAGES, "training.dataset": "{}/words.txt"}, "a folder is needed"),
@@ -132,7 +132,7 @@ MISTAKES = [
     (
         "unreadable images",
         {**IMAGES, "training.dataset": "{}/broken"},
-        r"37 samples in a row cannot be read, .*png: .*; mend or remove them",
+        r"37 samples in a row cannot be read, .*png: .*; repair or remove them",
     ),
     ("few images", {**IMAGES, "training.dataset": "{}/few"}, "has 2 images here, 8 are needed"),
     (

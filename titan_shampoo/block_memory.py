@@ -1,9 +1,9 @@
-"""How blocks lie in memory: the two longest dims outside, short ones between them.
+"""Memory layout of blocks: the two longest dims outside, short ones between them.
 
-A block of a convolution, ``(out, in, kernel)``, lies as ``(out, kernel, in)``, like torch's memory
-format "channels last". Then its products with the large matrices, and the sums of squares that they
-come from, are products of memory as it is, where row-major blocks would be transposed before and
-after each. Matrices and vectors are row-major.
+A block of a convolution, ``(out, in, kernel)``, is stored as ``(out, kernel, in)``, like torch's
+memory format "channels last". Its products with the large matrices, and the sums of squares behind
+them, then need no transpose; row-major blocks would be transposed before and after each. Matrices
+and vectors are row-major.
 """
 
 import itertools
@@ -39,10 +39,10 @@ def as_blocks(memory: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def in_memory_order(blocks: Tensor) -> Tensor:
-    """``(n, *block)`` with the dims of a block as they lie in memory: contiguous."""
+    """Contiguous ``(n, *block)`` with the dims of a block in memory order."""
     return blocks.permute(0, *(1 + dim for dim in memory_order(blocks.shape[1:])))
 
 
 def from_memory_order(lying: Tensor, order: Sequence[int]) -> Tensor:
-    """The inverse of :func:`in_memory_order`, of blocks whose dims lie in ``order``."""
+    """Inverse of :func:`in_memory_order`, for blocks with dims in ``order``."""
     return lying.permute(0, *(1 + order.index(dim) for dim in range(len(order))))

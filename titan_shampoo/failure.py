@@ -1,11 +1,11 @@
-"""Steps whose gradients are not finite: decided by all ranks alike, skipped, counted, and ended.
+"""Step status: one decision of all ranks whether a step is taken, skipped, or ends the run.
 
-One number per step, the maximum over all ranks, says all: infinity where a gradient is not finite,
-else how many refreshes of a block have failed in a row. (Beside it travels whether any rank has
-other gradients than the ranks last agreed on, see ``distributed.presence``, and whether a direction
-of the step before was beyond the range of its dtype.) A CPU reads it at
-once. An accelerator would stand still while its host waits: there the step decides for itself, on
-the device, whether it changes anything, and the host reads the numbers of the step before.
+The main number of a step is a maximum over all ranks: infinity if a gradient is not finite, else
+the number of failed refreshes in a row of the worst block. Flags travel beside it: for gradients
+that differ from the last agreement (see ``distributed.presence``), and for directions of the step
+before that exceeded the range of their dtype. A CPU reads the numbers at once. An accelerator would
+idle while its host waits. There the step decides on the device whether it changes anything, and the
+host reads the numbers of the step before.
 """
 
 import logging
@@ -28,19 +28,19 @@ def verdict_of(
     parts_replicas: bool,
     beyond: Tensor,
 ) -> Tensor:
-    """Five numbers that are the same on all ranks, ``(5,)``; one all-reduce per group.
+    """Step status: five numbers, ``(5,)``, that are equal on all ranks; one all-reduce per group.
 
     The first is infinity if a gradient of any rank is not finite, else the most failures of any
-    rank. The second is 1 if something is news to any rank, the third if it is none to any; else 0;
-    the fourth if replicas would part, the fifth if a direction was beyond the range of floats.
+    rank. The others are flags, 1 if true for any rank: the gradient pattern is new; it is
+    unchanged; replicas would diverge; a direction exceeded the range of floats.
 
     Args:
-        norms: Of local gradients, and of whatever else must be finite, 0-dim.
+        norms: Norms of local gradients, and other numbers that must be finite, 0-dim.
         failures: Refreshes that failed in a row on this rank, 0-dim.
-        groups: Reduced over in turn.
-        is_news: Whether this rank has other gradients than when the ranks last agreed.
-        parts_replicas: Whether any of these are of a parameter with replicas.
-        beyond: Whether a direction of this rank was, in the step before, 0-dim.
+        groups: Process groups to reduce over, one after the other.
+        is_news: True if this rank's gradient pattern differs from the last agreement.
+        parts_replicas: True if it differs for a parameter with replicas.
+        beyond: True if a direction of this rank exceeded the range in the step before, 0-dim.
     """
     worst = failures
     lengths = list(norms)
@@ -55,9 +55,10 @@ def verdict_of(
 
 
 def may_be_taken(verdict: Tensor, *, is_agreed: bool) -> Tensor:
-    """Whether a step may change anything, decided on the device, 0-dim bool.
+    """True if the step may change anything, decided on the device, 0-dim bool.
 
-    Not if replicas would part: some have other gradients, and the others do not know it yet.
+    False if replicas would diverge: some have another gradient pattern, and the others do not know
+    it yet.
     """
     worst, _, is_known, parts_replicas, _ = verdict
     finite = worst.isfinite()
@@ -65,9 +66,9 @@ def may_be_taken(verdict: Tensor, *, is_agreed: bool) -> Tensor:
 
 
 def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The norm of each tensor: not its largest entry, which takes seven times as long.
+    """Norm of each tensor, which takes a seventh of the time of its largest entry.
 
-    Where squares overflow, so does everything that is made of them.
+    An overflow of the squares counts as not finite: statistics of the gradients would overflow too.
     """
     some = list(tensors)
     wide = any(tensor.dtype == torch.float64 for tensor in some)
@@ -76,15 +77,15 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 class Watch:
-    """Counts skipped steps, and reads numbers off the device without stopping it.
+    """Counts skipped steps, and reads step statuses off the device without a stall.
 
     Args:
-        device: Where the gradients lie.
-        late: Whether the host reads a step late; None for what suits the device.
+        device: Device of the gradients.
+        late: True if the host reads one step late; None for the default of the device.
     """
 
     skipped_steps: int
-    """Steps that changed nothing, as far as the host knows."""
+    """Number of steps that changed nothing, as far as the host knows."""
 
     def __init__(self, device: torch.device, *, late: bool | None = None) -> None:
         self.skipped_steps = self._in_a_row = 0
@@ -92,7 +93,7 @@ class Watch:
         self._pending: tuple[Tensor, torch.Event | None] | None = None
 
     def read(self, verdict: Tensor) -> list[float]:
-        """The numbers of this step, or if reads are late of the step before (0 in the first)."""
+        """Status of this step or, with late reads, of the step before (zeros in the first step)."""
         if not self.late:
             return verdict.tolist()
         before, self._pending = self._pending, sent_to_host(verdict)
@@ -104,15 +105,15 @@ class Watch:
         return numbers.tolist()
 
     def count(self, worst: float, beyond: float, max_skipped: int) -> None:
-        """Count a skipped step, and the one before if a direction of it was left out.
+        """Count a skipped step, and the step before if one of its directions was left out.
 
         Args:
-            worst: The first number that :meth:`read` returned.
-            beyond: The last one.
-            max_skipped: Skipped steps in a row that end the run.
+            worst: First number of :meth:`read`.
+            beyond: Last number of :meth:`read`.
+            max_skipped: Number of skipped steps in a row that ends the run.
 
         Raises:
-            RuntimeError: On all ranks alike, after ``max_skipped`` in a row.
+            RuntimeError: On all ranks, after ``max_skipped`` in a row.
         """
         reasons = []
         if beyond:
@@ -131,7 +132,7 @@ class Watch:
 
 
 def sent_to_host(values: Tensor) -> tuple[Tensor, torch.Event | None]:
-    """A copy that arrives on the host while the device works on, and the event of its arrival."""
+    """A copy on the host, made while the device works on, and the event of its arrival."""
     if values.device.type == "cpu":
         return values.clone(), None
     copy = torch.empty(len(values), dtype=values.dtype, pin_memory=True)

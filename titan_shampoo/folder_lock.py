@@ -1,7 +1,8 @@
-"""Only one run writes into a folder: a lock that the operating system frees with the process.
+"""Lock of a folder that one run writes to; the operating system frees it with the process.
 
-A second run is told who is there. So are the workers of a restart whose predecessors still live,
-because their torchrun was killed: two of them would delete and overwrite each other's files.
+The error for a second run names the first one. Workers of a restart are refused as well while their
+predecessors live, because their torchrun was killed: both would delete and overwrite the same
+files.
 """
 
 import errno
@@ -28,24 +29,24 @@ _RESTART_PATIENCE = 20.0
 
 
 class FolderLock:
-    """Holds a file in a folder until it is released or the process ends, however it ends."""
+    """Holds a file in a folder until it is released or the process ends in any way."""
 
     error: type[ConfigError] = ConfigError
-    """Class of the errors that are raised."""
+    """Class of the errors."""
     remedy = "set job.dump_folder"
-    """Advice to those who are kept out."""
+    """Advice in the error for a second run."""
 
     def __init__(self, folder: Path, *, name: str = ".lock", patience: float | None = None) -> None:
         """Take the lock.
 
         Args:
-            folder: Made if it is not there.
-            name: Of the file.
-            patience: Seconds to wait for a run that is about to end; None means some in an attempt
-                of torchrun after the first, whose predecessor may not be gone, and else none.
+            folder: Created if missing.
+            name: Name of the file.
+            patience: Seconds to wait for a run that is about to end. None means 0, or a few seconds
+                in a restart by torchrun, whose predecessor may still live.
 
         Raises:
-            ConfigError: If another process has it, saying which.
+            ConfigError: If another process holds it; names that process.
         """
         self._folder, self._path = folder, folder / name
         self._descriptor = -1
@@ -63,31 +64,31 @@ class FolderLock:
                 )
             time.sleep(0.2)
         self._sign()
-        # Forked helpers, such as loaders of data, may outlive a run that is killed.
+        # Forked helpers, such as data loader workers, may outlive a run that is killed.
         mine = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _release(mine()))
 
     def is_held(self) -> bool:
-        """Return whether the file that was locked is still the one that others find here.
+        """Return whether the locked file is still the one at this path.
 
-        It is not if the file or the folder was deleted, or put in place of the old one: another run
-        may have the new one.
+        It is not if the file or the folder was deleted or replaced: another run may hold the new
+        one.
         """
         if self._descriptor < 0:
             return False
         try:
             mine, there = os.fstat(self._descriptor), self._path.lstat()
-        except OSError as error:  # of another kind, it says nothing about the file
+        except OSError as error:  # other errors say nothing about the file
             return error.errno not in _GONE
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     def release(self) -> None:
-        """Let others in; the second call does nothing."""
+        """Release the lock; the second call does nothing."""
         self._close()
         self._descriptor = -1
 
     def _try(self) -> bool:
-        """Open the file anew, for another run may have removed it, and lock it."""
+        """Open the file again, since another run may have removed it, and lock it."""
         self.release()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -119,10 +120,10 @@ class FolderLock:
     def _holder(self) -> str:
         try:
             found = json.loads(os.pread(self._descriptor, 4096, 0))
-            told = f"process {found['pid']} on {found['host']} since {found['since']}"
+            holder = f"process {found['pid']} on {found['host']} since {found['since']}"
         except (ValueError, KeyError, TypeError):
-            return "it has not said which"
-        return told if told.isprintable() else "it has not said which"
+            return "an unknown process"
+        return holder if holder.isprintable() else "an unknown process"
 
 
 def _release(lock: FolderLock | None) -> None:

@@ -1,4 +1,4 @@
-"""Files that a run writes for itself, and never through a link: others may be able to plant one."""
+"""Files that a run writes, never through a link: another user could have put the link there."""
 
 import errno
 import os
@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a regular file that has one name, made if it is not there, and return its descriptor.
+    """Open a regular file with a single name, created if missing, and return its descriptor.
 
     Args:
-        path: Links in its folders are followed: who may write there may do worse.
-        flags: Of ``os.open``; not ``O_TRUNC``, which would come before the look at the file.
+        path: Links in its folders are followed: who can write to those can do worse.
+        flags: Flags of ``os.open``; not ``O_TRUNC``, which would act before the file is checked.
 
     Raises:
-        OSError: If it cannot be opened, or is a link or no regular file.
+        OSError: If it cannot be opened, or is a link or not a regular file.
     """
     try:
         # O_NONBLOCK: a pipe would otherwise wait for its other end.
@@ -37,7 +37,7 @@ def open_own(path: Path, flags: int) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a new file, which takes the name ``path`` if the block ends well, link or not."""
+    """Yield a new file that replaces ``path``, even a link, if the block succeeds."""
     written = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with written.open("xb") as file:
@@ -48,5 +48,5 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _refused(path: Path) -> OSError:
-    reason = "a link, or no regular file, which is not written to; remove it"
+    reason = "a link or not a regular file, which is not written to; remove it"
     return OSError(errno.ELOOP, reason, str(path))

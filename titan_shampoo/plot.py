@@ -1,7 +1,7 @@
-"""Runs side by side: ``python -m titan_shampoo.plot RUN [RUN ...] [--output comparison.png]``.
+"""Plots of runs side by side: ``python -m titan_shampoo.plot RUN [RUN ...] [--output FILE.png]``.
 
-A run is the folder that ``job.dump_folder`` named. Training and validation loss are drawn against
-steps and against the seconds spent, restarts included, from each run's ``metrics.jsonl``.
+A run is the folder in ``job.dump_folder``. Training and validation loss are drawn against steps and
+against seconds, restarts included, from each run's ``metrics.jsonl``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _AXES = ("step", "seconds")
 
 
 def read_records(file: Path) -> list[Record]:
-    """All complete records of a run, oldest first; none if there is no such file."""
+    """All complete records of a run, oldest first; empty if there is no such file."""
     if not file.is_file():
         return []
     records = []
@@ -34,7 +34,7 @@ def read_records(file: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # cut short by the end of the process, or no record at all
+            continue  # cut short by the end of the process, or not a record
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
@@ -44,11 +44,11 @@ def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "")
     """Draw a row for each loss, against steps on the left and against seconds on the right.
 
     Args:
-        runs: Records by the name that the legend shows.
-        output: A PNG file, replaced.
-        title: Above all.
+        runs: Records by their name in the legend.
+        output: A PNG file, replaced if present.
+        title: Title of the figure.
     """
-    # Imported here: takes a second, and who reads records need not draw them.
+    # Imported here: it takes a second, and readers of records do not need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -74,7 +74,7 @@ def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "")
 
 
 def main(args: Sequence[str]) -> None:
-    """Draw the runs that a command line names.
+    """Draw the runs on the command line.
 
     Raises:
         SystemExit: With 2 if a run has no records, naming it.
@@ -108,7 +108,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def limits(runs: Iterable[Sequence[Record]], key: str) -> tuple[float, float] | None:
-    """Of the values behind the first tenth of each run, whose fall would hide all that follows."""
+    """Range of values after the first tenth of each run, whose steep fall would hide the rest."""
     kept: list[float] = []
     for records in runs:
         points = list(_points(records, "step", key))
@@ -124,7 +124,7 @@ def _points(records: Sequence[Record], x: str, y: str) -> Iterator[tuple[float, 
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or the whole of it where several end alike."""
+    """Last part of each path, or the whole path if several end in the same part."""
     short = [folder.resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 

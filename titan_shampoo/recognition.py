@@ -1,8 +1,8 @@
-"""Which matrices are multiplied, and why the others are left to the fallback.
+"""Selection of the matrices to precondition, with the reason for each that the fallback steps.
 
-Rows of embeddings and of other tables are looked up, those of output heads and routers chosen: a
-factor of their rows is as large as the vocabulary, and Adam is as good. A model tells tables by
-their modules; otherwise names do, and at last the shape. Groups decide by ``precondition``.
+Rows of embeddings and tables are looked up, rows of output heads and routers are chosen. Their
+row factor would be as large as the vocabulary, and Adam works as well. Modules of a known model
+decide first, then names, then the shape. ``precondition`` of a group overrides all of them.
 """
 
 import re
@@ -14,17 +14,17 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 Kind = Literal["embedding", "output head", "layer"]
-"""What the modules say of a parameter; a layer may still be a head or a router by its name."""
+"""Kind of a parameter by its module; a "layer" can still be a head or a router by its name."""
 
 Model = nn.Module | Sequence[nn.Module]
-"""A model, or the parts of a pipeline that are on this rank."""
+"""A model, or the parts of a pipeline on this rank."""
 
 _WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.\w+)\."
 )
-"""What torch.compile, activation checkpointing, FSDP and peft put into a name."""
+"""Parts of names that torch.compile, activation checkpointing, FSDP and peft add."""
 
-# The last part of a name, whatever stands before its last underscore; a projection is no table.
+# Last part of a name, with anything before its last underscore; projections are no tables.
 _TABLES = re.compile(
     r"""(^|\.)(?!to_|[^.]*(patch|proj))([^.]*_)?(
       embed\w* | embs?                          # embed_tokens, tok_emb, pos_embed, word_embeddings
@@ -44,7 +44,7 @@ _ROUTERS = re.compile(
 
 _HEADS = re.compile(r"(^|\.)([^.]*_)?(lm_head|output)\.weight$")
 
-# Words that layers inside a network have as well: heads only where no number stands before them.
+# Words that occur inside a network too: they mean a head only without a number before them.
 _LAST_LAYERS = re.compile(
     r"""^(?!(.*\.)?\d+\.)(.*\.)?(
       ([^.]*_)?(head|score|classifier|logits) | head_dist | unembed\w* | qa_outputs
@@ -56,10 +56,10 @@ _LAST_LAYERS = re.compile(
 )
 
 _REPEATED = re.compile(r"(^|\.)\d+\.\w+\.")
-"""Inside a numbered part of a network, such as ``layers.3.attention.wq.weight``."""
+"""Matches numbered parts of a network, such as ``layers.3.attention.wq.weight``."""
 
 TALL_ROWS, TALL_RATIO = 16384, 48
-"""A matrix with so many rows, and so many for each column, is a table if it is in no numbered part.
+"""Smallest number of rows, and of rows per column, of a table outside of numbered parts.
 
 A vocabulary of 32128 at a width of 512 has 63 rows for each column. Projections of transformers
 have 4 to 16; the few with more (64 in T5-11B and in DeepSeek's latent attention) are in numbered
@@ -70,13 +70,13 @@ layers. Embeddings of wide models have fewer, and need a name or a module.
 def reason_not_multiplied(
     name: str, param: Tensor, options: Mapping[str, Any], kind: Kind | None = None
 ) -> str | None:
-    """Why a matrix is left to the fallback, in a few words; None if it is preconditioned.
+    """Reason why the fallback steps a matrix, in a few words; None if it is preconditioned.
 
     Args:
-        name: Of the parameter.
-        param: Its shape counts.
+        name: Name of the parameter.
+        param: The parameter; only its shape counts.
         options: Its parameter group.
-        kind: What its module is, where a model is known.
+        kind: Kind by its module, if a model is known.
     """
     wanted = options.get("precondition")
     if wanted:
@@ -103,7 +103,7 @@ def kinds_of(models: Iterable[nn.Module]) -> dict[Tensor, Kind]:
     """Embeddings, output heads and layers among the parameters of ``models``, by their modules.
 
     A weight that an embedding shares with another module is an embedding. An output head is a
-    linear layer that has the shape of an embedding and is in no numbered part of its model.
+    linear layer with the shape of an embedding outside of numbered parts of its model.
     """
     kinds: dict[Tensor, Kind] = {}
     linear: dict[Tensor, str] = {}
@@ -126,14 +126,14 @@ def kinds_of(models: Iterable[nn.Module]) -> dict[Tensor, Kind]:
 
 
 def parts_of(model: Model | None) -> list[nn.Module]:
-    """The parts of a model on this rank; none without one."""
+    """Parts of a model on this rank; empty without a model."""
     if model is None:
         return []
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
 def with_names(params: Iterable[Any] | nn.Module, models: Sequence[nn.Module]) -> list[Any]:
-    """Parameters or groups as they are given to an optimizer, with names that ``models`` know."""
+    """Parameters or groups as given to an optimizer, with the names of ``models`` added."""
     names = {param: name for model in models for name, param in model.named_parameters()}
 
     def named(some: Iterable[Any]) -> list[Any]:
@@ -149,37 +149,37 @@ def with_names(params: Iterable[Any] | nn.Module, models: Sequence[nn.Module]) -
 
 
 def warn_without_names(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Say what is lost if some parameters have no names; for constructors of base classes."""
+    """Warn if parameters without names cannot be recognised; for constructors of base classes."""
     if any(
         "param_names" not in group and group["fallback"] and group["precondition"] is None
         for group in groups
     ):
         warnings.warn(
-            "without names, embeddings and output heads (but for very tall ones) cannot be told "
-            "from other matrices and are preconditioned; pass model.named_parameters(), or "
+            "without names, embeddings and output heads cannot be recognised among other matrices "
+            "and are preconditioned (except for very tall ones); pass model.named_parameters(), or "
             "model=model",
-            stacklevel=4,  # of the user, who calls the constructor of a subclass
+            stacklevel=4,  # the line of the user, who calls the constructor of a subclass
         )
 
 
 VECTOR = "vector"
-"""The reason of vectors and scalars, which nobody expects otherwise."""
+"""Reason for vectors and scalars, which is not worth a report."""
 
 
 CANNOT_BE_TAPPED = "not in a layer that can be tapped"
-"""The reason of matrices for methods that look into layers."""
+"""Reason for matrices in methods with statistics of layers."""
 
 
 def summary_of(
     method: str, fallback: str, params: Iterable[tuple[str, Tensor]], reasons: Mapping[Tensor, str]
 ) -> str:
-    """One line: how many parameters a method steps, how many its fallback, and why.
+    """One line: number of parameters that a method and its fallback step, and the reasons.
 
     Args:
-        method: Of the optimizer.
-        fallback: What steps the others.
-        params: All, with their names.
-        reasons: Why some are left to the fallback.
+        method: Name of the optimizer.
+        fallback: Name of the method of the others.
+        params: All parameters with their names.
+        reasons: Reasons for those that the fallback steps.
     """
     sizes, left = [], defaultdict(list)
     for name, param in params:
@@ -197,6 +197,6 @@ def summary_of(
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
+    """The first ``most`` names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

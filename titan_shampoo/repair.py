@@ -1,7 +1,7 @@
-"""Refreshes that fail: what is not finite is not taken, counted, named once, repeated in float64.
+"""Failed refreshes: kept out of the state, counted, reported once, and repeated in float64.
 
-State is that of stacks of blocks, named tensors ``(n, ...)``. Among them are ``refreshes``, how
-many of a block have been taken, and ``failures``, how many have failed in a row.
+State belongs to stacks of blocks: named tensors ``(n, ...)``. Among them are ``refreshes``, the
+number of successful refreshes of a block, and ``failures``, the number of failures in a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ State = dict[str, Tensor]
 
 
 def put_(state: State, chosen: Tensor, new: State, where: Tensor) -> None:
-    """Put new state of some blocks into its place.
+    """Write new state of some blocks to its place.
 
     Args:
-        state: Of a stack; keeps its dtypes.
+        state: State of a stack; dtypes do not change.
         chosen: Positions of the blocks, ``(k,)`` int64.
-        new: Their new state, ``(k, ...)``.
-        where: Which of them take it, ``(k,)`` bool.
+        new: New state of these blocks, ``(k, ...)``.
+        where: True for blocks to write, ``(k,)`` bool.
     """
     for name, value in new.items():
         mask = where.view(-1, *[1] * (value.ndim - 1))
@@ -27,13 +27,13 @@ def put_(state: State, chosen: Tensor, new: State, where: Tensor) -> None:
 
 
 def take_(state: State, chosen: Tensor, new: State, allowed: Tensor | None = None) -> Tensor:
-    """Take a refresh of some blocks where all of it is finite; returns how many failed, 0-dim.
+    """Write refreshed state of the blocks where it is finite; return the number of failures, 0-dim.
 
     Args:
-        state: As for :func:`put_`, and so are ``chosen`` and ``new``.
-        chosen: Positions.
-        new: What the refresh gave.
-        allowed: Which blocks may change at all, ``(k,)`` or ``()`` bool; None for all.
+        state: As in :func:`put_`.
+        chosen: As in :func:`put_`.
+        new: Result of the refresh.
+        allowed: True for blocks that may change at all, ``(k,)`` or ``()`` bool; None for all.
     """
     finite = _finite(state, chosen, new)
     good = finite if allowed is None else finite & allowed
@@ -46,7 +46,7 @@ def take_(state: State, chosen: Tensor, new: State, allowed: Tensor | None = Non
 
 
 def _finite(state: State, chosen: Tensor, new: State) -> Tensor:
-    """Which blocks are finite in the dtypes that they are kept in, ``(k,)``."""
+    """True for blocks whose new state is finite in the dtypes of the state, ``(k,)``."""
     finite = torch.ones_like(chosen, dtype=torch.bool)
     for name, value in new.items():
         kept = value.to(state[name].dtype).isfinite()
@@ -55,7 +55,7 @@ def _finite(state: State, chosen: Tensor, new: State) -> Tensor:
 
 
 def worst_failure(stacks: Sequence[State], device: torch.device) -> Tensor:
-    """Largest number of refreshes in a row that failed for any block here, 0-dim."""
+    """Largest number of failed refreshes in a row over the blocks of this rank, 0-dim."""
     counts = [state["failures"].max().float() for state in stacks]
     return torch.stack([torch.zeros((), device=device), *counts]).max()
 
@@ -64,9 +64,8 @@ class Repairs:
     """Repeats failed refreshes of the blocks of one optimizer on this rank.
 
     Args:
-        name_of: Name of a block, by numbers of its stack and of its place in it.
-        refresh: A refresh of blocks of a stack: its number, their state in float64, their
-            positions.
+        name_of: Takes the number of a stack and a position in it; returns the name of the block.
+        refresh: Takes the number of a stack, state in float64 and positions; refreshes the blocks.
     """
 
     def __init__(
@@ -79,9 +78,9 @@ class Repairs:
 
     @torch.no_grad()
     def repeat(self, stacks: Sequence[State]) -> list[str]:
-        """Repeat what failed in float64; returns what is to be said, each block once.
+        """Repeat failed refreshes in float64; return warnings, one per block in all.
 
-        No communication: every rank sees to its own blocks.
+        No communication: every rank repeats its own blocks.
         """
         said = []
         for number, state in enumerate(stacks):
@@ -89,14 +88,14 @@ class Repairs:
             if not len(failing):
                 continue
             names = {self._name_of(number, position): None for position in failing.tolist()}
-            said += [f"{name}: a refresh failed; the last good one is kept, and it is repeated in "
-                     "float64" for name in names if name not in self._named]  # fmt: skip
+            said += [f"{name}: a refresh failed and is repeated in float64; the last good one stays in "
+                     "use" for name in names if name not in self._named]  # fmt: skip
             self._named.update(names)
             wide = {name: value[failing].double() for name, value in state.items()}
             new = self._refresh(number, wide, failing)
             good = _finite(state, failing, new)
             put_(state, failing, new, good)
             state["refreshes"][failing] += good
-            # A repetition is no refresh of its own: it mends a failure or leaves it as it was.
+            # A repetition does not count as a refresh: it clears the failure or leaves it.
             state["failures"][failing] = torch.where(good, 0, state["failures"][failing])
         return said

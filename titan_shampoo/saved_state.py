@@ -1,6 +1,6 @@
-"""Saved state: its forms, what it must have in common with an optimizer, and how it is loaded.
+"""Saved state: its forms, its checks against an optimizer, and its load.
 
-A state is checked as a whole, and by all ranks together, before anything of the optimizer changes.
+All ranks check the whole state together before anything of the optimizer changes.
 """
 
 import copy
@@ -19,17 +19,16 @@ from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.options import check_alike
 
 BLOCKS = "blocks"
-"""Key of the numbers of the blocks that a rank owns; when saved, each with the step of its state.
+"""Key of the numbers of a rank's blocks; in saved state, each with the step of its block.
 
-So blocks of different steps, or of one rank in the place of another's, are found when they are
-loaded.
+A load thus detects blocks of different steps, and blocks of another rank.
 """
 
 _FIXED_KEYS = ("params", "param_names", "method", "compile", "precondition")
-"""Keys of a parameter group that a loaded state does not change."""
+"""Keys of a parameter group that a load does not change."""
 
 _SCHEDULED = ("lr", "weight_decay")
-"""Options that nothing is built from, and that schedules change."""
+"""Options that schedules change, and that nothing is built from."""
 
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
@@ -40,13 +39,13 @@ GlobalState = dict[Tensor, dict[str, Tensor]]
 
 
 class SavedStateOptimizer(torch.optim.Optimizer):
-    """An optimizer whose blocks of state lie with different ranks, saved and loaded as torch's."""
+    """An optimizer with blocks of state on different ranks, saved and loaded in torch's form."""
 
     shape_options: ClassVar[tuple[str, ...]]
-    """Options that give state its shape: a state with others cannot be loaded."""
+    """Options that decide the shape of state: a load requires equal values."""
 
     step_options: ClassVar[tuple[str, ...]]
-    """Options that all groups share, as they are of the step and of no parameter."""
+    """Options of the step, which all parameter groups share."""
 
     _judges: list[dist.ProcessGroup]
 
@@ -59,11 +58,11 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _build(self) -> None:
-        """Allocate all state anew; what is replaced is not changed."""
+        """Allocate all state, without changes to the old state."""
         raise NotImplementedError
 
     def _replicas(self) -> dist.ProcessGroup | None:
-        """The ranks that hold plain tensors."""
+        """Ranks that hold plain tensors as replicas."""
         raise NotImplementedError
 
     def _global_state(self) -> GlobalState:
@@ -71,25 +70,25 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _holdings(self) -> dict[Tensor, list[Holding]]:
-        """The blocks of each parameter that has any, by their shape."""
+        """Blocks of each parameter that has any, by shape."""
         raise NotImplementedError
 
     def _follow_others(self) -> None:
-        """Build anew for parameter groups that others have replaced."""
+        """Rebuild if other code has replaced parameter groups."""
         raise NotImplementedError
 
     def _follow_loaded(self) -> None:
-        """Take the options that have been loaded for those that the optimizer was made with."""
+        """Adopt the loaded options as those that the optimizer was made with."""
         raise NotImplementedError
 
     def _is_stage(self) -> bool:
-        """Whether the parameters are those of one stage of a pipeline."""
+        """True if the parameters are those of one stage of a pipeline."""
         raise NotImplementedError
 
     # Saving
 
     def sharded_state(self) -> dict[str, dict[str, Tensor]]:
-        """All state by parameter name, as live tensors to save and to load in place.
+        """All state by parameter name, as live tensors that are saved and loaded in place.
 
         For distributed checkpoints: every tensor is global, and its key and shape depend neither
         on the rank nor on the mesh. Nothing is copied or sent.
@@ -104,13 +103,13 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
         Keys and shapes depend neither on the rank nor on the mesh. State of blocks is spread over
         the ranks that hold the parameter as DTensors, which ``torch.distributed.checkpoint`` saves
-        and ``get_optimizer_state_dict(..., full_state_dict=True)`` gathers; it is whole on every
-        rank where parameters are plain tensors. Later steps do not change it, nor does what is
-        loaded into it change the optimizer: pass it to :meth:`load_state_dict`.
+        and ``get_optimizer_state_dict(..., full_state_dict=True)`` gathers. For plain tensors,
+        every rank gets the whole. Later steps do not change the copy, and changes to the copy do
+        not change the optimizer: pass it to :meth:`load_state_dict`.
 
         Raises:
             RuntimeError: If other ranks have not called it within ten minutes.
-            ValueError: If torch asks for what it would not put together rightly: one file of all
+            ValueError: If torch asks for a form that it would gather incorrectly: one file of all
                 stages of a pipeline, or the flattened form to be broadcast from rank 0.
         """
         self._follow_others()
@@ -124,9 +123,9 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return packed
 
     def local_state_dict(self) -> dict[str, Any]:
-        """The live state of this rank, of its own blocks alone; nothing is sent.
+        """The live state of this rank with its own blocks only; nothing is sent.
 
-        Loads on the layout that it was saved on, each rank its own.
+        Each rank can load its own state again on the same layout.
         """
         self._follow_others()
         state = {
@@ -140,7 +139,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return self._packed(state)
 
     def _number_blocks(self) -> None:
-        """Have the state of each parameter name the blocks that it is of."""
+        """Add the numbers of its blocks to the state of each parameter."""
         for param, holdings in self._holdings().items():
             indices = [index for holding in holdings for index in holding.indices]
             self.state[param][BLOCKS] = torch.tensor(indices, dtype=torch.int64,
@@ -153,7 +152,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return torch.stack([numbers, steps], dim=1)
 
     def _gathered_state(self) -> dict[Any, Any]:
-        """A copy of all state, in which that of blocks is spread over ranks, or whole."""
+        """A copy of all state, with the state of blocks spread over ranks, or whole."""
         copies: dict[Any, Any] = {key: value for key, value in self.state.items()
                                   if not isinstance(key, Tensor)}  # fmt: skip
         holdings = self._holdings()
@@ -171,7 +170,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return copies
 
     def _packed(self, state: Mapping[Any, Any]) -> dict[str, Any]:
-        """A state by parameter as torch saves it, by number."""
+        """State by number of the parameter, as torch saves it."""
         params = [param for group in self.param_groups for param in group["params"]]
         numbers = {param: number for number, param in enumerate(params)}
         by_number = {
@@ -184,7 +183,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return {"state": by_number, "param_groups": groups}
 
     def _names(self) -> dict[Tensor, str]:
-        """The name of each parameter, without those of wrappers."""
+        """Name of each parameter, without the names of wrappers."""
         pairs = [pair for group in self.param_groups for pair in self._named(group)]
         names = bare_names([name for name, _ in pairs])
         return {param: name for (_, param), name in zip(pairs, names, strict=True)}
@@ -193,16 +192,15 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` or :meth:`local_state_dict` returned, on every rank.
+        """Load the result of :meth:`state_dict` or :meth:`local_state_dict`, on every rank.
 
-        State of :meth:`state_dict` fits any layout and any number of ranks, and may be whole on
-        every rank. Options of parameter groups are taken over, as torch's optimizers do; dtypes of
-        state follow these options, and no value passes through another dtype.
+        The result of :meth:`state_dict` fits any layout and any number of ranks, and may be whole
+        on every rank. Options of parameter groups are loaded too, as in torch's optimizers. Dtypes
+        of state follow these options, and no value passes through another dtype.
 
         Raises:
             ValueError: On all ranks, if the state is of another method, of other parameters or of
-                other shapes, or if it was put together from several steps or ranks. Nothing is
-                changed then.
+                other shapes, or if it mixes several steps or ranks. Nothing changes then.
         """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -216,7 +214,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
             for group, before in zip(self.param_groups, options, strict=True):
                 group.clear()
                 group.update(before)
-            self.__dict__.update(attributes)  # a rebuilt state is let go of
+            self.__dict__.update(attributes)  # back to the old state; a rebuilt one is freed
             raise
         self._follow_loaded()
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -245,7 +243,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         self.state.update({k: v for k, v in saved["state"].items() if k not in params})
 
     def _loaded_options(self, saved: Groups) -> list[dict[str, Any]]:
-        """Options of each group as they will be, all of them checked."""
+        """Options of each group after the load, all of them checked."""
         names = [name for group in self.param_groups for name, _ in self._named(group)]
         check_groups(self.param_groups, saved, names, self.shape_options)
         loaded = [
@@ -258,7 +256,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         return loaded
 
     def _copy_in(self, saved: Mapping[str, Any]) -> None:
-        """Check saved state against that of the optimizer as it is now, and copy it there."""
+        """Check saved state against the present state of the optimizer, and copy it there."""
         refusal, entries = None, []
         try:
             entries = list(self._entries(saved))
@@ -269,19 +267,19 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         local = any(entry.is_local for entry in entries)
         are_spread, are_local = self._agreed(refusal, spread, local)
         if are_spread and are_local:
-            raise ValueError("the state is of local_state_dict() on some ranks, and of "
-                             "state_dict() on others; load one of them on all")  # fmt: skip
-        for entry in entries:  # to the end, as every rank of a parameter takes part
+            raise ValueError("got a state of local_state_dict() on some ranks, and of "
+                             "state_dict() on others; load the same form on all")  # fmt: skip
+        for entry in entries:  # all of them, as every rank of a parameter takes part
             if BLOCKS in entry.saved and not entry.is_of_one_step():
-                refusal = (f"{entry.name}: blocks of the state are of different steps, or one "
-                           "rank's are in the place of another's; save what state_dict() returns "
-                           "on every rank, or one file of full_state_dict=True")  # fmt: skip
+                refusal = (f"{entry.name}: blocks of the state are of different steps, or belong "
+                           "to another rank; save the result of state_dict() on every rank, or "
+                           "one file with full_state_dict=True")  # fmt: skip
         self._agreed(refusal)
         for entry in entries:
             entry.load()
 
     def _entries(self, saved: Mapping[str, Any]) -> Iterator["Entry"]:
-        """State of each parameter with what is saved of it; but for frozen ones without any.
+        """Live and saved state of each parameter, without frozen parameters that have none.
 
         Raises:
             ValueError: If they do not fit.
@@ -290,7 +288,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
             for (name, param), key in zip(self._named(group), old["params"], strict=True):
                 other = saved["state"].get(key, {})
-                if other or param.requires_grad:  # torch leaves out frozen ones
+                if other or param.requires_grad:  # torch leaves out frozen parameters
                     entry = Entry(name, self.state.get(param, {}), as_tensors(other),
                                   _shares(holdings.get(param, ())))  # fmt: skip
                     entry.check()
@@ -300,7 +298,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """The flags that are set on any rank.
 
         Raises:
-            ValueError: On all ranks, with the sentence of the first rank that refuses.
+            ValueError: On all ranks, with the refusal of the first rank that has one.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         found = torch.tensor([refusal is not None, *flags], device=device, dtype=torch.float32)
@@ -318,7 +316,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
 
 
 def bare_names(names: Sequence[str]) -> list[str]:
-    """Names without those of the modules that DDP, compile and checkpointing wrap around others.
+    """Names without the parts that DDP, compile and checkpointing add for their wrappers.
 
     >>> bare_names(["module._orig_mod.0.weight", "module._orig_mod.0.bias"])
     ['0.weight', '0.bias']
@@ -330,25 +328,25 @@ def bare_names(names: Sequence[str]) -> list[str]:
 
 
 def _picklable(value: Tensor) -> Tensor:
-    """The same, or a copy: torch can neither copy nor pickle a DTensor that begins in a storage."""
+    """The tensor, or a copy if torch cannot pickle it: a DTensor that starts inside a storage."""
     is_inside = isinstance(value, DTensor) and value.to_local().storage_offset() > 0
     return value.detach().clone() if is_inside else value
 
 
 class Request(NamedTuple):
-    """What ``torch.distributed.checkpoint.state_dict`` makes of the state that it asks for."""
+    """The form of state that ``torch.distributed.checkpoint.state_dict`` asks for."""
 
     gathers: bool = False
-    """One file of rank 0, or one that rank 0 hands to all."""
+    """True for one file on rank 0, or one that rank 0 sends to all."""
     flattens: bool = False
-    """Of one level, to be loaded from one file."""
+    """True for a flat mapping, loaded from one file."""
 
 
 def requested_by_torch() -> Request:
-    """The caller's request; nothing special where others than torch's functions ask.
+    """The request of the caller; all False for callers other than torch's functions.
 
-    torch hands its options to no optimizer, so that they are read off its frames: what it cannot
-    put together would else be lost without a word.
+    torch passes its options to no optimizer, so they are read off its stack frames. Otherwise
+    state that it cannot gather would be lost silently.
     """
     frame, infos = inspect.currentframe(), {}
     while frame is not None:
@@ -356,7 +354,7 @@ def requested_by_torch() -> Request:
             infos[frame.f_code.co_name] = frame.f_locals.get("info")
         frame = frame.f_back
     info = next(iter(infos.values()), None)
-    is_one_file = "_load_optim_state_dict" in infos  # it asks for no other form
+    is_one_file = "_load_optim_state_dict" in infos  # this function loads no other form
     return Request(
         gathers=getattr(info, "full_state_dict", False)
         or getattr(info, "broadcast_from_rank0", False),
@@ -365,28 +363,28 @@ def requested_by_torch() -> Request:
 
 
 def check_request(request: Request, *, is_stage: bool) -> None:
-    """Refuse what torch would lose.
+    """Refuse forms of state that torch would lose.
 
     Args:
-        request: From :func:`requested_by_torch`.
-        is_stage: Whether other ranks have other parameters, as stages of a pipeline.
+        request: Result of :func:`requested_by_torch`.
+        is_stage: True if other ranks have other parameters, as stages of a pipeline.
     """
     if is_stage and request.gathers:
-        raise ValueError("full_state_dict: got True in a pipeline, where rank 0 would have the "
-                         "state of its own stage alone; save the sharded form with "
+        raise ValueError("full_state_dict: got True in a pipeline, where rank 0 would save the "
+                         "state of its own stage only; save the sharded form with "
                          "torch.distributed.checkpoint")  # fmt: skip
     if request.flattens:
-        raise ValueError("flatten_optimizer_state_dict: got True for the load of one file, which "
-                         "torch cannot put together; set it to False, here and in the call that "
+        raise ValueError("flatten_optimizer_state_dict: got True for a load from one file, which "
+                         "torch cannot do; set it to False, in this call and in the one that "
                          "saves")  # fmt: skip
 
 
 def check_form(saved: Mapping[str, Any]) -> None:
-    """Refuse what is not a state of an optimizer, or is one in the flattened form."""
+    """Refuse objects that are not the state of an optimizer, and the flattened form."""
     missing = [key for key in ("state", "param_groups") if key not in saved]
     if missing:
-        raise ValueError(f"the state has no {missing[0]!r}: it is none of an optimizer, or in the "
-                         "flattened form, which torch cannot broadcast from rank 0; set "
+        raise ValueError(f"the state has no {missing[0]!r}: got another object, or the flattened "
+                         "form, which torch cannot broadcast from rank 0; set "
                          "flatten_optimizer_state_dict=False")  # fmt: skip
 
 
@@ -396,10 +394,10 @@ def check_groups(
     """Raise ValueError if saved parameter groups do not fit.
 
     Args:
-        groups: Those of the optimizer.
-        saved: Those of the state.
-        names: All parameters of the optimizer.
-        shape_options: Options that give state its shape.
+        groups: Parameter groups of the optimizer.
+        saved: Parameter groups of the state.
+        names: Names of all parameters of the optimizer.
+        shape_options: Options that decide the shape of state.
     """
     counts, others = [[len(group["params"]) for group in some] for some in (groups, saved)]
     if counts != others:
@@ -431,17 +429,17 @@ def _check_names(names: Sequence[str], saved: Sequence[str]) -> None:
 
 
 class Entry(NamedTuple):
-    """State of one parameter, and what is saved of it."""
+    """Live and saved state of one parameter."""
 
     name: str
     mine: Mapping[str, Tensor]
     saved: Mapping[str, Any]
     shares: Mapping[str, "Share"]
-    """This rank's blocks by the end of their keys; empty if the parameter has no blocks."""
+    """This rank's blocks by the suffix of their keys; empty if the parameter has no blocks."""
 
     @property
     def is_local(self) -> bool:
-        """Whether it is of this rank's blocks alone, where others own some, too."""
+        """True if it has only this rank's blocks, although other ranks own some, too."""
         if not self.shares:
             return False
         places, total = self.shares[BLOCKS]
@@ -459,7 +457,7 @@ class Entry(NamedTuple):
             found = self.saved[key].shape
             if found != wanted:
                 is_blocks = key.rpartition(".")[2] in self.shares and found[1:] == wanted[1:]
-                advice = ("; what one rank has of its own fits that rank alone: save "
+                advice = ("; the state of one rank fits that rank alone: save the result of "
                           "state_dict()") if is_blocks else ""  # fmt: skip
                 raise ValueError(f"{self.name}: {key} of the state has shape {tuple(found)}, "
                                  f"wanted {tuple(wanted)}{advice}")  # fmt: skip
@@ -472,14 +470,14 @@ class Entry(NamedTuple):
         return torch.Size((rows, 2) if key == BLOCKS else (rows, *value.shape[1:]))
 
     def is_of_one_step(self) -> bool:
-        """Whether every saved block is in its place, and of the step of its parameter."""
+        """True if every saved block is in its place, and of the step of its parameter."""
         table = whole_tensor(self.saved[BLOCKS]).cpu()
         numbers = self.mine[BLOCKS].cpu() if self.is_local else torch.arange(len(table))
         steps = torch.full_like(numbers, int(self.saved["cursor"]))
         return torch.equal(table, torch.stack([numbers, steps], dim=1))
 
     def load(self) -> None:
-        """Copy what is saved into live memory."""
+        """Copy the saved state into live memory."""
         for key, value in self.mine.items():
             share = self.shares.get(key.rpartition(".")[2])
             if key != BLOCKS:
@@ -487,16 +485,16 @@ class Entry(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Some of the blocks of a parameter that are alike."""
+    """Blocks of a parameter with equal shape."""
 
     places: Sequence[int]
-    """Of those that this rank owns among all of them."""
+    """Positions of this rank's blocks among all of them."""
     total: int
-    """Blocks on all ranks."""
+    """Number of blocks on all ranks."""
 
 
 def _shares(holdings: Sequence[Holding]) -> dict[str, Share]:
-    """This rank's blocks of one parameter by the end of their keys, and all together."""
+    """Blocks of one parameter, by the suffix of their keys."""
     if not holdings:
         return {}
     shares = {holding.suffix: Share(holding.places, holding.count) for holding in holdings}
@@ -505,7 +503,7 @@ def _shares(holdings: Sequence[Holding]) -> dict[str, Share]:
 
 
 def as_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's saved state, in which numbers, as some tools save counters, are tensors."""
+    """Saved state of a parameter, with numbers as tensors: some tools save counters as numbers."""
     return {
         key: torch.as_tensor(value) if isinstance(value, int | float) else value
         for key, value in state.items()
@@ -520,20 +518,20 @@ def copy_state(mine: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
 
 
 def is_alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two states of a parameter are of the same kind, and of the same blocks."""
+    """True if two states of a parameter are of the same kind and of the same blocks."""
     if one.keys() != other.keys():
         return False
     return BLOCKS not in one or torch.equal(one[BLOCKS], other[BLOCKS])
 
 
 def has_begun(state: Mapping[str, Tensor]) -> bool:
-    """Whether a parameter has state that is not what it is made with, for all that is known."""
+    """True if a parameter's state appears to differ from its initial state."""
     counters = [state[key] for key in ("cursor", "step") if key in state]
     return any(bool(value.any()) for value in counters or state.values())
 
 
 def _equal(one: object, other: object) -> bool:
-    """Whether two options are the same; a tuple that was saved as a list is."""
+    """True if two options are equal; a tuple equals the list that it was saved as."""
     return _plain(one) == _plain(other)
 
 

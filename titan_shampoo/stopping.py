@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop, and what they do where there is nothing to save.
+"""Signals that ask a run to stop, and their effect if there is nothing to save.
 
-From its first step on, a run that saves checkpoints finishes the step and saves
-(``checkpoint/signals.py``). Before, and in any other run, a signal ends the process as it ends most
-programs: at once, wherever it is, and in no words of Python's.
+After its first step, a run that saves checkpoints finishes the current step and saves
+(``checkpoint/signals.py``). Before that, and in any other run, a signal ends the process at once,
+as it does for most programs, without a Python traceback.
 """
 
 import ctypes
@@ -11,34 +11,34 @@ import signal
 import sys
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""What schedulers send before they kill, the keyboard, a terminal that is closed."""
+"""Signals of schedulers before they kill, of the keyboard, and of a closed terminal."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals that this process does not ignore, as ``nohup`` has it do."""
+    """The signals that this process does not ignore (``nohup`` makes it ignore one)."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def end_at_once() -> None:
-    """Let a signal end this process, and let the end of torchrun's agent be one.
+    """Let each signal end this process, and send it one when torchrun's agent ends.
 
-    An agent that is killed leaves its ranks behind, which would go on training unseen.
+    Otherwise the ranks of a killed agent would train on unnoticed.
     """
     for number in heeded():
         signal.signal(number, signal.SIG_DFL)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a shell that ends may well leave a program behind
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a program may outlive its shell on purpose
         end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Let the end of the process that started this one be a SIGTERM; on Linux alone."""
+    """Send this process a SIGTERM when its parent ends; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def ignore() -> None:
-    """Let no signal end this process: all is done, or its parent decides."""
+    """Ignore the signals: the work is done, or the parent decides."""
     for number in heeded():
         signal.signal(number, signal.SIG_IGN)

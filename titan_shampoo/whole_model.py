@@ -1,7 +1,7 @@
-"""What an optimizer of one stage of a pipeline knows of the whole model: names, shapes, options.
+"""The whole model as seen by one stage of a pipeline: names, shapes, options.
 
-Work that is spread over steps is spread over all parameters of all stages, so that a stage does in
-each step what one process would do there.
+Refreshes are spread over the steps of a period for the parameters of all stages together, so that a
+stage does the same in each step as a single process.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,22 +15,22 @@ from titan_shampoo.recognition import Kind, kinds_of
 
 
 class Described(NamedTuple):
-    """A parameter, wherever it is."""
+    """A parameter of the model, on this stage or another one."""
 
     group: int
     """Number of its parameter group."""
     name: str
     tensor: Tensor
-    """Its shape: a tensor without memory."""
+    """A tensor without memory, for its shape."""
     options: dict[str, Any]
     kind: Kind | None = None
-    """What its module is, where that is known."""
+    """Kind by its module, if known."""
 
 
 def described(
     all_params: Iterable[Any] | nn.Module, defaults: Mapping[str, Any]
 ) -> list[Described]:
-    """Each parameter of a whole model, given as to an optimizer, with names; or of a module.
+    """Each parameter of a whole model, given as named parameters, as groups or as a module.
 
     Raises:
         ValueError: If one has no name.
@@ -45,7 +45,7 @@ def described(
         options = {**defaults, **{k: v for k, v in group.items() if k != "params"}}
         for entry in group["params"]:
             if isinstance(entry, Tensor):
-                raise ValueError("all_params: got a tensor without a name, wanted pairs of both")
+                raise ValueError("all_params: got a tensor without a name, wanted (name, tensor)")
             name, tensor = entry
             shape = torch.empty(tensor.shape, device="meta")
             found.append(Described(number, name, shape, options, kinds.get(tensor)))
@@ -57,12 +57,12 @@ def claims_of_model(
     whole_model: Sequence[Described] | None,
     claim_elsewhere: Callable[[Described], Claim | None],
 ) -> list[Claim]:
-    """Claims of all parameters of the model that have any.
+    """Claims of all preconditioned parameters of the model.
 
     Args:
-        here: Those of this stage.
-        whole_model: All parameters; None if there are no others.
-        claim_elsewhere: That of a parameter of another stage, None if it is not preconditioned.
+        here: Claims of this stage.
+        whole_model: All parameters; None if there is only one stage.
+        claim_elsewhere: Claim of a parameter of another stage; None if it is not preconditioned.
 
     Raises:
         ValueError: If a parameter of this stage is not one of the model's.
@@ -87,11 +87,11 @@ def turns_in_model(
     whole_model: Sequence[Described] | None,
     claim_elsewhere: Callable[[Described], Claim | None],
 ) -> list[list[int]]:
-    """Turns of the blocks of each parameter of this stage, spread over those of the whole model.
+    """Refresh slots of the blocks on this stage, spread with those of the whole model.
 
     Arguments and errors as for :func:`claims_of_model`.
     """
-    if whole_model is None:  # in which case there may be parameters without names of their own
+    if whole_model is None:  # parameters may then be without names
         return spread_turns(here)
     claims = claims_of_model(here, whole_model, claim_elsewhere)
     turns = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))

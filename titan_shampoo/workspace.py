@@ -1,4 +1,4 @@
-"""Memory that a step writes before it reads it: kept from step to step where that is faster."""
+"""Memory that a step writes before it reads it, kept between steps where that is faster."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,12 @@ from torch import Tensor
 class Workspace:
     """Uninitialised tensors for one step.
 
-    On a CPU they are kept for the next: the system clears fresh memory page by page, which costs as
-    much as the element-wise arithmetic of a step. Accelerators' allocators do that.
+    On a CPU they are kept for the next step: the system clears fresh memory page by page, which
+    costs as much as the element-wise arithmetic of a step. Allocators of accelerators keep memory
+    themselves.
 
     Args:
-        device: Where the tensors are.
+        device: Device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,7 +22,7 @@ class Workspace:
         self._kept: dict[str, list[Tensor]] = {}
 
     def tensors(self, use: str, sizes: Iterable[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """One tensor of each size and dtype; those of the last step's same ``use`` if they fit."""
+        """One tensor of each size and dtype; the last ones for this ``use`` if they fit."""
         wanted = list(sizes)
         kept = self._kept.get(use, [])
         if [(tensor.shape, tensor.dtype) for tensor in kept] == wanted:

@@ -15,7 +15,7 @@ def printable(text: object) -> str:
 
 
 class DataError(Exception):
-    """Data that a person asked for and that cannot be used: one line, with the key to change."""
+    """Requested data that cannot be used: one line, with the key to change."""
 
     def __str__(self) -> str:
         """The message, printable."""
@@ -23,7 +23,7 @@ class DataError(Exception):
 
 
 class UnreadableSampleError(Exception):
-    """One sample that is broken: where it is and what is wrong with it, in one line."""
+    """One broken sample: its place and its defect, in one line."""
 
     def __str__(self) -> str:
         """The message, printable."""

@@ -1,9 +1,9 @@
 """Labelled images in memory: scikit-learn's handwritten digits, which need no download.
 
 1,797 images of 8x8 pixels, enlarged in three equal channels, so that any ResNet takes them. The
-last 20% in file order are the validation part. Whoever chooses settings by looking at them has no
-test any more: "digits_tuning" leaves them out and holds out the first 40% of the rest. (Writers
-follow each other, and not all are hard: any method reads the last 20% of the rest to 99.65%.)
+last 20% in file order are the validation part. Settings that are chosen on it leave no test part;
+"digits_tuning" therefore leaves it out and holds out the first 40% of the rest. (Writers follow
+each other, and some are easy: any method reads the last 20% of the rest to 99.65%.)
 """
 
 from typing import Literal
@@ -39,7 +39,7 @@ class Digits:
 
         Args:
             source: "digits", or "digits_tuning" without its test part.
-            part: What is trained on, or what is held out.
+            part: The training or the held-out part.
             size: Edge in pixels to which the images are enlarged.
         """
         digits = load_digits()
@@ -65,7 +65,7 @@ class Digits:
         return self._images[index].expand(3, -1, -1), self._labels[index]
 
     def shortage(self, num_needed: int) -> str:
-        """The sentence that refuses a run which needs at least ``num_needed`` images."""
+        """Error message for a run that needs at least ``num_needed`` images."""
         return (
             f'training.dataset = "{self._source}" has {len(self)} images here, {num_needed} are '
             "needed for one global batch; lower training.local_batch_size"

@@ -1,7 +1,7 @@
-"""Rows of JSON lines and of Arrow tables as documents, and what is wrong with those that are none.
+"""Rows of JSON lines and of Arrow tables as documents, with an error for each broken row.
 
-A row is bad if it has no string under the key "text", or one that is no text: with a lone
-surrogate, which no encoding holds, or with NUL, which binary data has and which ends a document of
+A row is broken if the key "text" is missing or its value is not a valid text: with a lone
+surrogate, which no encoding holds, or with NUL, which marks binary data and separates documents of
 bytes.
 """
 
@@ -48,21 +48,21 @@ class Document(TypedDict):
 
 
 Row = Document | UnreadableSampleError | None
-"""Document, error of a broken row, or None where the text is empty."""
+"""Document, error of a broken row, or None for an empty text."""
 
 
 def is_held_out(name: str) -> bool:
-    """True if the document or image known by ``name`` belongs to the 5% kept for validation.
+    """True if the document or image named ``name`` is in the 5% held out for validation.
 
     Args:
-        name: A text, or a path as the file system has it, which may not be UTF-8.
+        name: A text, or a path as the file system returns it, which may not be UTF-8.
     """
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def decoded(raw: bytes) -> str | None:
-    """The text that ``raw`` is in UTF-8; None if it is not, or has NUL."""
+    """``raw`` decoded as UTF-8; None if it is not UTF-8, or has NUL."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
@@ -71,7 +71,7 @@ def decoded(raw: bytes) -> str | None:
 
 
 def json_rows(file: Path, *, part: int = 0, parts: int = 1) -> Iterator[Row]:
-    """Rows ``part``, ``part + parts``, ... of a JSON-lines file; blank lines are no rows.
+    """Rows ``part``, ``part + parts``, ... of a JSON-lines file, without blank lines.
 
     Raises:
         DataError: If the file cannot be read.
@@ -91,10 +91,10 @@ def table_rows(
     """Rows ``part``, ``part + parts``, ... of consecutive Arrow tables; only texts are decoded.
 
     Args:
-        tables: As ``datasets`` yields them, with its features in their schema.
-        place: The source of the tables, for messages.
-        part: First row that is taken.
-        parts: Distance of the rows that are taken.
+        tables: Tables from ``datasets``, with its features in their schema.
+        place: Source of the tables, for messages.
+        part: First row to read.
+        parts: Distance of the rows to read.
     """
     num_before = 0
     for table in tables:
@@ -103,7 +103,7 @@ def table_rows(
             where = f"{place}: row {num_before + index}"
             try:
                 row = {"text": decode(table["text"][index].as_py())} if decode else None
-            except (ValueError, OverflowError) as error:  # Arrow does not check that it is UTF-8
+            except (ValueError, OverflowError) as error:  # Arrow does not check for UTF-8
                 yield UnreadableSampleError(f"{where}: {error}")
             else:
                 yield _document(row or dict.fromkeys(table.column_names), where)
@@ -123,7 +123,7 @@ def _decoder(schema: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401 (Arrow
 
 
 def _json_row(line: bytes, place: str) -> Row:
-    """The document of one line, or what is wrong with it."""
+    """The document of one line, or its error."""
     try:
         row = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError is one too
@@ -134,7 +134,7 @@ def _json_row(line: bytes, place: str) -> Row:
 
 
 def _document(row: object, place: str) -> Row:
-    """The document of one row, or what is wrong with it."""
+    """The document of one row, or its error."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         return UnreadableSampleError(f'{place}: has no text under the key "text"{_instead(row)}')
@@ -148,7 +148,7 @@ def _document(row: object, place: str) -> Row:
 
 
 def _instead(row: object) -> str:
-    """Content of a row without text, for its message."""
+    """Description of a row without text, for its message."""
     if not isinstance(row, dict):
         return ""
     if "text" in row:

@@ -1,4 +1,4 @@
-"""Folders of files: links are followed, loops are not, and sockets and the like are no files."""
+"""Walks over folders: links are followed, loops and special files (sockets, pipes) are not."""
 
 import errno
 import logging
@@ -20,12 +20,12 @@ def walk(
     """Every folder from ``root`` down, with the sorted names of everything in it but folders.
 
     Hidden entries are left out. A link to a folder is followed, unless it leads back to a folder
-    that holds it.
+    above it.
 
     Args:
         root: An existing folder.
         without: Names of folders to leave out.
-        follow: Whether links to folders are followed at all; if not, they are no folders.
+        follow: True to follow links to folders; False to leave them out.
 
     Raises:
         DataError: If a folder cannot be read.
@@ -54,7 +54,7 @@ def walk(
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    """Device and inode, the same for all paths to a folder."""
+    """Device and inode, equal for all paths to a folder."""
     status = os.stat(folder)  # noqa: PTH116 (there may be many, and links are followed)
     return status.st_dev, status.st_ino
 

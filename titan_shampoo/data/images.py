@@ -39,14 +39,14 @@ class ImageFiles:
     """(image, label) pairs: an RGB image of any size, and the number of its class."""
 
     source: str
-    """What a person called it."""
+    """Name of the source in the configuration."""
     classes: list[str]
     labels: Sequence[int]
     """One per image."""
     name: Callable[[int], str]
-    """Where an image lies, for messages."""
+    """Place of an image, for messages."""
     data: Callable[[int], Any]
-    """The path or the bytes of an image."""
+    """Path or bytes of an image."""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -60,7 +60,7 @@ class ImageFiles:
         """
         try:
             return _decoded(self.data(index)), self._label(index)
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        except Exception as error:  # Pillow's decoders raise all kinds of errors
             message = (str(error).splitlines() or [""])[0]
             raise UnreadableSampleError(
                 f"{self.name(index)}: {type(error).__name__}: {message}"
@@ -68,12 +68,12 @@ class ImageFiles:
 
     def _label(self, index: int) -> int:
         label = int(self.labels[index])
-        if not 0 <= label < len(self.classes):  # -1 is what hub data sets call unknown
-            raise ValueError(f"class {label}, there are {len(self.classes)}")
+        if not 0 <= label < len(self.classes):  # hub data sets use -1 for unknown
+            raise ValueError(f"class {label}, wanted one of {len(self.classes)} from 0 on")
         return label
 
     def shortage(self, num_needed: int) -> str:
-        """The sentence that refuses a run which needs at least ``num_needed`` images."""
+        """Error message for a run that needs at least ``num_needed`` images."""
         return (
             f'training.dataset or validation.dataset = "{self.source}" has {len(self)} images '
             f"here, {num_needed} are needed for one global batch; lower local_batch_size"
@@ -82,7 +82,7 @@ class ImageFiles:
 
 @dataclass(frozen=True, slots=True)
 class TransformedImages:
-    """(tensor, label) pairs of images that are all seen in the same way."""
+    """(tensor, label) pairs of images under one fixed transform."""
 
     images: ImageFiles
     transform: Callable[[Image.Image], Tensor]
@@ -97,7 +97,7 @@ class TransformedImages:
         return self.transform(image), label
 
     def shortage(self, num_needed: int) -> str:
-        """As of the images."""
+        """Error message of the images."""
         return self.images.shortage(num_needed)
 
 
@@ -113,14 +113,14 @@ def open_images(
 
     Args:
         source: A folder, or a hub data set as "name", "name:config" or "name:config:split".
-        part: Which images, where the source has both kinds.
+        part: Part to open, if the source has both.
         key: The TOML key that holds ``source``, for messages.
-        hold_out: Whether a folder that has no such parts is divided into 95% and 5%; if not, either
-            part is all of it.
-        classes: The classes to number by, where other images have decided on them.
+        hold_out: True to divide a folder without parts into 95% and 5%; False to return all of it
+            for either part.
+        classes: Classes of other images, whose numbers are used.
 
     Raises:
-        DataError: If there is no such thing, it has no labelled images, or an unknown class.
+        DataError: If the source does not exist, has no labelled images, or has an unknown class.
     """
     problem = missing_path(source)
     if problem is None and Path(source).expanduser().is_file():
@@ -139,17 +139,17 @@ def open_images(
 
 @cache
 def _has_tables(folder: Path) -> bool:
-    """Whether ``folder`` is a local copy of a hub data set; looks at every file if it is none."""
+    """True if ``folder`` is a local copy of a hub data set; reads all names in it otherwise."""
     return has_tables(folder)
 
 
 def _decoded(data: Any) -> Image.Image:  # noqa: ANN401 (a path or a file)
     """The image in RGB; transparent palettes and 16-bit greys included."""
-    if isinstance(data, str) and (problem := no_file(Path(data))):  # a FIFO would wait for ever
+    if isinstance(data, str) and (problem := no_file(Path(data))):  # a FIFO would block
         raise OSError(problem)
     with Image.open(data) as file:
         image: Image.Image = file
-        if image.mode.startswith("I"):  # of which Pillow keeps the lowest 8 bits
+        if image.mode.startswith("I"):  # Pillow would keep the lowest 8 bits
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
@@ -187,7 +187,7 @@ def _folder_images(folder: Path, source: str, part: Part, key: str, hold_out: bo
 
 
 def _refuse_empty_classes(root: Path, classes: list[str], where: str) -> None:
-    """A class without images would be missing from the model, and shift the numbers of others."""
+    """Refuse classes without images: they would be missing, and the later ones renumbered."""
     empty = sorted({folder.name for folder in _class_folders(root)} - set(classes))
     if empty:
         raise DataError(
@@ -214,7 +214,7 @@ def _is_held_out(file: str, folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """The path of each file; picklable, as workers need it."""
+    """Path of each file; picklable for worker processes."""
 
     files: list[str]
 
@@ -257,7 +257,7 @@ class _HubName:
 
 
 def _hub_images(source: str, part: Part, key: str) -> ImageFiles:
-    """A split with one column of images and one of class labels, whatever they are called."""
+    """Images of a split with one column of images and one of class labels, under any names."""
     rows = _hub_split(source, part, key)
     image, label = _column(rows, datasets.Image), _column(rows, datasets.ClassLabel)
     if image is None or label is None:
@@ -277,7 +277,7 @@ def _hub_images(source: str, part: Part, key: str) -> ImageFiles:
 
 
 def _hub_split(source: str, part: Part, key: str) -> Any:  # noqa: ANN401 (datasets is untyped)
-    # The split of a training set is what is trained on: validation needs another one.
+    # The split named for training holds no validation part: validation needs another one.
     if part == "train" or (source.count(":") == 2 and key == "validation.dataset"):
         return load_hub_split(source, key=key)
     name, config = (*source.split(":"), "")[:2]
@@ -296,7 +296,7 @@ def _column(rows: Any, kind: type) -> str | None:  # noqa: ANN401 (datasets is u
 
 
 def _renumbered(images: ImageFiles, classes: list[str], key: str) -> ImageFiles:
-    """``images`` with the numbers of ``classes``."""
+    """``images`` with labels numbered as in ``classes``."""
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
         raise DataError(

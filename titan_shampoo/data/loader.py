@@ -1,10 +1,10 @@
 """Batches whose content depends on the seed and the number of samples consumed, nothing else.
 
 Sample ``i`` of the endless sequence is drawn in epoch ``i // len(dataset)`` from that epoch's own
-permutation, keyed by (seed, epoch); rank ``r`` of ``R`` takes rows ``[r * b, (r + 1) * b)`` of each
-batch of ``R * b`` samples. So a position is one integer that means the same on any number of ranks,
-and random draws inside a sample, keyed by ``i``, come back exactly after a resume. A sample that
-cannot be read is replaced by the next one of the data set, on any number of ranks the same.
+permutation, keyed by (seed, epoch). Rank ``r`` of ``R`` takes rows ``[r * b, (r + 1) * b)`` of each
+batch of ``R * b`` samples. A position is thus one integer with the same meaning on any number of
+ranks, and random draws inside a sample, keyed by ``i``, repeat exactly after a resume. A sample
+that cannot be read is replaced by the next one of the data set, whatever the number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -26,30 +26,30 @@ __all__ = ["Augmentation", "Batch", "EvaluationLoader", "IndexedSamples", "Posit
 _MOST_SKIPPED_IN_A_ROW = 100
 
 IGNORED_LABEL = -100
-"""Cross-entropy's default ``ignore_index``: what torchtitan does not count as a target either."""
+"""Cross-entropy's default ``ignore_index``, which torchtitan does not count as a target either."""
 
 Batch = tuple[dict[str, Tensor], Tensor]
 Augmentation = Callable[[Any, torch.Generator], Tensor]
-"""A random change of one input, whatever the data set has: tensors or images."""
+"""A random change of one input of the data set: a tensor or an image."""
 
 
 class IndexedSamples(Sized, Protocol):
-    """A map-style data set of (input, label) pairs, of equal shapes once they are augmented."""
+    """A map-style data set of (input, label) pairs, of equal shapes after augmentation."""
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor | int]:
         """The input and its label or labels; raises ``UnreadableSampleError`` if it is broken."""
         ...
 
     def shortage(self, num_needed: int) -> str:
-        """The sentence that refuses a run which needs at least ``num_needed`` samples."""
+        """Error message for a run that needs at least ``num_needed`` samples."""
         ...
 
 
 class PositionedLoader:
     """An endless loader; its state is the number of samples that all ranks consumed together.
 
-    Every call of ``iter`` starts at the current position. A batch counts as consumed when it is
-    handed out, not when a worker prepares it.
+    Every call of ``iter`` starts at the current position. A batch counts as consumed once it is
+    yielded, not when a worker prepares it.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class PositionedLoader:
             dataset: The samples; at least one global batch of them.
             seed: Key of the order and of the augmentation, at least zero.
             local_batch_size: Samples per batch on this rank.
-            dp_rank: This rank among those that read different data.
-            dp_world_size: How many ranks read different data.
-            augment: Random change of one input, drawing only from the generator it is given.
+            dp_rank: Number of this rank among those that read different data.
+            dp_world_size: Number of ranks that read different data.
+            augment: Random change of one input; draws only from the generator passed to it.
             mixup: Both parameters of the beta distribution of the weights by which neighbours are
-                mixed; 0 mixes nothing. ``local_batch_size`` must be even, then.
-            max_bad_fraction: Share of the samples that may be unreadable.
-            num_workers: Processes that prepare batches ahead; 0 means this one, on demand.
+                mixed; 0 for no mixing. Otherwise ``local_batch_size`` must be even.
+            max_bad_fraction: Largest share of unreadable samples.
+            num_workers: Processes that prepare batches ahead; 0 for this one, on demand.
             prefetch_factor: Batches that each worker keeps ready; only with workers.
-            pin_memory: Copy batches to page-locked memory.
+            pin_memory: True to copy batches to page-locked memory.
 
         Raises:
             DataError: If the data set is smaller than one global batch.
-            ValueError: If neighbours shall be mixed and the batch is not made of pairs.
+            ValueError: If neighbours are mixed and ``local_batch_size`` is odd.
         """
         if mixup and local_batch_size % 2:
             raise ValueError(f"local_batch_size: got {local_batch_size}, mixup needs an even one")
@@ -106,10 +106,10 @@ class PositionedLoader:
         self._num_consumed = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the current position on, for ever.
+        """Yield batches from the current position on, without end.
 
         Raises:
-            RuntimeError: If the position was changed since by a load or by another iterator.
+            RuntimeError: If a load or another iterator has changed the position since.
             DataError: If too many samples are unreadable.
         """
         position = self._num_consumed
@@ -141,7 +141,7 @@ class PositionedLoader:
         return {"samples": self._num_consumed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue after ``samples`` samples, whatever number of ranks consumed them."""
+        """Continue after ``samples`` samples, consumed by any number of ranks."""
         self._num_consumed = int(state_dict["samples"])
 
     def _rows_from(self, position: int) -> Iterator[list[tuple[int, int]]]:
@@ -154,14 +154,14 @@ class PositionedLoader:
 
 
 class EvaluationLoader:
-    """One pass over a data set in file order, in as many equal-shaped batches on every rank.
+    """One pass over a data set in file order, with as many batches of equal shape on every rank.
 
-    A pass that is cut short takes the first samples, or as many that are spread evenly: of files
-    that are ordered by class, each class's share. Which ones depends on their number alone, not on
-    how many ranks read them.
+    A shortened pass takes the first samples, or samples spread evenly: if files are ordered by
+    class, the same share of each class. The choice depends on their number alone, not on the number
+    of ranks.
 
-    Rows past the end are the first sample with its labels set to -100, so that ranks take the same
-    collective steps and the padding counts for nothing.
+    Rows after the end are the first sample with its labels set to -100. All ranks thus take the
+    same collective steps, and the padding does not count.
     """
 
     def __init__(
@@ -181,12 +181,12 @@ class EvaluationLoader:
         Args:
             dataset: The samples; at least one.
             local_batch_size: Samples per batch on this rank.
-            dp_rank: This rank among those that read different data.
-            dp_world_size: How many ranks read different data.
-            max_batches: Stop after so many batches; None means the whole data set.
-            spread: Spread the samples of these evenly over the data set.
-            max_bad_fraction: Share of the samples that may be unreadable; they count for nothing.
-            num_workers: Processes that prepare batches ahead; 0 means this one, on demand.
+            dp_rank: Number of this rank among those that read different data.
+            dp_world_size: Number of ranks that read different data.
+            max_batches: Number of batches of a shortened pass; None for the whole data set.
+            spread: True to spread a shortened pass evenly over the data set.
+            max_bad_fraction: Largest share of unreadable samples, which do not count.
+            num_workers: Processes that prepare batches ahead; 0 for this one, on demand.
 
         Raises:
             DataError: If the data set is empty.
@@ -219,21 +219,21 @@ class EvaluationLoader:
             yield {"input": inputs}, labels
 
     def _rows(self) -> Iterator[list[int]]:
-        """Per batch, the indices of this rank's rows; those past the end are padding."""
+        """Per batch, the indices of this rank's rows; indices after the end are padding."""
         for batch in range(self._num_batches):
             first = batch * self._global_batch_size + self._first_row
             places = range(first, first + self._local_batch_size)
             yield [self._index(place) for place in places]
 
     def _index(self, place: int) -> int:
-        """The sample in the middle of a run of the data set; all runs are about as long."""
+        """The sample in the middle of run ``place`` of the data set; runs are equally long."""
         if place >= self._num_taken:
             return self._num_samples
         return (2 * place + 1) * self._num_samples // (2 * self._num_taken)
 
 
 class _SampleOrder:
-    """The endless order of the samples; remembers the permutation of the epoch asked last."""
+    """The endless order of the samples, with the permutation of the last requested epoch."""
 
     _permutation: NDArray[np.int64]  # (num_samples,)
 
@@ -243,11 +243,11 @@ class _SampleOrder:
         self._epoch = -1
 
     def index(self, position: int) -> int:
-        """Which sample of the data set is number ``position`` of the endless sequence."""
+        """Index in the data set of sample ``position`` of the endless sequence."""
         epoch, place = divmod(position, self._num_samples)
         if epoch != self._epoch:
-            # RandomState, not default_rng: numpy promises that its stream never changes, and a
-            # changed order would make resumed runs repeat some samples and miss others.
+            # RandomState, not default_rng: numpy promises that its stream never changes. Another
+            # order would make resumed runs repeat some samples and miss others.
             key = np.random.SeedSequence((self._seed, epoch))
             shuffle = np.random.RandomState(np.random.MT19937(key))
             self._permutation = shuffle.permutation(self._num_samples)
@@ -256,7 +256,7 @@ class _SampleOrder:
 
 
 class _Sample(NamedTuple):
-    """One row of a batch, and what could not be read in its stead."""
+    """One row of a batch, with messages on unreadable samples that it replaces."""
 
     input: Tensor
     label: Tensor | int
@@ -264,7 +264,7 @@ class _Sample(NamedTuple):
 
 
 class _AugmentedSamples(Dataset[_Sample]):
-    """Samples by (position, index): the index says which, the position keys the random draws."""
+    """Samples by (position, index): the index selects, the position keys the random draws."""
 
     def __init__(self, dataset: IndexedSamples, seed: int, augment: Augmentation | None) -> None:
         self._dataset = dataset
@@ -275,7 +275,7 @@ class _AugmentedSamples(Dataset[_Sample]):
         position, index = place
         sample, label, skipped = _first_readable(self._dataset, index)
         if self._augment is not None:
-            # Three words, where the order's key has two: the streams never coincide.
+            # Three words, but the key of the order has two: the streams never coincide.
             key = np.random.SeedSequence((self._seed, position, 1)).generate_state(1, np.uint64)
             # manual_seed takes a signed 64-bit integer.
             generator = torch.Generator().manual_seed(int(key[0] >> np.uint64(1)))
@@ -284,7 +284,7 @@ class _AugmentedSamples(Dataset[_Sample]):
 
 
 class _PaddedSamples(Dataset[_Sample]):
-    """The samples, continued for ever by one that has nothing to predict."""
+    """The samples, followed without end by one without targets."""
 
     def __init__(self, dataset: IndexedSamples) -> None:
         self._dataset = dataset
@@ -306,7 +306,7 @@ class _PaddedSamples(Dataset[_Sample]):
 def _first_readable(
     dataset: IndexedSamples, index: int
 ) -> tuple[Any, Tensor | int, tuple[str, ...]]:
-    """Sample ``index`` or, if it is broken, the next one that is not, and what was skipped."""
+    """Sample ``index`` or, if it is broken, the next readable one; messages on skipped ones."""
     skipped: list[str] = []
     while len(skipped) < min(len(dataset), _MOST_SKIPPED_IN_A_ROW):
         try:
@@ -316,7 +316,7 @@ def _first_readable(
         else:
             return sample, label, tuple(skipped)
     raise DataError(
-        f"{len(skipped)} samples in a row cannot be read, such as {skipped[0]}; mend or remove "
+        f"{len(skipped)} samples in a row cannot be read, such as {skipped[0]}; repair or remove "
         "them, or set training.dataset or validation.dataset to other data"
     )
 
@@ -329,7 +329,7 @@ def _batches(
     prefetch_factor: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Inputs, labels and what was skipped for each list of rows, prepared by torch's loader."""
+    """Inputs, labels and messages on skipped samples per list of rows, from torch's loader."""
     loader = DataLoader(
         samples,
         batch_sampler=rows,
@@ -338,19 +338,19 @@ def _batches(
         pin_memory=pin_memory,
         collate_fn=_collated,
         worker_init_fn=_outlast_signals,
-        # Without one of its own, the loader draws from torch's global generator, and whatever the
-        # model draws next would depend on how often the data was opened.
+        # Without a generator, the loader draws from torch's global one, and later draws of the
+        # model would depend on how often the data was opened.
         generator=torch.Generator(),
     )
     try:
         yield from loader
-    except DataError as error:  # of a worker: its traceback, and the message in the last line
+    except DataError as error:  # a worker's error: its traceback, with the message in the last line
         message = str(error.args[0]).strip().splitlines()[-1]
         raise DataError(message.removeprefix("titan_shampoo.data.DataError: ")) from None
 
 
 def _outlast_signals(worker: int) -> None:
-    """Go on when torchrun signals a rank with all its processes: the last step needs data, too.
+    """Ignore the signals that torchrun sends to all processes of a rank: the last step needs data.
 
     A worker ends when its rank does.
     """

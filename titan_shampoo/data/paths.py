@@ -1,4 +1,4 @@
-"""Whether the name of a data set is a path that is not there; asked before torch is imported."""
+"""Check for a data set path that does not exist; made before torch is imported."""
 
 import difflib
 from pathlib import Path
@@ -10,16 +10,16 @@ DIGITS = "digits"
 """scikit-learn's handwritten digits: real images on every machine."""
 
 DIGITS_TUNING = "digits_tuning"
-"""The digits without their test part: settings are chosen on the last 20% of what remains."""
+"""The digits without their test part; the last 20% of the rest serve to choose settings."""
 
 ALL_DIGITS = (DIGITS, DIGITS_TUNING)
 
 DEFAULT_IMAGE_SIZE = 224
-"""Edge in pixels of images from disk, where nothing else is wanted."""
+"""Edge in pixels of images from disk, by default."""
 
 
 def missing_path(source: str) -> str | None:
-    """Reason why ``source``, if it is meant as a path, can hold no data; None if it may."""
+    """Reason why ``source`` holds no data if it is meant as a path; None if it may hold some."""
     if "\0" in source:
         return "has NUL, which neither paths nor names of data sets have"
     try:
@@ -40,11 +40,11 @@ def missing_path(source: str) -> str | None:
 
 
 def _is_meant_as_path(source: str, path: Path) -> bool:
-    """Whether ``source``, which does not exist here, cannot be a name on the hub."""
+    """True if ``source``, which does not exist here, cannot be a name on the hub."""
     name = source.partition(":")[0]
     if source.startswith((".", "/", "~")) or name.count("/") > 1:
         return True
-    # Versions as in "name-v1.1" are no file suffixes.
+    # A suffix with a digit, as in "name-v1.1", is a version.
     has_suffix = Path(name).suffix[1:].isalpha()
     return has_suffix or ("/" in name and path.parent.is_dir())
 
@@ -55,12 +55,12 @@ def is_folder(source: str) -> bool:
 
 
 def nearest_path(path: Path) -> str:
-    """A question that names what may have been meant, or nothing."""
+    """A question with the most similar name, or an empty string."""
     in_folder = [str(entry) for entry in _entries(path.parent) if entry != path]
     close = difflib.get_close_matches(str(path), [*in_folder, PYTHON_STDLIB], n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in ``folder``; nothing if it is not there."""
+    """Content of ``folder``; empty if it does not exist."""
     return list(folder.iterdir()) if folder.is_dir() else []

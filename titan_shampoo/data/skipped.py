@@ -1,4 +1,4 @@
-"""Samples that cannot be read: skipped and counted, until there are too many of them."""
+"""Unreadable samples: skipped and counted, and refused if there are too many."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from titan_shampoo.data import DataError
 __all__ = ["AT_LEAST", "SkippedSamples", "check_share"]
 
 AT_LEAST = 1000
-"""So many samples are allowed for from the start: one broken image among ten is no verdict yet."""
+"""Number of unreadable samples that is always allowed: one broken image among ten proves little."""
 
 _NUM_NAMED = 3
 
@@ -16,10 +16,10 @@ _logger = logging.getLogger(__name__)
 
 
 class SkippedSamples:
-    """Counts on this rank; the first few are named in warnings.
+    """Counter of this rank; names the first few samples in warnings.
 
     Args:
-        max_fraction: Share of the samples read so far that may be unreadable.
+        max_fraction: Largest share of unreadable samples among those read so far.
     """
 
     def __init__(self, max_fraction: float) -> None:
@@ -32,8 +32,8 @@ class SkippedSamples:
         """Count a batch.
 
         Args:
-            messages: Each names a sample that was skipped, and says why.
-            num_read: Samples that were not.
+            messages: One per skipped sample, with its name and the reason.
+            num_read: Number of samples that were read.
 
         Raises:
             DataError: If too many have been skipped.
@@ -50,7 +50,7 @@ class SkippedSamples:
 
 
 def check_share(num_bad: int, total: int, max_fraction: float, example: str) -> None:
-    """Refuse data of which more than ``max_fraction`` is bad.
+    """Refuse data with a larger share of bad samples than ``max_fraction``.
 
     Raises:
         DataError: With the numbers, an example, and the key to change.

@@ -1,9 +1,9 @@
-"""Where documents come from: files on this machine or a data set of the Hugging Face hub.
+"""Sources of documents: files on this machine, or a data set of the Hugging Face hub.
 
 Every source becomes rows ``{"text": str, "held_out": bool}`` of the ``datasets`` library. About 5%
-is held out for validation, and what is held out never depends on order, rank or run: whole files by
-a hash of their relative path, rows by a hash of their text, the end of a text that is alone. Lines
-and rows that cannot be read are skipped, counted and reported, unless they are too many.
+is held out for validation, independent of order, rank or run: whole files by a hash of their
+relative path, rows by a hash of their text, and the end of a single text. Unreadable lines and rows
+are skipped, counted and reported; too many of them are an error.
 """
 
 import hashlib
@@ -47,37 +47,37 @@ __all__ = [
 
 _TABLES = (".parquet", ".arrow")
 _TABLE_ROWS = 500
-"""Rows that are taken from Arrow at a time."""
+"""Number of rows read from Arrow at a time."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents, and a key that changes whenever they do."""
+    """Documents, and a key that changes with them."""
 
     rows: datasets.Dataset | datasets.IterableDataset
     identity: str
 
 
 def open_corpus(source: str, *, key: str, max_bad_fraction: float = 0.0) -> Corpus:
-    """The documents of ``source``; reads nothing yet of those that lie on this machine.
+    """The documents of ``source``; local files are not read yet.
 
     Args:
         source: "python_stdlib", a path of a text file, a .jsonl file (key "text") or a folder of
             such files or of parquet files (column "text"), or a hub data set as "name",
             "name:config" or "name:config:split".
         key: The TOML key that holds ``source``, for messages.
-        max_bad_fraction: Share of the lines or rows that may be unreadable; more of them are
-            refused when the documents are read.
+        max_bad_fraction: Largest share of unreadable lines or rows, checked when the documents are
+            read.
 
     Raises:
-        DataError: If there is no such thing, with the nearest name that exists.
+        DataError: If the source does not exist; with the most similar name.
     """
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         sources = [file for file in _files_below(root)[0] if file.suffix == ".py"]
-        # Its tests hold files in other encodings on purpose: nothing to warn about.
+        # Its tests hold files in other encodings on purpose, so skipped files need no warning.
         return _local_corpus(root, sources, (), 0.0, skip_level=logging.DEBUG)
     problem = missing_path(source)
     if problem is not None:
@@ -91,7 +91,7 @@ def open_corpus(source: str, *, key: str, max_bad_fraction: float = 0.0) -> Corp
 
 
 def has_tables(folder: Path) -> bool:
-    """True if a file of Arrow tables is below ``folder``: only ``datasets`` reads those."""
+    """True if a file of Arrow tables is below ``folder``, which only ``datasets`` reads."""
     return any(
         name.endswith(_TABLES) and no_file(Path(place, name)) is None
         for place, names in walk(folder, follow=False)  # as datasets does
@@ -100,13 +100,13 @@ def has_tables(folder: Path) -> bool:
 
 
 def _files_below(root: Path, *, follow: bool = True) -> tuple[list[Path], tuple[str, ...]]:
-    """All files below ``root`` by relative path, and what else is there instead of one.
+    """All files below ``root`` by relative path, and descriptions of entries that are not files.
 
     Hidden files and installed packages are left out.
 
     Args:
         root: The folder.
-        follow: Whether links to folders are followed.
+        follow: True to follow links to folders.
     """
     files, others = [], []
     for folder, names in walk(root, without=("site-packages", "dist-packages"), follow=follow):
@@ -128,14 +128,14 @@ def _local_corpus(
     *,
     skip_level: int = logging.WARNING,
 ) -> Corpus:
-    """The documents of ``files``, known by path, size and time of change as in ``datasets``."""
-    # The root belongs to it: what is held out goes by the path below it.
+    """The documents of ``files``, identified by path, size and change time as in ``datasets``."""
+    # Part of the identity: paths below the root decide what is held out.
     digest = hashlib.sha256(os.fsencode(f"{root.resolve()}\n"))
     for file in files:
         status = file.stat()
         line = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n"
         digest.update(os.fsencode(line))
-    # Files that could not be read: once they can, the tokens are others.
+    # Unreadable files are part of the identity: once they can be read, the tokens change.
     digest.update(os.fsencode("\n".join(others)))
     rows = datasets.IterableDataset.from_generator(
         _documents,
@@ -170,7 +170,7 @@ def _documents(
         elif text:
             yield {"text": text, "held_out": is_held_out(file.relative_to(root).as_posix())}
     if skipped and len(skipped) == len(files):
-        raise DataError(f"{files[0]}: not UTF-8 text, nor is any other file given")
+        raise DataError(f"{files[0]}: not UTF-8 text, and no other file is")
     if skipped:
         message = "%s: skipped %d of %d files that are not UTF-8 text, first %s"
         first = printable(skipped[0])
@@ -178,10 +178,10 @@ def _documents(
 
 
 def check_folder(source: str, max_bad_fraction: float) -> None:
-    """Count what is no file in a folder that ``datasets`` reads, which it does not mention.
+    """Count unreadable entries of a folder that ``datasets`` reads, which does not mention them.
 
     Raises:
-        DataError: If there is too much.
+        DataError: If there are too many.
     """
     if is_folder(source):
         folder = Path(source).expanduser()
@@ -190,7 +190,7 @@ def check_folder(source: str, max_bad_fraction: float) -> None:
 
 
 def _report_others(root: Path, num_files: int, others: Sequence[str], max_fraction: float) -> None:
-    """Count what is no file, beside ``num_files`` that are, as bad samples."""
+    """Count unreadable entries as bad samples, beside ``num_files`` readable ones."""
     if others:
         total = num_files + len(others)
         check_share(len(others), max(total, AT_LEAST), max_fraction, others[0])
@@ -199,7 +199,7 @@ def _report_others(root: Path, num_files: int, others: Sequence[str], max_fracti
 
 
 def _readable(rows: Iterable[Row], source: object, max_fraction: float) -> Iterator[Document]:
-    """The documents among ``rows``; those that are broken are counted, and reported at the end."""
+    """The documents among ``rows``; broken rows are counted, and reported at the end."""
     num_rows, broken = 0, []
     for row in rows:
         num_rows += 1
@@ -214,7 +214,7 @@ def _readable(rows: Iterable[Row], source: object, max_fraction: float) -> Itera
 
 
 def _text_of(file: Path, max_bad_fraction: float) -> str | None:
-    """Content of ``file`` without lines that are no text, or None if too many are not."""
+    """Content of ``file`` without unreadable lines; None if there are too many of those."""
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -231,7 +231,7 @@ def _text_of(file: Path, max_bad_fraction: float) -> str | None:
 
 
 def _head_and_tail(text: str) -> Iterator[Document]:
-    """A single text in two documents, cut at the first line that starts in its last 5%."""
+    """A single text as two documents, cut at the first line that starts in its last 5%."""
     at_least = len(text) - len(text) // HELD_OUT_ONE_IN
     line_end = text.find("\n", at_least - 1, len(text) - 1)
     cut = at_least if line_end < 0 else line_end + 1
@@ -249,20 +249,20 @@ def _hub_documents(
 
 
 def readable_tables(rows: datasets.Dataset | datasets.IterableDataset, place: str) -> Iterator[Any]:
-    """The rows as Arrow tables, as long as ``datasets`` can read them.
+    """The rows as Arrow tables, up to the first one that ``datasets`` cannot read.
 
     Raises:
-        DataError: If the rest of a file cannot be read, or no longer be downloaded.
+        DataError: If the rest of a file cannot be read or downloaded.
     """
     num_read = 0
     try:
         for table in rows.with_format("arrow").iter(_TABLE_ROWS):
             yield table
             num_read += table.num_rows
-    # Each format and each store has errors of its own.
+    # Each file format and each storage raises its own errors.
     except Exception as error:
         raise DataError(
-            f"{place}: cannot be read from row {num_read} on ({_first_line(error)}); mend or "
+            f"{place}: cannot be read from row {num_read} on ({_first_line(error)}); repair or "
             "remove the file"
         ) from error
 
@@ -282,12 +282,12 @@ def load_hub_split(source: str, *, key: str, streaming: bool = False) -> Any:  #
     """The split "name:config:split" of a data set of the hub, or of a local copy of one.
 
     Args:
-        source: An empty config means the only one, an empty split "train".
+        source: An empty config stands for the only one, an empty split for "train".
         key: The TOML key that holds ``source``, for messages.
-        streaming: Download nothing: an ``IterableDataset`` that reads while it is iterated over.
+        streaming: True to download nothing and return an ``IterableDataset``, read on iteration.
 
     Raises:
-        DataError: If it cannot be had.
+        DataError: If it cannot be loaded.
     """
     name, config, split = _named(source)
     problem = missing_path(name)
@@ -305,37 +305,37 @@ def load_hub_split(source: str, *, key: str, streaming: bool = False) -> Any:  #
                 "parquet, JSON-lines or text files"
             ) from error
         raise DataError(
-            f'{key} = "{source}": no such file or folder, and not to be had as a hub data set '
+            f'{key} = "{source}": no such file or folder, and cannot be loaded as a hub data set '
             f"({_first_line(error)}){nearest_path(Path(source))}"
         ) from error
 
 
 def local_json_lines(source: str) -> list[Path]:
-    """Files of a split of a local folder, if all are JSON lines; else none.
+    """Files of a split of a local folder, if all are JSON lines; else an empty list.
 
-    ``datasets`` gives up a whole file for one line that it cannot parse.
+    ``datasets`` would give up a whole file because of one broken line.
     """
     name, config, split = _named(source)
     if not is_folder(name):
         return []
     try:
         builder = datasets.load_dataset_builder(str(Path(name).expanduser()), config or None)
-    except Exception:  # whatever it is, ``load_hub_split`` says it
+    except Exception:  # ``load_hub_split`` reports it
         return []
     files = [Path(file) for file in (builder.config.data_files or {}).get(split or "train", [])]
     return files if all(file.suffix == ".jsonl" and file.is_file() for file in files) else []
 
 
 def _named(source: str) -> tuple[str, str, str]:
-    """Name, config and split of "name:config:split"; those that are left out are empty."""
-    if is_folder(source):  # which may have colons in its name
+    """Name, config and split of "name:config:split"; missing parts are empty."""
+    if is_folder(source):  # its name may have colons
         return source, "", ""
     name, config, split = (*source.split(":", 2), "", "")[:3]
     return name, config, split
 
 
 def _load_from_hub(name: str, config: str, split: str, streaming: bool) -> Any:  # noqa: ANN401
-    """A whole split, by default "train"; what was downloaded before needs no network."""
+    """A whole split, by default "train"; a cached one needs no network."""
     arguments = (str(Path(name).expanduser()), config or None)
     options = {"split": split or "train"} | ({"streaming": True} if streaming else {})
     if is_folder(name):
@@ -350,18 +350,18 @@ def _load_from_hub(name: str, config: str, split: str, streaming: bool) -> Any: 
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether the hub can be asked for ``name`` at all, if only to refuse."""
+    """True if the hub responds to a request for ``name``, even with a refusal."""
     try:
         HfApi().dataset_info(name, timeout=10)
     except (HfHubHTTPError, HFValidationError):
         return True
-    except Exception:  # its network layer's own errors, which differ between versions
+    except Exception:  # errors of its network layer, which differ between versions
         return False
     return True
 
 
 def _first_line(error: BaseException) -> str:
-    """The type and the first line of the message of the error, or of what it hides."""
+    """Type and first line of the error, or of its cause."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
         return _first_line(error.__cause__)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

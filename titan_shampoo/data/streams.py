@@ -1,12 +1,12 @@
-"""Text that is read while it is trained on: of a data set too large to be tokenised first.
+"""Text that is read during training, for data sets too large to be tokenised first.
 
-A stream is cut into a fixed number of lanes, whatever the number of ranks: lane ``l`` reads files
-``l, l + lanes, ...`` of the data set or, where there are fewer files than lanes, its part of the
-documents of one. Sample ``i`` of the endless sequence is the next window of lane ``i % lanes``. So
-the sequence is the same on any number of ranks, a position is one integer, and a rank reads only
-the lanes of its own rows: a part of the data where the global batch and the lanes divide each
-other. Documents come in the order of the data set. A resumed run reads its lanes anew up to its
-position.
+A data set is cut into a fixed number of stream shards, whatever the number of ranks. Shard ``l``
+reads files ``l, l + shards, ...`` or, if there are fewer files than shards, its part of the
+documents of one file. Sample ``i`` of the endless sequence is the next window of shard
+``i % shards``. The sequence is thus the same on any number of ranks, and a position is one integer.
+A rank reads only the shards of its own rows: a part of the data if the global batch and the number
+of shards divide each other. Documents keep the order of the data set. A resumed run reads its
+shards from the start up to its position.
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,16 +36,16 @@ Window = NDArray[np.int64]
 
 
 class TextStream:
-    """The documents of a data set, as endless windows of tokens in lanes.
+    """The documents of a data set, as endless windows of tokens in stream shards.
 
     Args:
         source: A hub data set as "name", "name:config" or "name:config:split", or a local folder.
         tokenizer: Called once per document.
         seq_len: Predictions per window.
-        lanes: Into how many streams it is cut, at least one.
+        lanes: Number of stream shards, at least one.
         key: The TOML key that holds ``source``, for messages.
-        hold_out: Whether 5% of the documents are in no lane.
-        max_bad_fraction: Share of the rows that may be unreadable.
+        hold_out: True to leave 5% of the documents out of all shards.
+        max_bad_fraction: Largest share of unreadable rows.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TextStream:
         """Open the data set; no document is read yet.
 
         Raises:
-            DataError: If it cannot be had.
+            DataError: If it cannot be loaded.
         """
         self._files = local_json_lines(source)
         self._rows: Any = None
@@ -79,10 +79,10 @@ class TextStream:
         self.skipped = SkippedSamples(max_bad_fraction)
 
     def windows(self, lane: int) -> Iterator[Window]:
-        """The windows ``(seq_len + 1,)`` of a lane, pass after pass, without end.
+        """The windows ``(seq_len + 1,)`` of a stream shard, pass after pass, without end.
 
         Raises:
-            DataError: If the lane holds no text to train on, or too much is unreadable.
+            DataError: If the shard holds no text to train on, or too much is unreadable.
         """
         left = np.empty(0, dtype=np.int64)
         while True:
@@ -97,12 +97,12 @@ class TextStream:
             if size <= 1:
                 skipped = f" ({self.skipped.count} rows were skipped)" if self.skipped.count else ""
                 raise DataError(
-                    f"{self._where}: lane {lane} of {self.lanes} has no text to train on{skipped}; "
-                    "lower training.stream_lanes, or set training.streaming = false"
+                    f"{self._where}: stream shard {lane} of {self.lanes} has no text to train on"
+                    f"{skipped}; lower training.stream_lanes, or set training.streaming = false"
                 )
 
     def held_out(self, num_windows: int) -> Iterator[Window]:
-        """The first windows of the documents that no lane trains on, as many as there are."""
+        """The first windows of the held-out documents, up to ``num_windows``."""
         left = np.empty(0, dtype=np.int64)
         for document in self._documents(self._rows_of(file) for file in range(self._num_files)):
             if num_windows and document["held_out"]:
@@ -116,7 +116,7 @@ class TextStream:
                 return
 
     def _texts(self, lane: int) -> Iterator[str]:
-        """One pass over the documents of a lane that are not held out."""
+        """One pass over the documents of a stream shard, without held-out ones."""
         for document in self._documents(self._lane_rows(lane)):
             if not (self._hold_out and document["held_out"]):
                 yield document["text"]
@@ -130,7 +130,7 @@ class TextStream:
                 yield row
 
     def _lane_rows(self, lane: int) -> Iterator[Iterator[Row]]:
-        """Rows of a lane by file: of its own files, or its share of one that lanes share."""
+        """Rows of a stream shard by file: of its own files, or its part of a common file."""
         if self._num_files >= self.lanes:
             files = range(lane, self._num_files, self.lanes)
             return (self._rows_of(file) for file in files)
@@ -148,9 +148,10 @@ class TextStream:
 
 
 class StreamLoader:
-    """An endless loader of a stream, as ``PositionedLoader`` is of samples with an index.
+    """An endless loader of a stream, like ``PositionedLoader`` for samples with an index.
 
-    Its state is the number of samples that all ranks consumed together, and the number of lanes.
+    Its state is the number of samples that all ranks consumed together, and the number of stream
+    shards.
     """
 
     num_samples: None = None
@@ -162,10 +163,10 @@ class StreamLoader:
         """Take this rank's rows of every batch of ``stream``.
 
         Args:
-            stream: What is read.
+            stream: The text.
             local_batch_size: Samples per batch on this rank.
-            dp_rank: This rank among those that read different data.
-            dp_world_size: How many ranks read different data.
+            dp_rank: Number of this rank among those that read different data.
+            dp_world_size: Number of ranks that read different data.
         """
         self._stream = stream
         self._global_batch_size = local_batch_size * dp_world_size
@@ -175,11 +176,11 @@ class StreamLoader:
         self.skipped = stream.skipped
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the current position on, for ever.
+        """Yield batches from the current position on, without end.
 
         Raises:
-            RuntimeError: If the position was changed since by a load or by another iterator.
-            DataError: If a lane has no text, or too many rows are unreadable.
+            RuntimeError: If a load or another iterator has changed the position since.
+            DataError: If a stream shard has no text, or too many rows are unreadable.
         """
         position = self._num_consumed
         lanes = _Lanes(self._stream)
@@ -197,14 +198,14 @@ class StreamLoader:
             yield {"input": windows[:, :-1]}, windows[:, 1:]
 
     def state_dict(self) -> dict[str, int]:
-        """What names the position, on any number of ranks; equal on all of them."""
+        """The position, equal on all ranks and valid on any number of them."""
         return {"samples": self._num_consumed, "lanes": self._stream.lanes}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue after ``samples`` samples, whatever number of ranks consumed them.
+        """Continue after ``samples`` samples, consumed by any number of ranks.
 
         Raises:
-            DataError: If the sequence was another one.
+            DataError: If they are samples of another sequence.
         """
         lanes = state_dict.get("lanes")
         if lanes != self._stream.lanes:
@@ -216,14 +217,14 @@ class StreamLoader:
 
 
 class _Lanes:
-    """The lanes that a rank reads, each opened at its first window."""
+    """The stream shards that a rank reads, each opened at its first window."""
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
         self._open: dict[int, tuple[Iterator[Window], int]] = {}
 
     def window(self, position: int) -> Window:
-        """Sample ``position`` of the endless sequence; positions of a lane must ascend."""
+        """Sample ``position`` of the endless sequence; positions in a shard must ascend."""
         number, lane = divmod(position, self._stream.lanes)
         windows, num_read = self._open.get(lane) or (self._stream.windows(lane), 0)
         for _ in range(number - num_read):
@@ -237,10 +238,10 @@ class StreamedWindows:
     """(input, labels) pairs of a validation part, held in memory."""
 
     def __init__(self, windows: Iterator[Window], *, where: str) -> None:
-        """Read them.
+        """Read all windows.
 
         Args:
-            windows: Finitely many.
+            windows: A finite iterator.
             where: The key and the source, for messages.
         """
         self._windows = [torch.from_numpy(window) for window in windows]
@@ -256,7 +257,7 @@ class StreamedWindows:
         return window[:-1], window[1:]
 
     def shortage(self, num_needed: int) -> str:
-        """The sentence that refuses a run which needs at least ``num_needed`` windows."""
+        """Error message for a run that needs at least ``num_needed`` windows."""
         return (
             f"{self._where} has {len(self)} windows of text to validate on, {num_needed} are "
             "needed; set validation.dataset, or lower validation.seq_len"

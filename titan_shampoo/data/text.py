@@ -2,7 +2,7 @@
 
 All documents of a corpus are tokenised in order into one file of integers beside the caches of
 ``datasets``, under a file lock: the first process on the machine does the work, the others wait,
-then all map the same pages. Window ``i`` is tokens ``[i * seq_len, (i + 1) * seq_len]``: neighbours
+then all map the same pages. Window ``i`` is tokens ``[i * seq_len, (i + 1) * seq_len]``. Neighbours
 share one token, so that every token but the first is predicted exactly once.
 """
 
@@ -29,11 +29,11 @@ Part = Literal["train", "validation", "all"]
 """95% of the documents, the 5% held out, or both."""
 
 _FORMAT = 2
-"""Raise it when equal sources shall give other tokens: it is part of the cache's key."""
+"""Part of the cache key; raise it if equal sources shall give other tokens."""
 
 
 class TextDataset:
-    """(input, labels) pairs of ``seq_len`` tokens each; the labels are the input's next tokens."""
+    """(input, labels) pairs of ``seq_len`` tokens each; labels are the next tokens of the input."""
 
     def __init__(
         self,
@@ -45,15 +45,15 @@ class TextDataset:
         key: str = "training.dataset",
         max_bad_fraction: float = 0.0,
     ) -> None:
-        """Open ``source``, tokenising it if no process on this machine has done so before.
+        """Open ``source``; tokenise it unless a process on this machine has done so before.
 
         Args:
             source: As in ``open_corpus``.
             tokenizer: Called once per document.
             seq_len: Tokens per sample.
-            part: Which documents; "train" and "validation" never overlap.
+            part: Documents to read; "train" and "validation" never overlap.
             key: The TOML key that holds ``source``, for messages.
-            max_bad_fraction: Share of the lines or rows that may be unreadable.
+            max_bad_fraction: Largest share of unreadable lines or rows.
 
         Raises:
             DataError: If the source cannot be read or holds less than one window.
@@ -84,11 +84,11 @@ class TextDataset:
         return window[:-1], window[1:]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the mapped tokens, which pickle would copy; a worker maps them itself."""
+        """All but the mapped tokens, which pickle would copy; a worker maps them itself."""
         return {**self.__dict__, "_tokens": None}
 
     def shortage(self, num_needed: int) -> str:
-        """The sentence that refuses a run which needs at least ``num_needed`` windows."""
+        """Error message for a run that needs at least ``num_needed`` windows."""
         table = "validation" if self._part == "validation" else self._key.partition(".")[0]
         held_out = " (the part held out for validation)" if self._part == "validation" else ""
         return (
@@ -100,7 +100,7 @@ class TextDataset:
 
 
 def _cache_folder() -> Path:
-    """The folder of all token files, made if need be."""
+    """The folder of all token files, created if missing."""
     folder = Path(datasets.config.HF_DATASETS_CACHE, "titan_shampoo")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _token_file(
     dtype: np.dtype[Any],
     max_bad_fraction: float,
 ) -> Path:
-    """The file of this corpus's tokens, written now if no process has done so before."""
+    """The file of this corpus's tokens, written now unless a process has done so before."""
     key = (_FORMAT, corpus.identity, max_bad_fraction, Hasher.hash(tokenizer), part, dtype.name)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     path = folder / f"{name}.{dtype.name}"
@@ -133,7 +133,7 @@ def _token_file(
 
 
 def _cache_error(folder: Path, error: OSError) -> DataError:
-    """The refusal of a cache folder that cannot be written."""
+    """Error for a cache folder that cannot be written."""
     return DataError(
         f"{folder}: cannot hold the tokens: {error.strerror}; set the environment variable "
         "HF_DATASETS_CACHE to a folder with space that can be written"
@@ -146,13 +146,13 @@ def _write_tokens(
     """Write the tokens of ``part`` to ``path``, which appears only when it is complete."""
     unfinished = path.with_suffix(".unfinished")
     try:
-        unfinished.unlink(missing_ok=True)  # of a process that died; a link is not written through
+        unfinished.unlink(missing_ok=True)  # left by a dead process; never write through a link
         with unfinished.open("xb") as file:
             _tokenise(file, corpus, tokenizer, part, dtype)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        unfinished.unlink(missing_ok=True)  # on a full disk every other run would fail as well
+        unfinished.unlink(missing_ok=True)  # otherwise a full disk would stay full for other runs
         raise
     unfinished.replace(path)
 

@@ -1,8 +1,8 @@
-"""From images of any size to tensors of one: random views to train on, the centre to evaluate.
+"""Images of any size to tensors of one size: random views for training, the centre for evaluation.
 
-As in He et al. 2016 and Szegedy et al. 2015: a crop of random area and shape, resized, and its
-mirror image half of the time; for evaluation the shorter edge is resized and the centre taken. All
-draws come from the generator that is handed in.
+As in He et al. 2016 and Szegedy et al. 2015: a crop of random area and shape, resized, and mirrored
+half of the time. For evaluation, the shorter edge is resized and the centre taken. All draws come
+from the generator argument.
 """
 
 import math
@@ -34,7 +34,7 @@ class RandomErasing:
     """Share of the images that lose a rectangle."""
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """``pixels``, ``(3, h, w)``, without a rectangle of 2% to 33% of the area, or as it is."""
+        """``pixels``, ``(3, h, w)``, without a rectangle of 2% to 33% of the area, or unchanged."""
         if _uniform(generator) >= self.probability:
             return pixels
         height, width = pixels.shape[1:]
@@ -53,16 +53,15 @@ class RandomErasing:
 
 @dataclass(frozen=True, slots=True)
 class RandomWarp:
-    """Turns, stretches and shears pixels about the centre; the edge is repeated behind them.
+    """Rotates, stretches and shears pixels about the centre, and repeats the edge outside.
 
-    As for handwriting, where every writer has a slant and proportions of their own (Simard et al.
-    2003).
+    For handwriting: every writer has a slant and proportions (Simard et al. 2003).
     """
 
     degrees: float
     """Largest angle in either direction, at least zero."""
     stretch: float
-    """Axes are scaled by ``exp(u)``, and sheared by ``u``, ``u`` in ``[-stretch, stretch]``."""
+    """Axes are scaled by ``exp(u)`` and sheared by ``u``, with ``u`` in ``[-stretch, stretch]``."""
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """``pixels``, ``(3, h, w)``, warped."""
@@ -84,7 +83,7 @@ class RandomWarp:
 
 @dataclass(frozen=True, slots=True)
 class RandomShift:
-    """Moves pixels by up to so many rows and columns; the edge is repeated behind them."""
+    """Moves pixels by a random number of rows and columns, and repeats the edge outside."""
 
     most: int
     """Largest distance in pixels in either direction, at least zero."""
@@ -124,11 +123,11 @@ class RandomView:
     flip: float
     """Probability of the mirror image."""
     finish: Chain
-    """What happens to the pixels last."""
+    """Changes of the pixels at the end."""
     mean: Sequence[float]
-    """Of red, green and blue, from 0 to 1."""
+    """Mean of red, green and blue, from 0 to 1."""
     std: Sequence[float]
-    """Of red, green and blue, greater than 0."""
+    """Standard deviation of red, green and blue, greater than 0."""
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
         """One view of ``image``, in RGB; equal for equal states of ``generator``."""
@@ -163,7 +162,7 @@ class CentreView:
 
 
 def _random_box(width: int, height: int, min_area: float, generator: torch.Generator) -> Box:
-    """A crop of random area and shape, or the largest at the centre that is not too long."""
+    """A crop of random area and shape, or the largest centred one within the limits of shape."""
     for _ in range(_TRIES):
         area = _uniform(generator, min_area, 1) * width * height
         ratio = math.exp(_uniform(generator, -_LOG_RATIO, _LOG_RATIO))

@@ -1,1 +1,1 @@
-"""Where blocks live, who works on them, and how they get there; no arithmetic on values."""
+"""Placement of blocks, their owners, and the messages between them; no arithmetic on values."""

@@ -1,4 +1,4 @@
-"""Block sizes that restore what a plan lacks: ranks that are level, or blocks that stay at home."""
+"""Block sizes that make the work of the ranks even, or keep blocks inside their shards."""
 
 import itertools
 import math
@@ -10,20 +10,20 @@ import numpy as np
 from titan_shampoo.distributed.blocks import Block, Parameter, assigned_blocks
 
 ACCEPTED = 1.05
-"""Largest over mean work of a rank that needs no advice."""
+"""Largest over mean work of a rank, up to which no advice is given."""
 
 SMALLEST = 32
-"""Blocks below this are not worth preconditioning as matrices; none is suggested."""
+"""Smallest block size that is suggested: smaller blocks are not worth a matrix."""
 
 SMALLEST_ALIGNED = 8
-"""Rows or columns of a block below which it is not worth being aligned."""
+"""Smallest number of rows or columns of a block for which alignment is suggested."""
 
 MOST_BLOCKS = 200_000
-"""Blocks of a model for which another size is still tried out: some seconds of planning."""
+"""Number of blocks up to which another size is tried: it takes seconds of planning."""
 
 
 def suggestions(params: Sequence[Parameter], blocks: Sequence[Block]) -> list[str]:
-    """What to set so that work is level and nothing travels, in words; empty if all is well.
+    """Settings that make the work even and avoid messages, in words; empty if there is no need.
 
     Args:
         params: The plan's parameters.
@@ -59,9 +59,9 @@ def imbalance(params: Sequence[Parameter], blocks: Sequence[Block]) -> float:
 
 
 def balanced_block_size(params: Sequence[Parameter], before: float) -> int | None:
-    """The largest block size below the present one that makes work even; None if there is none.
+    """The largest smaller block size with even work; None if there is none.
 
-    If none is even to ``ACCEPTED``, one that halves what is above the mean is better than nothing.
+    Without one within ``ACCEPTED``, a size that halves the excess over the mean is returned.
     """
     tried = {}
     for size in _smaller_sizes(params):
@@ -88,7 +88,7 @@ def _smaller_sizes(params: Sequence[Parameter]) -> Iterator[int]:
 
 
 def _with_block_size(param: Parameter, size: int) -> Parameter:
-    """The parameter in blocks of at most ``size``; dims stay merged as they are."""
+    """The parameter in blocks of at most ``size``; merged dims do not change."""
     grid = param.grid
     edges = tuple(
         mine if dim < grid.batch_dims else (*range(0, extent, size), extent)

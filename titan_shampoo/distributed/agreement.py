@@ -1,8 +1,8 @@
-"""Whether all ranks were given the same: asked at construction, before any message could hang.
+"""Consistency check at construction: all ranks have the same parameters, options and layout.
 
-What a rank knows of a parameter is a handful of named facts. A hash of them is compared over the
-ranks that hold the parameter; where it differs, those ranks tell each other what they know, and all
-of them raise the same sentence, which names what differs.
+A rank describes each parameter by a few named values. The ranks that hold the parameter compare a
+hash of the description. If the hashes differ, these ranks exchange their descriptions, and all of
+them raise the same error, which names the difference. Otherwise a later collective could hang.
 """
 
 import hashlib
@@ -16,44 +16,44 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Facts = Mapping[str, object]
-"""Values by what they are of; equal values are written alike (``repr``) on all ranks."""
+"""Values by name; equal values have the same ``repr`` on all ranks."""
 
-_TOLD_ELSEWHERE = "parameters or options of other ranks differ, as those ranks say"
+_TOLD_ELSEWHERE = "parameters or options of other ranks differ; see the errors of those ranks"
 
 
 class Known(NamedTuple):
-    """What this rank knows of a parameter."""
+    """The description of a parameter on this rank."""
 
     name: str
     param: Tensor
     group: int
-    """Number of its parameter group; other parameters' may come between on other ranks."""
+    """Number of its parameter group on this rank; the numbering may differ on other ranks."""
     facts: Facts
 
 
 @dataclass(slots=True)
 class Circle:
-    """Ranks that must know the same."""
+    """A comparison between ranks that must have equal descriptions."""
 
     groups: Sequence[dist.ProcessGroup]
-    """Reduced over in turn, they connect all of the ranks."""
+    """Process groups that connect all of the ranks when one is reduced after the other."""
     device: torch.device
-    """Where these communicate."""
+    """Device of their messages."""
     advice: str = "give all ranks the same"
     known: dict[str, dict[str, object]] = field(default_factory=dict)
-    """Facts by name of a parameter; in one order on all ranks, as messages follow it."""
+    """Descriptions by name of the parameter, in the order of messages."""
     _numbers: dict[int, int] = field(default_factory=dict)
 
     def add(self, one: Known) -> None:
-        """Take a parameter in; groups are numbered among those that these ranks share."""
+        """Add a parameter; its group is numbered among the groups that these ranks share."""
         number = self._numbers.setdefault(one.group, len(self._numbers))
         self.known[one.name] = {**one.facts, "number of its parameter group": number}
 
     def compare(self, *, is_wrong: bool) -> tuple[bool, str]:
-        """Whether anything is wrong, here or elsewhere, and what differs here (or nothing).
+        """True if any rank has found an error, and the difference that this rank has found, or "".
 
         Args:
-            is_wrong: Whether this rank knows of something already.
+            is_wrong: True if this rank has found an error before.
         """
         text = repr(list(self.known.items())).encode()
         digest = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 2
@@ -66,7 +66,7 @@ class Circle:
         return True, f"{_difference(self._of_all_ranks())}; {self.advice}"
 
     def _of_all_ranks(self) -> list["_Told"]:
-        """What each rank knows, by rank."""
+        """Descriptions on all ranks, by rank."""
         values = {
             name: {what: repr(value) for what, value in facts.items()}
             for name, facts in self.known.items()
@@ -82,18 +82,18 @@ class Circle:
 def check_agreement(
     known: Iterable[Known], replicas: dist.ProcessGroup | None, stages: Circle | None
 ) -> None:
-    """Compare what ranks know of the parameters that they hold together.
+    """Compare the descriptions of parameters between the ranks that hold them.
 
-    Every rank that holds one must call it. Collectives depend on the meshes alone: not on how
-    parameters are placed, nor on what is known of them.
+    Every rank with a parameter must call it. The collectives depend on the meshes alone, not on
+    placements or descriptions, so that ranks that differ in those still meet.
 
     Args:
-        known: Of each parameter of this rank, in the order of messages.
+        known: Description of each parameter of this rank, in the order of messages.
         replicas: Ranks that hold plain tensors as replicas; None for this one alone.
-        stages: What all stages of a pipeline must know; None without one.
+        stages: Comparison between all stages of a pipeline; None without a pipeline.
 
     Raises:
-        ValueError: On all ranks alike, if two of them know different things.
+        ValueError: On all ranks, if any two of them differ.
     """
     if not dist.is_initialized():
         return
@@ -101,7 +101,7 @@ def check_agreement(
     if stages is not None:
         circles.append(stages)
     is_wrong, sentences = False, []
-    for circle in circles:  # to the end: others wait in the next ones, and are told there
+    for circle in circles:  # do not stop at the first error: other ranks wait in the next ones
         is_wrong, sentence = circle.compare(is_wrong=is_wrong)
         sentences += [sentence] if sentence else []
     if is_wrong:
@@ -109,10 +109,10 @@ def check_agreement(
 
 
 def _circles(known: Iterable[Known], replicas: dist.ProcessGroup | None) -> list[Circle]:
-    """Parameters by the ranks that hold them; the fewest ranks first, in one order everywhere."""
+    """One comparison per set of ranks, the smallest set first, in the same order everywhere."""
     circles: dict[tuple[int, ...], Circle] = {}
     for one in known:
-        if one.param.device.type == "meta":  # planned only: there is nobody to compare with
+        if one.param.device.type == "meta":  # a plan without ranks
             continue
         ranks, groups = _holders(one.param, replicas)
         if not groups:
@@ -128,7 +128,7 @@ def _circles(known: Iterable[Known], replicas: dist.ProcessGroup | None) -> list
 def _holders(
     param: Tensor, replicas: dist.ProcessGroup | None
 ) -> tuple[tuple[int, ...], list[dist.ProcessGroup]]:
-    """The ranks that hold a parameter, and what connects them, however it is placed there."""
+    """The ranks that hold a parameter, and their process groups, whatever its placement."""
     groups: list[dist.ProcessGroup] = []
     if isinstance(param, DTensor):
         mesh = param.device_mesh
@@ -138,29 +138,29 @@ def _holders(
         ranks = [] if replicas is None else dist.get_process_group_ranks(replicas)
         groups = [replicas] if replicas is not None and len(ranks) > 1 else []
     if groups and len(ranks) == dist.get_world_size():
-        # So that ranks meet even where one has a mesh and another has none, or another one.
+        # Ranks then meet even if their meshes differ, or if only some of them have a mesh.
         assert dist.group.WORLD is not None
         groups = [dist.group.WORLD]
     return tuple(sorted(ranks)), groups
 
 
 def _device(param: Tensor) -> torch.device:
-    """Where the ranks of a parameter communicate; it may be offloaded, which is refused later."""
+    """Device of the messages for a parameter; an offloaded parameter is refused later."""
     if isinstance(param, DTensor) and param.device.type != param.device_mesh.device_type:
         return torch.device(param.device_mesh.device_type)
     return param.device
 
 
 class _Told(NamedTuple):
-    """What a rank has told the others."""
+    """The descriptions on one rank, as exchanged."""
 
     rank: int
     known: dict[str, dict[str, str]]
-    """As of :class:`Circle`, written out."""
+    """As in :class:`Circle`, with each value as its ``repr``."""
 
 
 def _difference(told: Sequence[_Told]) -> str:
-    """The first difference between the first rank and the first that knows other things."""
+    """The first difference between the first rank and the first rank that disagrees with it."""
     here = told[0]
     there = next(one for one in told if list(one.known.items()) != list(here.known.items()))
     for first, second in ((here, there), (there, here)):
@@ -176,4 +176,4 @@ def _difference(told: Sequence[_Told]) -> str:
                         f"rank {there.rank}")  # fmt: skip
     places = zip(here.known, there.known, strict=True)
     name, other = next((mine, theirs) for mine, theirs in places if mine != theirs)
-    return f"{name}: comes where {other} comes on rank {there.rank}, on rank {here.rank}"
+    return f"{name}: rank {here.rank} has it in the position of {other} on rank {there.rank}"

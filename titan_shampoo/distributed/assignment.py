@@ -1,8 +1,8 @@
-"""Who works on which block, and when its turn to refresh comes.
+"""Owners of blocks, and the refresh slots in which blocks are due.
 
-Both are longest-first packings of costs into bins: every rank computes them from the same numbers
-and gets the same answer, so nothing has to be agreed on. Turns come first and depend on the model
-alone, because they decide the iterates; owners depend on the mesh, and decide only who computes.
+Both are longest-first packings of costs into bins. Every rank computes them from the same numbers,
+so the ranks agree without a message. Slots come first and depend on the model alone, because they
+decide the iterates. Owners depend on the mesh and decide only who computes.
 """
 
 import heapq
@@ -15,19 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 0.03
-"""How far a rank may be above the mean, relative to it, before blocks travel to relieve it."""
+"""Excess over the mean, relative to it, up to which blocks do not travel to relieve a rank."""
 
 FLOPS_PER_BYTE = 100.0
-"""Arithmetic that a block must bring along for each byte that it sends, to travel for balance.
+"""Floating-point operations per byte sent from which a block may travel for balance.
 
-About what one rank computes (batched products and factorisations of small blocks) in the time in
-which it sends a byte: 100 GFLOP/s beside 1 GB/s on processors, 20 TFLOP/s beside 200 GB/s inside a
-machine of accelerators. Matrix blocks from 64 up bring more.
+About what one rank computes (batched products and factorisations of small blocks) while it sends a
+byte: 100 GFLOP/s beside 1 GB/s on processors, 20 TFLOP/s beside 200 GB/s inside a machine of
+accelerators. Matrix blocks from 64 up are above it.
 """
 
 
 class Claim(NamedTuple):
-    """What a parameter needs of the refresh period."""
+    """Cost of the refreshes of one parameter."""
 
     name: str
     group: int
@@ -39,10 +39,10 @@ class Claim(NamedTuple):
 
 
 def spread_turns(claims: Sequence[Claim]) -> list[list[int]]:
-    """Turns in ``[0, period)`` of the blocks of each parameter, such that turns cost the same.
+    """Slots in ``[0, period)`` of the blocks of each parameter, such that slots cost the same.
 
-    They do not depend on the order of ``claims``: groups come one after the other, so that one that
-    is added later does not move those before, and parameters of a group by name.
+    They do not depend on the order of ``claims``. Groups are packed one after the other, so that a
+    group that is added later moves no earlier slot; the parameters of a group are sorted by name.
     """
     turns: list[list[int]] = [[] for _ in claims]
     loads: dict[int, list[float]] = {}
@@ -59,16 +59,16 @@ def spread_turns(claims: Sequence[Claim]) -> list[list[int]]:
 
 
 def _natural(name: str) -> list[str | int]:
-    """Key that sorts ``layers.10`` behind ``layers.9``."""
+    """Sort key that puts ``layers.10`` after ``layers.9``."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def refresh_turns(costs: Sequence[float], loads: list[float]) -> list[int]:
-    """Turn in ``[0, len(loads))`` of each block, such that every turn costs about the same.
+    """Slot in ``[0, len(loads))`` of each block, such that all slots cost about the same.
 
     Args:
         costs: Cost of one refresh of each block.
-        loads: What each turn of the period costs already; added to.
+        loads: Cost of each slot of the period so far; updated in place.
     """
     turns = [0] * len(costs)
     queue = [(load, turn) for turn, load in enumerate(loads)]
@@ -84,7 +84,7 @@ def refresh_turns(costs: Sequence[float], loads: list[float]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The blocks of one parameter as work to be given to ranks."""
+    """The blocks of one parameter as work to be assigned to ranks."""
 
     ranks: NDArray[np.int64]
     """Ranks that hold the parameter, ``(replicas, shards)``."""
@@ -93,25 +93,26 @@ class Job:
     rates: NDArray[np.float64]
     """Floating-point operations of each block per step, refreshes included at their rate."""
     refreshes: NDArray[np.float64]
-    """Those of one refresh of each block."""
+    """Floating-point operations of one refresh of each block."""
     turns: NDArray[np.int64]
-    """Turn of each block."""
+    """Refresh slot of each block."""
     period: int
-    """Number of turns."""
+    """Number of slots."""
     may_travel: NDArray[np.bool_]
     """Blocks that may go to a rank without a part of them."""
 
 
 def assign_owners(jobs: Sequence[Job]) -> list[NDArray[np.int64]]:
-    """Rank that works on each block of each job, such that no rank holds the others up.
+    """Owner of each block of each job, such that the work of the ranks is level.
 
-    The largest blocks are given away first. Each goes to a holder that stays within
-    ``1 + TOLERANCE`` of the mean with it, to the one with the least to refresh in the block's turn,
-    so that ranks are level in every single step. If all holders would be above, it goes to the
-    least loaded of them, or, if it may travel, of all ranks of the team.
+    The largest blocks are assigned first. Each goes to a holder that stays within
+    ``1 + TOLERANCE`` of the mean. Among these, the one with the least to refresh in that slot
+    is chosen, so that ranks are level in every single step. If all holders would exceed that, the
+    block goes to the least loaded holder or, if it may travel, to the least loaded rank of the
+    placement group.
 
-    Jobs of other ranks count only if all ranks of a job know them (experts on a part of the mesh
-    know what the whole mesh does, but not the other way round), so that all of them agree.
+    Jobs of other ranks count only if all ranks of a job know them, so that its ranks agree. Experts
+    on a part of the mesh know the work of the whole mesh, but not the other way round.
     """
     owners = [np.zeros(len(job.rates), np.int64) for job in jobs]
     groups: dict[frozenset[int], list[int]] = {}
@@ -129,7 +130,7 @@ def assign_owners(jobs: Sequence[Job]) -> list[NDArray[np.int64]]:
 
 
 class _Ledger:
-    """What every rank has been given so far, of some jobs that the same ranks do."""
+    """Load of every rank so far, for the jobs of one set of ranks."""
 
     def __init__(self, jobs: Sequence[Job], known: Iterable["_Ledger"], num_ranks: int) -> None:
         self.jobs = jobs
@@ -159,7 +160,7 @@ class _Ledger:
             yield number, position, self.give(number, position)
 
     def give(self, number: int, position: int) -> int:
-        """The rank that takes a block; its load grows."""
+        """The rank that gets a block; its load is updated."""
         job = self.jobs[number]
         rate, period, turn = job.rates[position], job.period, job.turns[position]
         holders = self._holders(number, position)

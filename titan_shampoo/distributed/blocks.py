@@ -1,4 +1,4 @@
-"""The blocks of all parameters: where each lies, who works on it, and when it is refreshed.
+"""The blocks of all parameters, with their owners and refresh slots.
 
 Every rank computes the same list from names, shapes, placements and configuration alone.
 """
@@ -31,12 +31,12 @@ class Cost(NamedTuple):
     """Floating-point operations for one block."""
 
     step: float
-    """In every step: factors and direction."""
+    """Of every step: factors and direction."""
     refresh: float
-    """In a step that refreshes the block."""
+    """Of one refresh of the block."""
 
     def per_step(self, period: int) -> float:
-        """Averaged over the steps between two refreshes."""
+        """Operations per step, averaged over the steps between two refreshes."""
         return self.step + self.refresh / period
 
 
@@ -46,7 +46,7 @@ def _no_state(shape: tuple[int, ...]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What the plan needs to know of a parameter."""
+    """A parameter as the plan sees it: its blocks, placement, costs and dtypes."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,21 +54,21 @@ class Parameter:
     team: Team
     sharding: Sharding
     group: int
-    """Number of the parameter group; blocks of different groups are never stacked together."""
+    """Number of the parameter group; a stack holds blocks of one group only."""
     dtype: torch.dtype
-    """Dtype in which its blocks are worked on."""
+    """Dtype of the computations on its blocks."""
     period: int
     """Steps between two refreshes of a block."""
     cost: Callable[[tuple[int, ...]], Cost]
     """Cost of a block of the given shape."""
     alignment: Alignment = "global"
-    """Whether blocks may travel ("global"), or never leave their shard ("shard")."""
+    """"global": blocks may travel to other ranks; "shard": a block never leaves its shard."""
     state: Callable[[tuple[int, ...]], dict[str, int]] = _no_state
-    """Bytes of state of a block of the given shape, by kind; for figures only."""
+    """Bytes of state of a block of the given shape, by kind; for reports only."""
     is_staggered: bool = True
-    """Whether its blocks have turns of their own; otherwise all are refreshed in one step."""
+    """True if its blocks have different refresh slots; False if all are refreshed in one step."""
     communication_dtype: torch.dtype | None = None
-    """Dtype in which its gradients and directions travel; None for ``dtype``."""
+    """Dtype of the messages with its gradients and directions; None for ``dtype``."""
 
     @property
     def message_dtype(self) -> torch.dtype:
@@ -76,7 +76,7 @@ class Parameter:
         return self.communication_dtype or self.dtype
 
     def region(self, shard: int) -> Region:
-        """The part that shard number ``shard`` holds."""
+        """The part of the parameter in shard number ``shard``."""
         return self.sharding.region(self.shape, self.grid, shard)
 
     @cached_property
@@ -92,7 +92,7 @@ class Parameter:
 
     @property
     def claim(self) -> Claim:
-        """What it needs of the refresh period."""
+        """Cost of its refreshes, for :func:`assignment.spread_turns`."""
         refreshes = tuple(cost.refresh for cost in self.block_costs)
         return Claim(self.name, self.group, self.period, refreshes)
 
@@ -110,15 +110,15 @@ class Block:
     extent: tuple[int, ...]
     """Extent along each merged dim, 1 along batch dims."""
     shape: tuple[int, ...]
-    """Extent without batch dims: what the mathematics sees."""
+    """Extent without batch dims: the shape of the matrix or tensor that is preconditioned."""
     turn: int
     """Step of the refresh period in which the block is due."""
     shards: tuple[int, ...]
-    """Shards that hold a part of it."""
+    """Shards that hold a part of the block."""
     replica: int
-    """Row of the owner in the team."""
+    """Row of the owner in the placement group."""
     shard: int
-    """Column of the owner in the team."""
+    """Column of the owner in the placement group."""
 
     @property
     def numel(self) -> int:
@@ -127,18 +127,19 @@ class Block:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it travels to its owner."""
+        """True if a part of it travels to its owner."""
         return self.shards != (self.shard,)
 
 
 def assigned_blocks(
     params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None = None
 ) -> list[Block]:
-    """The blocks of all parameters, in order, with their turns and owners; the same on all ranks.
+    """The blocks of all parameters, in order, with refresh slots and owners; equal on all ranks.
 
     Args:
         params: All parameters of this rank.
-        turns: Refresh turn of every block of each parameter; None if these are all there are.
+        turns: Refresh slot of every block of each parameter; None if no other rank has parameters
+            that share the period.
     """
     if turns is None:
         turns = spread_turns([param.claim for param in params])
@@ -166,7 +167,7 @@ def assigned_blocks(
 
 
 class Tables:
-    """Overlaps and holders, once for all parameters that are alike."""
+    """Overlaps and holders, computed once for parameters with equal shape, grid and sharding."""
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[Counts, list[tuple[int, ...]]]] = {}
@@ -181,11 +182,11 @@ class Tables:
 
 
 def _job(param: Parameter, tables: Tables, turns: Sequence[int]) -> Job:
-    """The blocks of a parameter as work; see FLOPS_PER_BYTE for when one may travel."""
+    """The blocks of a parameter as work; FLOPS_PER_BYTE decides which blocks may travel."""
     table, shards = tables.of(param)
     steps, refreshes = np.array(param.block_costs, np.float64).reshape(-1, 2).T
     rates = steps + refreshes / param.period
-    # A holder would have to send the rest of the block as well: what counts is its own part.
+    # A holder would send the rest of the block as well, so only its own part is saved.
     spared = 2 * param.message_dtype.itemsize * table.max(axis=0, initial=0)
     pays: NDArray[np.bool_] = rates >= FLOPS_PER_BYTE * spared
     return Job(

@@ -1,7 +1,7 @@
-"""Strided copies between shards, stacks and message buffers, and how to do with few of them.
+"""Strided copies between shards, stacks and message buffers, joined into few.
 
-A piece is the overlap of one block with one shard. Copies of equal form at equal distances are one
-copy with one more dim: all blocks of a parameter enter a stack by a single copy.
+A piece is the overlap of one block with one shard. Copies of equal form at equal distances become
+one copy with one more dim: all blocks of a parameter enter a stack by a single copy.
 """
 
 import itertools
@@ -45,9 +45,9 @@ class Piece(NamedTuple):
     """The overlap of a block with a shard."""
 
     in_shard: View
-    """Where it lies in the memory of the shard."""
+    """The piece in the memory of the shard."""
     in_block: View
-    """Where it lies in the memory of the block."""
+    """The piece in the memory of the block."""
 
     @property
     def numel(self) -> int:
@@ -98,7 +98,7 @@ def _overlaps(
 
 
 def coalesce(copies: list[Copy]) -> list[Copy]:
-    """Equivalent copies, as few as can be had by joining those at equal distances.
+    """Equivalent copies, as few as possible: copies at equal distances are joined.
 
     >>> source, target = View((2,), (1,), 0), View((2,), (1,), 0)
     >>> moves = [Copy(("a", 0), source.shifted(4 * i), ("b", 0), target.shifted(2 * i))
@@ -124,7 +124,7 @@ def _joined(family: list[Copy]) -> list[Copy]:
             while end < len(family) and _distance(family[end - 1], family[end]) == distance:
                 end += 1
             joined.append(_repeated(family[first], end - first, distance))
-        else:  # the last one, or one that is followed by memory before it: strides are positive
+        else:  # the last one, or the next one is at a lower address: strides must be positive
             joined.append(family[first])
         first = end
     return joined
@@ -138,7 +138,7 @@ def _distance(first: Copy, second: Copy) -> tuple[int, int]:
 
 
 def _repeated(copy: Copy, times: int, distance: tuple[int, int]) -> Copy:
-    """One copy for ``times`` of them, with the repetition as its first dim."""
+    """``times`` copies as one, with the repetition as the first dim."""
     views = [
         View((times, *view.size), (step, *view.stride), view.offset)
         for view, step in zip((copy.source_view, copy.target_view), distance, strict=True)

@@ -1,7 +1,7 @@
-"""Moves gradients to the stacks of their owners and directions back, as the plan says.
+"""Messages of a step: gradients to the stacks of the owners, and directions back.
 
-Knows no mathematics. Message sizes are planned, so every rank makes the same collectives in the
-same order whether or not it owns anything.
+No mathematics here. Message sizes are planned, so every rank makes the same collectives in the
+same order, with blocks of its own or without.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from titan_shampoo.distributed.copies import Copy, Memory, View
 from titan_shampoo.distributed.traffic import Bucket
 
-# Renamed in torch 2.13; the old name warns there.
+# Renamed in torch 2.13, where the old name warns.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -25,18 +25,18 @@ def exchange_in_turn(
     directions: Mapping[int, Tensor],
     replace: Callable[[int], None],
 ) -> None:
-    """Gradients to their owners, one bucket after the other, and directions back.
+    """Send gradients to the owners, bucket by bucket, and directions back.
 
-    While a bucket is worked on, the gradients of the next are on their way to it, and the
-    directions of the one before on their way back: no more than three have message buffers.
+    While a bucket is computed, the gradients of the next one and the directions of the previous one
+    travel. At most three buckets have message buffers at a time.
 
     Args:
-        buckets: Of the plan, in order: all ranks make the same collectives in the same order.
-        device: Where everything lies.
+        buckets: Buckets of the plan, in the order of the collectives on all ranks.
+        device: Device of all memory.
         grads: This rank's shards of the gradients, flat, by parameter number.
         stacks: Memory for the blocks that this rank owns, flat, by number of the stack.
         directions: Memory for this rank's shards of the directions, flat, by parameter number.
-        replace: Turns the gradients in a stack into directions.
+        replace: Replaces the gradients in a stack by directions.
     """
 
     def begun(bucket: Bucket) -> Exchange:
@@ -53,17 +53,17 @@ def exchange_in_turn(
             replace(number)
         if returning is not None:
             returning.finish(directions, stacks)
-        returning = current  # lets go of the buffers before
+        returning = current  # frees the buffers of the bucket before
         returning.scatter(stacks)
     if returning is not None:
         returning.finish(directions, stacks)
 
 
 class Exchange:
-    """One bucket under way: gradients in, directions out.
+    """The messages of one bucket: gradients in, directions out.
 
-    Call ``gather``, ``fill_stacks``, ``scatter``, ``finish`` in this order; the collectives of
-    ``gather`` and ``scatter`` run while other buckets are worked on.
+    Call ``gather``, ``fill_stacks``, ``scatter``, ``finish`` in this order. The collectives of
+    ``gather`` and ``scatter`` run while other buckets are computed.
     """
 
     def __init__(self, bucket: Bucket, device: torch.device) -> None:
@@ -71,25 +71,25 @@ class Exchange:
         team, dtype = bucket.team, bucket.dtype
         self._inbox = torch.empty(sum(bucket.inbox_splits), dtype=dtype, device=device)
         sent = sum(bucket.outbox_splits)
-        # The part of this replica is written in place, outbox first: directions return to where
-        # they left.
+        # This replica's row of the gather buffer starts with the outbox, so that the directions of
+        # cut blocks return to their place in it.
         width = max(bucket.shelf_width, sent)
         self._shelf = torch.empty(team.num_replicas, width, dtype=dtype, device=device)
         self._outbox = self._shelf[team.replica, :sent]
         self._work: dist.Work | None = None
 
     def gather(self, grads: Mapping[int, Tensor], stacks: Mapping[int, Tensor]) -> None:
-        """Send the gradient shards on their way; ``grads`` and ``stacks`` are flat, by number."""
+        """Start to send the gradient shards; ``grads`` and ``stacks`` are flat, by number."""
         run(self.bucket.gather, self._memory(grads, stacks))
         self._work = self._all_to_all(self._inbox, self._outbox, forth=True)
 
     def fill_stacks(self, stacks: Mapping[int, Tensor]) -> None:
-        """Wait for the pieces of cut blocks and put them in their stacks."""
+        """Wait for the pieces of cut blocks and copy them to their stacks."""
         self._wait()
         run(self.bucket.unpack, self._memory({}, stacks))
 
     def scatter(self, stacks: Mapping[int, Tensor]) -> None:
-        """Send the directions in ``stacks`` on their way."""
+        """Start to send the directions in ``stacks``."""
         memory = self._memory({}, stacks)
         run((copy.reversed() for copy in self.bucket.unpack), memory)
         run(self.bucket.share, memory)
@@ -101,7 +101,7 @@ class Exchange:
             self._work = all_gather(self._shelf.view(-1), mine, group=group, async_op=True)
 
     def finish(self, directions: Mapping[int, Tensor], stacks: Mapping[int, Tensor]) -> None:
-        """Wait, and write this rank's shards of the directions, flat, by parameter number."""
+        """Wait, then write this rank's shards of the directions, flat, by parameter number."""
         self._wait()
         run(self.bucket.scatter, self._memory(directions, stacks))
 
@@ -129,9 +129,9 @@ class Exchange:
 
 
 def run(copies: Iterable[Copy], memory: Mapping[Memory, Tensor]) -> None:
-    """Do the copies; a shard that is not there counts as zero, and is not written.
+    """Run the copies; a missing shard is read as zeros and not written.
 
-    That keeps message sizes as planned when a parameter has no gradient.
+    Message sizes therefore stay as planned when a parameter has no gradient.
     """
     for copy in copies:
         source, target = memory.get(copy.source), memory.get(copy.target)

@@ -1,8 +1,8 @@
-"""State as torch's own functions gather and scatter it: the same keys on every rank.
+"""State in the form that torch's state-dict functions gather and scatter, equal keys on all ranks.
 
-A block's state is kept by its owner alone, which torch would take for a replica. The copies made
-here are spread over the ranks that hold the parameter, by rows of a DTensor on its mesh. Where the
-parameter is a plain tensor (DDP), they are whole on every rank, as torch's own state is there.
+Only its owner keeps a block's state, and torch would take that for one of many replicas. The copies
+made here are spread over the ranks that hold the parameter, as rows of a DTensor on its mesh. For a
+plain tensor (DDP), every rank gets the whole copy, as in torch's own state.
 """
 
 import logging
@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(seconds=10)
-"""Time after which a rank that waits for others says so."""
+"""Time after which a waiting rank logs a warning."""
 LIMIT = timedelta(minutes=10)
-"""Time after which it gives up."""
+"""Time after which a waiting rank gives up."""
 
 
 def gathered(
@@ -34,15 +34,15 @@ def gathered(
     """A copy of all blocks, ``(count, ...)``, that torch can gather; every rank must call it.
 
     Args:
-        blocks: Those that this rank owns, ``(len(places), ...)``.
-        places: Where they are among all of them.
-        count: Blocks on all ranks.
-        param: The parameter that they are of.
+        blocks: Blocks that this rank owns, ``(len(places), ...)``.
+        places: Their positions among all blocks.
+        count: Number of blocks on all ranks.
+        param: The parameter of the blocks.
         replicas: Ranks that hold plain tensors as replicas; None for this rank alone.
     """
     whole = blocks.new_zeros(count, *blocks.shape[1:])
     whole[list(places)] = blocks
-    # Bytes are added, not numbers: all ranks but the owner have zeros, and every bit arrives.
+    # The sum of bytes keeps every bit: all ranks but the owner have zeros.
     rows = whole.view(count, math.prod(whole.shape[1:])).view(torch.uint8)
     if not isinstance(param, DTensor):
         if replicas is not None and replicas.size() > 1:
@@ -51,7 +51,7 @@ def gathered(
     mesh = param.device_mesh
     if mesh.size() == 1:
         return whole
-    # Over one axis, the longest: torch gathers rows that are cut unevenly over two axes wrongly.
+    # Only one axis, the longest: torch gathers rows cut unevenly over two axes incorrectly.
     widest = max(range(mesh.ndim), key=lambda axis: mesh.shape[axis])
     placements: list[Placement] = [Partial()] * mesh.ndim
     spread = DTensor.from_local(rows, mesh, placements, run_check=False)
@@ -70,7 +70,7 @@ def gathered(
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a saved tensor on this rank; called by all ranks of its mesh if it is a DTensor."""
+    """The whole of a saved tensor on this rank; a collective over its mesh if it is a DTensor."""
     if not isinstance(tensor, DTensor):
         return tensor
     kind = tensor.device_mesh.device_type
@@ -84,8 +84,8 @@ def load_(mine: Tensor, saved: Tensor, places: Sequence[int] | None = None) -> N
 
     Args:
         mine: A plain tensor, a DTensor, or the blocks that this rank owns.
-        saved: A DTensor, or a plain tensor that is whole or of this rank's blocks.
-        places: Where this rank's blocks are among all of them.
+        saved: A DTensor, or a plain tensor: the whole or this rank's blocks.
+        places: Positions of this rank's blocks among all of them.
     """
     if isinstance(mine, DTensor) and not isinstance(saved, DTensor):
         whole_here = [Replicate()] * mine.device_mesh.ndim
@@ -100,23 +100,23 @@ def load_(mine: Tensor, saved: Tensor, places: Sequence[int] | None = None) -> N
 
 
 def await_ranks(groups: Sequence[dist.ProcessGroup], what: str) -> None:
-    """Wait until all ranks of all ``groups`` are here; say so where that takes long.
+    """Wait until all ranks of all ``groups`` have called; warn if that takes long.
 
-    By the store and not by a collective: a rank that waits in vain leaves no half-made collective.
+    Uses the store instead of a collective: a timeout then leaves no collective half done.
 
     Args:
-        groups: Whose ranks are awaited, one group after the other.
-        what: The call that all ranks must make.
+        groups: Process groups to wait for, one after the other.
+        what: Name of the call that all ranks must make.
 
     Raises:
         RuntimeError: If a rank has not come after ten minutes.
     """
     for group in groups:
-        # The only way to the store that the process groups were made with.
+        # torch has no public access to the store of the process groups.
         store = dist.distributed_c10d._get_default_store()
         key = f"titan_shampoo.{what}.{group.group_name}"
         wanted = -(-store.add(key, 1) // group.size()) * group.size()
-        began, pause, is_told = time.monotonic(), 0.001, False
+        began, pause, is_warned = time.monotonic(), 0.001, False
         while (count := store.add(key, 0)) < wanted:
             waited = timedelta(seconds=time.monotonic() - began)
             missing = f"{wanted - count} of {group.size()} ranks have not called {what}"
@@ -124,8 +124,8 @@ def await_ranks(groups: Sequence[dist.ProcessGroup], what: str) -> None:
             if waited > LIMIT:
                 store.add(key, -1)
                 raise RuntimeError(f"{missing} within {LIMIT}; {advice}")
-            if waited > PATIENCE and not is_told:
+            if waited > PATIENCE and not is_warned:
                 logger.warning("%s yet: waiting for them; %s", missing, advice)
-                is_told = True
+                is_warned = True
             time.sleep(pause)
             pause = min(2 * pause, 0.5)

@@ -1,8 +1,8 @@
-"""Which blocks a parameter consists of: a grid in the parameter's own, global coordinates.
+"""The blocks of a parameter: a grid in global coordinates.
 
 The grid depends on the parameter's shape and the configuration alone, never on a mesh, so that
-iterates and checkpoints are the same on every mesh; unless it is asked for, by ``Grid.cut_at``, to
-have the edges of shards too. Merging and blocking follow Shi et al. 2023 (arXiv 2309.06497,
+iterates and checkpoints are equal on every mesh. ``Grid.cut_at`` is the exception: it adds the
+edges of shards on request. Merging and blocking follow Shi et al. 2023 (arXiv 2309.06497,
 section 3).
 """
 
@@ -18,7 +18,7 @@ Merge = Literal["matrix", "paper", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How one parameter is merged into fewer dims and cut into blocks.
+    """A parameter merged into fewer dims and cut into blocks.
 
     >>> grid = make_grid((512, 256, 3, 3), block_size=1024, merge="matrix")
     >>> grid.merged_shape, grid.counts
@@ -28,16 +28,16 @@ class Grid:
     """
 
     dim_groups: tuple[tuple[int, ...], ...]
-    """For each merged dim, the dims of the parameter that it consists of, in order."""
+    """For each merged dim, the dims of the parameter in it, in order."""
     merged_shape: tuple[int, ...]
     """Extent of each merged dim."""
     edges: tuple[tuple[int, ...], ...]
-    """Where blocks begin along each merged dim, and where the last one ends."""
+    """First index of each block along each merged dim, and the end of the last block."""
     batch_dims: int
-    """Leading merged dims that blocks do not extend over (expert stacks)."""
+    """Leading merged dims with one grid per slice (expert stacks)."""
     fingerprint: str = ""
-    """Short hash of the edges if they depend on a mesh; part of the keys of state, so that state of
-    other edges cannot be taken for it."""
+    """Short hash of the edges if they depend on a mesh. It is part of the state keys, so that state
+    for other edges is not loaded by mistake."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ class Grid:
 
     @property
     def order(self) -> int:
-        """Number of dims of a block, batch dims not counted."""
+        """Number of dims of a block, without batch dims."""
         return len(self.merged_shape) - self.batch_dims
 
     def positions(self) -> "itertools.product[tuple[int, ...]]":
@@ -67,11 +67,11 @@ class Grid:
         return tuple(edges[p + 1] - edges[p] for p, edges in zip(position, self.edges, strict=True))
 
     def block_shape(self, position: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a block as the mathematics sees it, without batch dims."""
+        """Shape of a block without batch dims."""
         return self.block_extent(position)[self.batch_dims :]
 
     def cut_at(self, more: Sequence[Iterable[int]]) -> "Grid":
-        """The grid with ``more`` edges along each merged dim; itself if it has them already.
+        """The grid with ``more`` edges along each merged dim; itself if nothing is new.
 
         >>> grid = make_grid((12, 4), block_size=5).cut_at([(0, 6, 12), (0, 4)])
         >>> grid.edges, grid.fingerprint
@@ -100,7 +100,7 @@ def make_grid(
         block_size: Distance of block edges, in elements; a pair for (first, other) merged dims.
         merge: ``"matrix"``: first dim by all the others. ``"paper"``: from last to first, merge
             the next dim into the current one while the product stays at most ``block_size``.
-            ``"none"``: as is. Dims of size 1 are dropped in every case.
+            ``"none"``: dims stay apart. Dims of size 1 are dropped in every case.
         batch_dims: Leading dims that are neither merged nor cut into ranges: one grid per slice.
 
     Raises:

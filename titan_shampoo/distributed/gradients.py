@@ -1,8 +1,8 @@
-"""Gradients that do not lie where their parameter does: what they are called, and brought there.
+"""Gradients with another placement than their parameter, and their redistribution.
 
-Tensor parallelism leaves some partial (of a norm's weight, each rank has a term of the sum), or
-placed in another way. To bring them takes all ranks of the mesh, those without a gradient too: how
-it is placed is therefore a number, on which ranks can agree by an all-reduce.
+Under tensor parallelism a gradient can be partial (each rank has one term of the sum for a norm's
+weight) or cut in another way. Redistribution takes all ranks of the mesh, including those without
+a gradient. The placement is therefore coded as a number on which ranks can agree by an all-reduce.
 """
 
 from collections.abc import Mapping
@@ -14,24 +14,24 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from titan_shampoo.distributed.layout import local_tensor
 
 Grads = Mapping[Tensor, Tensor]
-"""Local tensors, of this rank's part of each parameter, by parameter."""
+"""Local part of each gradient, by parameter."""
 
 ABSENT = 0
-"""There is no gradient."""
+"""Code: no gradient."""
 IN_PLACE = 1
-"""It lies like its parameter."""
+"""Code: placed like the parameter."""
 
 _KINDS: tuple[Placement, ...] = (
     Replicate(), Partial("sum"), Partial("avg"), *(Shard(dim) for dim in range(13))
 )  # fmt: skip
-"""Digits of a code, one for each axis of the mesh, lowest first; plus 2."""
+"""Digits of all other codes, one per mesh axis, lowest first; the code is 2 plus the number."""
 
 
 def placement_code(param: Tensor) -> int:
-    """How the gradient of ``param`` is placed: a number that means the same on all ranks.
+    """Code of the placement of the gradient of ``param``; equal codes mean the same on all ranks.
 
     Raises:
-        ValueError: If it is placed in a way that has no number.
+        ValueError: If the placement has no code.
     """
     grad = param.grad
     if grad is None:
@@ -43,32 +43,32 @@ def placement_code(param: Tensor) -> int:
     unknown = [placement for placement in grad.placements if placement not in _KINDS]
     if unknown:
         raise ValueError(f"a gradient of shape {tuple(grad.shape)} is placed by {unknown[0]}, its "
-                         f"parameter by {param.placements}; wanted it placed likewise, or by any "
-                         "of Replicate, Shard and Partial")  # fmt: skip
+                         f"parameter by {param.placements}; wanted the same placements, or any of "
+                         "Replicate, Shard and Partial")  # fmt: skip
     digits = (_KINDS.index(p) * len(_KINDS) ** axis for axis, p in enumerate(grad.placements))
     return 2 + sum(digits)
 
 
 def gradient_here(param: Tensor) -> Tensor | None:
-    """What this rank has of the gradient of ``param``, wherever it lies; None without one."""
+    """Local part of the gradient of ``param`` in its present placement; None without a gradient."""
     return None if param.grad is None else local_tensor(param.grad)
 
 
 def num_terms(param: Tensor, here: int) -> int:
-    """Of how many ranks' terms the gradient of ``param`` with code ``here`` is the sum, at most."""
+    """Largest number of ranks whose terms make up the gradient of ``param`` with code ``here``."""
     return param.device_mesh.size() if here > IN_PLACE else 1  # type: ignore[attr-defined]
 
 
 def gradient_in_place(param: Tensor, code: int, here: int) -> Tensor:
-    """This rank's part of the gradient, where its part of the parameter lies.
+    """Local part of the gradient, in the placement of the parameter.
 
-    If the gradient has not ``code`` here, it counts as zero. Codes above ``IN_PLACE`` take a
+    A gradient whose code differs from ``code`` counts as zero. Codes above ``IN_PLACE`` take a
     redistribution, by all ranks of the mesh.
 
     Args:
         param: The parameter.
-        code: How the ranks agreed that the gradient is placed; not ``ABSENT``.
-        here: Its code on this rank.
+        code: Placement on which the ranks agreed; not ``ABSENT``.
+        here: Code on this rank.
     """
     grad = param.grad if here == code else None
     if code == IN_PLACE:

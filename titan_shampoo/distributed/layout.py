@@ -1,8 +1,7 @@
-"""Where a parameter is stored: which ranks hold it, and which part each of them holds.
+"""Ranks that hold a parameter, and the part that each of them holds.
 
-Everything is read off the parameter. A sharding along a dim that is merged with others is a list
-of intervals of the merged dim, so one description covers FSDP2, HSDP, tensor parallelism and their
-products.
+Everything is read off the parameter. A cut along a merged dim is a list of intervals of that dim,
+so one description covers FSDP2, HSDP, tensor parallelism and their products.
 """
 
 import functools
@@ -25,7 +24,7 @@ Region = tuple[tuple[Interval, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How a tensor is cut: which mesh axes shard it, along which dim, in the order of cutting."""
+    """Cuts of a tensor: the mesh axes that shard it, and along which dim, in the order of cuts."""
 
     num_shards: tuple[int, ...]
     """Size of each sharding mesh axis, in mesh order."""
@@ -33,16 +32,16 @@ class Sharding:
     """Pairs (position of the axis in ``num_shards``, tensor dim), first cut first."""
 
     def region(self, shape: tuple[int, ...], grid: Grid, shard: int) -> Region:
-        """The part of a parameter of ``shape`` that shard number ``shard`` holds; may be empty."""
+        """Part of a parameter of ``shape`` in shard number ``shard``; may be empty."""
         return _region(self, shape, grid, shard)
 
     @property
     def num_regions(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         return math.prod(self.num_shards)
 
     def edges(self, shape: tuple[int, ...], grid: Grid) -> tuple[tuple[int, ...], ...]:
-        """Where shards of a parameter of ``shape`` begin and end along each merged dim."""
+        """Edges of the shards of a parameter of ``shape`` along each merged dim."""
         return _edges(self, shape, grid)
 
 
@@ -54,7 +53,7 @@ def _region(sharding: Sharding, shape: tuple[int, ...], grid: Grid, shard: int) 
         coordinates.insert(0, coordinate)
     ranges = [(0, extent) for extent in shape]
     for axis, dim in sharding.cuts:
-        ranges[dim] = _chunk(ranges[dim], sharding.num_shards[axis], coordinates[axis])
+        ranges[dim] = chunk(ranges[dim], sharding.num_shards[axis], coordinates[axis])
     return tuple(_merged_intervals(shape, ranges, group) for group in grid.dim_groups)
 
 
@@ -67,8 +66,8 @@ def _edges(sharding: Sharding, shape: tuple[int, ...], grid: Grid) -> tuple[tupl
     return tuple(tuple(sorted(edges)) for edges in found)
 
 
-def _chunk(interval: Interval, num_chunks: int, index: int) -> Interval:
-    """The ``index``-th of ``num_chunks`` chunks, as ``torch.chunk`` cuts."""
+def chunk(interval: Interval, num_chunks: int, index: int) -> Interval:
+    """The ``index``-th of ``num_chunks`` chunks, cut like ``torch.chunk``."""
     start, stop = interval
     size = -(-(stop - start) // num_chunks)
     return min(start + index * size, stop), min(start + (index + 1) * size, stop)
@@ -77,7 +76,7 @@ def _chunk(interval: Interval, num_chunks: int, index: int) -> Interval:
 def _merged_intervals(
     shape: tuple[int, ...], ranges: list[Interval], group: tuple[int, ...]
 ) -> tuple[Interval, ...]:
-    """Ranges of the merged dim that a box over the dims of ``group`` covers, neighbours joined."""
+    """Ranges of the merged dim covered by a box over the dims of ``group``, neighbours joined."""
     intervals: list[Interval] = [(0, 1)]
     for dim in group:
         start, stop = ranges[dim]
@@ -98,7 +97,7 @@ def _merged_intervals(
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The ranks that hold a parameter, ``ranks[replica][shard]``, and how they talk."""
+    """Placement group: the ranks of a parameter, ``ranks[replica][shard]``, and their groups."""
 
     ranks: tuple[tuple[int, ...], ...]
     replica: int
@@ -106,25 +105,25 @@ class Team:
     shard: int
     """Column of this rank."""
     shard_group: dist.ProcessGroup | None
-    """Connects ``ranks[replica]``, in that order; None where there is one shard."""
+    """Connects ``ranks[replica]``, in that order; None if there is one shard."""
     replica_group: dist.ProcessGroup | None
-    """Connects column ``shard`` of ``ranks``, in that order; None where there is one replica."""
+    """Connects column ``shard`` of ``ranks``, in that order; None if there is one replica."""
 
     @property
     def num_replicas(self) -> int:
-        """How many ranks hold the same shard."""
+        """Number of ranks with the same shard."""
         return len(self.ranks)
 
     @property
     def num_shards(self) -> int:
-        """How many ranks hold a part each of one copy."""
+        """Number of parts of one copy."""
         return len(self.ranks[0])
 
 
 def layout_of(
     param: Tensor, process_group: dist.ProcessGroup | None, name: str
 ) -> tuple[Team, Sharding]:
-    """Who holds ``param`` and how it is cut.
+    """Placement group and sharding of ``param``.
 
     Args:
         param: A plain tensor (the same on every rank of ``process_group``) or a DTensor.
@@ -132,14 +131,14 @@ def layout_of(
         name: Name of the parameter, for error messages.
 
     Raises:
-        ValueError: If a placement is neither a shard nor a replica, or the parameter is kept in
-            other memory than its mesh communicates from.
+        ValueError: If a placement is neither Shard nor Replicate, or if the parameter is stored on
+            another kind of device than its mesh.
     """
     if isinstance(param, DTensor):
         check_device(param.device.type, param.device_mesh.device_type, name)
         return _dtensor_layout(param, name)
     if process_group is None or process_group.size() == 1:
-        # By its own number: whoever compares teams must not take it for a part of rank 0's.
+        # Its global rank, not 0: otherwise it would look like a rank of rank 0's placement group.
         me = dist.get_rank() if dist.is_initialized() else 0
         return Team(((me,),), 0, 0, None, None), Sharding((), ())
     ranks = tuple((rank,) for rank in dist.get_process_group_ranks(process_group))
@@ -147,14 +146,14 @@ def layout_of(
 
 
 def check_device(stored: str, mesh: str, name: str) -> None:
-    """Raise ValueError for parameters that are offloaded to the host (FSDP2's CPUOffloadPolicy).
+    """Raise ValueError if a parameter is offloaded to the host (FSDP2's CPUOffloadPolicy).
 
-    Their gradients and state would have to cross the bus twice in each step, and their process
-    groups do not reach host memory.
+    Its gradient and state would cross the bus twice per step, and its process groups cannot reach
+    host memory.
 
     Args:
-        stored: Type of the device that holds the local shard; "meta" stands for any.
-        mesh: Type of the device that its mesh communicates from.
+        stored: Type of the device of the local shard; "meta" matches any.
+        mesh: Type of the device of its mesh.
         name: Name of the parameter.
     """
     if stored not in (mesh, "meta"):
@@ -171,7 +170,7 @@ def _dtensor_layout(param: DTensor, name: str) -> tuple[Team, Sharding]:
     sharding_axes = [axis for axis in axes if not placements[axis].is_replicate()]
     replica_axes = [axis for axis in axes if placements[axis].is_replicate()]
     team = _team(mesh, tuple(replica_axes), tuple(sharding_axes))
-    cuts = _cut_order([(placements[axis], mesh.shape[axis]) for axis in sharding_axes])
+    cuts = cut_order([(placements[axis], mesh.shape[axis]) for axis in sharding_axes])
     return team, Sharding(tuple(mesh.shape[axis] for axis in sharding_axes), cuts)
 
 
@@ -179,8 +178,8 @@ def _is_shard(placement: Placement) -> bool:
     return isinstance(placement, (Shard, _StridedShard))
 
 
-def _cut_order(shards: list[tuple[Placement, int]]) -> tuple[tuple[int, int], ...]:
-    """Order of cutting: left to right, but a strided shard after those it interleaves with."""
+def cut_order(shards: list[tuple[Placement, int]]) -> tuple[tuple[int, int], ...]:
+    """Order of cutting: left to right, but a strided shard after the axes it interleaves with."""
     order: list[tuple[int, int]] = []
     for axis in reversed(range(len(shards))):
         placement = shards[axis][0]
@@ -198,7 +197,7 @@ def _cut_order(shards: list[tuple[Placement, int]]) -> tuple[tuple[int, int], ..
 
 def _team(mesh: DeviceMesh, replica_axes: tuple[int, ...], sharding_axes: tuple[int, ...]) -> Team:
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a parameter lies on a mesh without this rank"
+    assert coordinate is not None, "a parameter is on a mesh without this rank"
     axes = replica_axes + sharding_axes
     index = tuple(slice(None) if a in axes else coordinate[a] for a in range(mesh.ndim))
     table = mesh.mesh[index].permute([sorted(axes).index(axis) for axis in axes])
@@ -206,11 +205,11 @@ def _team(mesh: DeviceMesh, replica_axes: tuple[int, ...], sharding_axes: tuple[
     ranks = tuple(tuple(row) for row in table.reshape(sizes).tolist())
     me = int(mesh.mesh[tuple(coordinate)])
     replica = next(r for r, row in enumerate(ranks) if me in row)
-    shard_group, replica_group = _group(mesh, sharding_axes), _group(mesh, replica_axes)
+    shard_group, replica_group = axes_group(mesh, sharding_axes), axes_group(mesh, replica_axes)
     return Team(ranks, replica, ranks[replica].index(me), shard_group, replica_group)
 
 
-def _group(mesh: DeviceMesh, axes: tuple[int, ...]) -> dist.ProcessGroup | None:
+def axes_group(mesh: DeviceMesh, axes: tuple[int, ...]) -> dist.ProcessGroup | None:
     """Process group over ``axes`` through this rank; several axes are flattened into one group."""
     if not axes:
         return None

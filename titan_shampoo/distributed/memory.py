@@ -1,4 +1,4 @@
-"""Bytes that each rank holds of parameters, and of the state that belongs to them."""
+"""Bytes of parameters and of their state on each rank."""
 
 import functools
 import math
@@ -19,8 +19,8 @@ def bytes_by_rank(
     """Bytes on each rank that holds a part of one of ``tensors``.
 
     Args:
-        tensors: Pairs (tensor, its parameter). A plain tensor (a counter) of a DTensor parameter is
-            whole on each rank that holds a part of the parameter.
+        tensors: Pairs (tensor, its parameter). A plain tensor (a counter) of a DTensor parameter
+            is whole on each rank that holds a part of the parameter.
         replicas: Ranks that hold plain parameters; None for this one alone.
     """
     held: Counter[int] = Counter()

@@ -1,7 +1,7 @@
-"""Which shard holds how much of which block: one table per parameter, for all shards at once.
+"""Number of elements that each shard has of each block: one table per parameter.
 
-Regions and blocks are boxes, so the table is a product of one small table per dim; none of the
-pairs of a shard and a block (millions for a large model on many ranks) is looked at by itself.
+Regions and blocks are boxes, so the table is a product of one small table per dim. There is no
+loop over pairs of a shard and a block: a large model on many ranks has millions.
 """
 
 import functools
@@ -17,7 +17,7 @@ Counts = NDArray[np.int64]
 
 
 def overlap_table(sharding: Sharding, shape: tuple[int, ...], grid: Grid) -> Counts:
-    """Elements that each shard has of each block, ``(shards, blocks)``.
+    """Elements of each block in each shard, ``(shards, blocks)``.
 
     Args:
         sharding: How the parameter is cut into shards.
@@ -41,7 +41,7 @@ def holders(table: Counts) -> list[tuple[int, ...]]:
 
 
 def _overlaps_along(regions: list[Region], dim: int, edges: tuple[int, ...]) -> Counts:
-    """Length that each region and each cell between ``edges`` have in common along one dim."""
+    """Length of the overlap of each region with each cell between ``edges`` along one dim."""
     cells = np.asarray(edges)
 
     @functools.cache  # most dims are cut by few shards, or by none

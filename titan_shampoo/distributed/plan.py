@@ -1,14 +1,13 @@
-"""Who does what in a step: one list of blocks, the owner of each, and the copies that move them.
+"""Plan of a step: one list of blocks, the owner of each, and the copies that move them.
 
-Every rank computes the plan from names, shapes, placements and configuration alone. A block inside
-one shard is worked on where it lies; a block cut by shard edges travels to its owner, and its
-direction comes back; so does one that a rank with less to do takes over, where that pays. Replicas
-divide their blocks and share the directions.
-
+Every rank computes the plan from names, shapes, placements and configuration alone. The owner of a
+block inside one shard is usually the rank of that shard. A block cut by shard edges travels to its
+owner, and its direction travels back. A block can also travel to a rank with less work, where that
+pays. Replicas divide their blocks and share the directions.
     gradient shard -> stack                                     block inside this shard, owned here
     gradient shard -> outbox -> all-to-all -> inbox -> stack    block owned by another shard's rank
     stack -> inbox -> all-to-all -> outbox                      its direction, back
-    stack, outbox -> shelf -> all-gather over replicas -> direction shard
+    stack, outbox -> gather buffer -> all-gather over replicas -> direction shard
 """
 
 import math
@@ -33,32 +32,32 @@ __all__ = [
 ]
 
 BUCKET_NUMEL = 1 << 25
-"""Elements of gradient in one bucket: what one exchange moves while another bucket is worked on."""
+"""Elements of gradient in one bucket: one exchange, during which another bucket is computed."""
 
 
 @dataclass(slots=True)
 class Holding:
-    """The blocks of one shape of one parameter, and which of them this rank owns."""
+    """The blocks of one shape of one parameter, and those of them that this rank owns."""
 
     shape: tuple[int, ...]
     count: int = 0
     """Blocks of this shape on all ranks."""
     places: list[int] = field(default_factory=list)
-    """Which of these are owned here, in ascending order."""
+    """Positions of this rank's blocks among them, ascending."""
     indices: list[int] = field(default_factory=list)
-    """Their positions in the parameter's grid."""
+    """Positions of this rank's blocks in the parameter's grid."""
     stack: int = 0
-    """Stack that holds them, one after the other."""
+    """Stack with this rank's blocks, one after the other."""
     first: int = 0
-    """Position of the first in the stack."""
+    """Position of the first block in the stack."""
 
     @property
     def suffix(self) -> str:
-        """What keys of their state end in."""
+        """Suffix of the state keys of these blocks."""
         return "x".join(map(str, self.shape))
 
     def part_of(self, stack: Tensor) -> Tensor:
-        """State of the blocks that are owned here, ``(len(places), ...)``, as a view."""
+        """State of this rank's blocks, ``(len(places), ...)``, as a view."""
         return stack[self.first : self.first + len(self.places)]
 
 
@@ -72,7 +71,7 @@ class Plan:
     buckets: list[Bucket]
 
     def holdings(self) -> list[list[Holding]]:
-        """The blocks of each parameter by their shape, and which of them this rank owns."""
+        """The blocks of each parameter by shape, and those of them that this rank owns."""
         found: list[dict[tuple[int, ...], Holding]] = [{} for _ in self.params]
         places = {}
         for block in self.blocks:
@@ -89,7 +88,7 @@ class Plan:
         return [list(by_shape.values()) for by_shape in found]
 
     def facts(self) -> list[dict[str, object]]:
-        """What the ranks of each parameter's team must know alike."""
+        """Description of each parameter that all ranks of its placement group must share."""
         found: list[dict[str, object]] = [
             {
                 "block grid": param.grid,
@@ -105,11 +104,12 @@ class Plan:
 
 
 def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None = None) -> Plan:
-    """The plan of this rank for ``params``; the same on all ranks but for the rank's own part.
+    """Plan of this rank for ``params``; only the rank's own part differs between ranks.
 
     Args:
         params: All parameters of this rank.
-        turns: Refresh turn of every block of each parameter; None if these are all there are.
+        turns: Refresh slot of every block of each parameter; None if no other rank has parameters
+            that share the period.
     """
     params = list(params)
     blocks = assigned_blocks(params, turns)
@@ -129,7 +129,7 @@ def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None
 
 
 def bucket_members(params: Sequence[Parameter]) -> list[list[int]]:
-    """Parameters of one team and message dtype, in order, of at most BUCKET_NUMEL elements."""
+    """Parameters by placement group and message dtype, in order, up to BUCKET_NUMEL elements."""
     buckets: list[list[int]] = []
     latest: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for number, param in enumerate(params):

@@ -1,19 +1,21 @@
-"""Which parameters have a gradient on any of the ranks that hold them, and how it is placed.
+"""Gradient pattern: the parameters that have a gradient on any rank, and the gradients' placements.
 
-Ranks may differ: an expert that got no token has a gradient on some, an unused branch on none. A
-parameter takes its step if any rank of its team has a gradient. A shard that lacks its part counts
-as zero; a replica that lacks it takes it from one that has it. To agree on that takes a collective,
-but only when something is new: every rank remembers what it had when the ranks last agreed, and
-raises one flag, in the reduction that every step makes anyway, if it now has anything else. Without
-a flag the answer is still the last one, on all ranks.
+Ranks may differ: an expert without tokens has a gradient on some ranks, an unused branch on none. A
+parameter takes its step if any rank of its placement group has a gradient. A shard without its part
+counts as zero. A replica without it receives it from a replica that has it.
 
-Where the host reads that reduction a step late, ranks to which nothing is news do not know in time
-that others wait for them. News to all ranks (a frozen parameter, a branch that nobody used) is
-still acted upon at once: each rank has a reason of its own to wait for the numbers. News to some is
-acted upon by all in the next step; until then what was agreed before counts, on all ranks.
+Agreement takes a collective, but only if the pattern has changed. Every rank remembers its pattern
+of the last agreement. If it now has another one, it raises a flag in the all-reduce that every step
+makes anyway. Without a flag, the last agreement still holds on all ranks.
+
+If the host reads that all-reduce one step late, ranks without a change do not know in time that
+others wait for them. A change on all ranks (a frozen parameter, an unused branch) still takes
+effect at once, because each rank knows on its own to wait for the flags. A change on some ranks
+takes effect on all in the next step; until then, the last agreement holds on all ranks.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,12 +26,12 @@ from titan_shampoo.distributed.layout import Team
 
 
 class Presence:
-    """The pattern of gradients that the ranks last agreed on; all there and in place, at first.
+    """The pattern on which the ranks last agreed; at first, all gradients are present and in place.
 
     Args:
-        params: The parameters, in the same order on all ranks of a team.
-        teams: Who holds each.
-        device: Where the process groups communicate.
+        params: The parameters, in the same order on all ranks of a placement group.
+        teams: Placement group of each parameter.
+        device: Device of the messages.
     """
 
     def __init__(
@@ -38,18 +40,18 @@ class Presence:
         self._params, self._teams, self._device = params, teams, device
         self._here = self._anywhere = [IN_PLACE] * len(teams)
         self._givers: dict[int, int] = {}
-        """Replica that the others take the gradient of a parameter from, where some lack it."""
+        """Replica that sends a gradient to the replicas without it, by number of the parameter."""
 
     def codes(self) -> list[int]:
-        """Whether and how each gradient is there on this rank."""
+        """Presence and placement of each gradient on this rank, as a code."""
         return [placement_code(param) for param in self._params]
 
     def is_news(self, here: Sequence[int]) -> bool:
-        """Whether this rank has other gradients than when the ranks last agreed."""
+        """True if this rank's gradients differ from those of the last agreement."""
         return list(here) != self._here
 
     def parts_replicas(self, here: Sequence[int]) -> bool:
-        """Whether that is so for a parameter with replicas, which must not part."""
+        """True if the gradient of a replicated parameter differs here: replicas would diverge."""
         changes = zip(self._teams, here, self._here, strict=True)
         return any(now != before for team, now, before in changes if team.num_replicas > 1)
 
@@ -59,13 +61,13 @@ class Presence:
         flags: Sequence[float],
         now: Callable[[], Sequence[float]] | None = None,
     ) -> bool:
-        """Agree if it is time to, and say so; called by all ranks in each step.
+        """Renew the agreement if due, and return True then; a collective of all ranks in each step.
 
         Args:
-            here: What :meth:`codes` returned.
-            flags: Whether it is news to any rank, and whether it is none to any rank; of this step,
-                or of the one before where the host reads late.
-            now: Waits for the flags of this step; None where ``flags`` are those already.
+            here: Result of :meth:`codes`.
+            flags: Whether the pattern is new to any rank, and whether it is unchanged on any rank.
+                They are the flags of this step, or of the one before if the host reads late.
+            now: Waits for the flags of this step; None if ``flags`` are those of this step.
         """
         is_news, is_known = flags
         wanted = bool(is_news) if now is None else bool(is_news and is_known)
@@ -77,38 +79,41 @@ class Presence:
         return wanted
 
     def agree(self, here: Sequence[int]) -> None:
-        """Find out what each team has; called by all ranks of all teams if it is news to any.
+        """Reduce the patterns of all ranks; called by all of them if any has a new one.
 
         One all-reduce per process group, of a few elements per parameter.
 
         Raises:
-            ValueError: On all ranks of a team that have gradients of one parameter that are placed
-                in different ways.
+            ValueError: On all ranks of a placement group, if two of them have gradients of one
+                parameter with different placements.
         """
         self._here = list(here)
-        found = torch.tensor(self._here, dtype=torch.int64, device=self._device).repeat(4, 1)
+        found = torch.tensor(self._here, dtype=torch.int64, device=self._device)
+        found = found.repeat(len(_Answers._fields), 1)
         members: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for number, team in enumerate(self._teams):
             members.setdefault(team.ranks, []).append(number)
         for numbers in members.values():
-            found[:, numbers] = _agreed(found[0, numbers], self._teams[numbers[0]])
-        anywhere, negative_lowest, first, lacks = found.tolist()
-        for param, code, other in zip(self._params, anywhere, negative_lowest, strict=True):
-            if code != ABSENT and code != -other:
-                raise ValueError(f"the gradients of a parameter of shape {tuple(param.shape)} are "
-                                 "placed in different ways on different ranks")  # fmt: skip
-        self._anywhere = anywhere
+            found[:, numbers] = _reduced(found[0, numbers], self._teams[numbers[0]])
+        answers = _Answers(*found.tolist())
+        codes = zip(self._params, answers.largest, answers.negative_smallest, strict=True)
+        for param, code, negative in codes:
+            if code != ABSENT and code != -negative:
+                raise ValueError(f"got gradients of a parameter of shape {tuple(param.shape)} that "
+                                 "are placed in different ways on different ranks, wanted one "
+                                 "placement; redistribute them before step()")  # fmt: skip
+        self._anywhere = answers.largest
         self._givers = {
-            number: self._teams[number].num_replicas - first[number]
-            for number in range(len(anywhere))
-            if first[number] and lacks[number]
+            number: self._teams[number].num_replicas - distance
+            for number, distance in enumerate(answers.first_giver)
+            if distance and answers.is_missing[number]
         }
 
     def untouched(self, here: Sequence[int]) -> list[Tensor]:
-        """Parameters whose gradient on this rank is, as it is, what :meth:`completed` returns.
+        """Parameters whose gradient :meth:`completed` returns unchanged on this rank.
 
         Args:
-            here: What :meth:`codes` returned.
+            here: Result of :meth:`codes`.
         """
         numbered = enumerate(zip(self._params, here, self._anywhere, strict=True))
         return [
@@ -118,13 +123,13 @@ class Presence:
         ]
 
     def completed(self, here: Sequence[int]) -> dict[Tensor, Tensor]:
-        """This rank's part of each gradient that any rank has, where its parameter lies.
+        """This rank's part of each gradient that any rank has, in the placement of the parameter.
 
-        One redistribution for each gradient that is placed unlike its parameter, one broadcast for
-        each that some replicas lack: as agreed on, so that all ranks take part.
+        One redistribution for each gradient with another placement than its parameter, and one
+        broadcast for each gradient that some replicas lack. All ranks take part, as agreed.
 
         Args:
-            here: What :meth:`codes` returned.
+            here: Result of :meth:`codes`.
         """
         grads: dict[Tensor, Tensor] = {}
         codes = zip(self._params, self._anywhere, here, strict=True)
@@ -140,26 +145,37 @@ class Presence:
         return grads
 
 
-def _agreed(codes: Tensor, team: Team) -> Tensor:
-    """What the ranks of a team have of some parameters, ``(4, n)``.
+class _Answers(NamedTuple):
+    """Rows of the table that ranks reduce to the maximum; one entry per parameter."""
 
-    First the largest code of a gradient on any rank, and minus the smallest. Then how far the first
-    replica that has one is from the end, or 0; and whether any replica lacks one.
+    largest: list[int]
+    """Largest code of its gradient on any rank."""
+    negative_smallest: list[int]
+    """Minus the smallest code of its gradient on any rank with one."""
+    first_giver: list[int]
+    """Number of replicas minus the first replica with a gradient; 0 if no replica has one."""
+    is_missing: list[int]
+    """1 if any replica lacks the gradient."""
+
+
+def _reduced(codes: Tensor, team: Team) -> Tensor:
+    """The rows of ``_Answers`` for parameters of one placement group, ``(4, n)``.
 
     Args:
-        codes: What this rank has, ``(n,)``.
-        team: Who holds the parameters.
+        codes: Codes of the gradients on this rank, ``(n,)``.
+        team: Placement group of the parameters.
     """
     is_here = codes != ABSENT
     negative = torch.where(is_here, -codes, torch.iinfo(codes.dtype).min)
-    distance = torch.where(is_here, team.num_replicas - team.replica, 0)
-    found = torch.stack([codes, negative, distance, (~is_here).to(codes.dtype)])
+    first_giver = torch.where(is_here, team.num_replicas - team.replica, 0)
+    found = torch.stack([codes, negative, first_giver, (~is_here).to(codes.dtype)])
     if team.replica_group is not None:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=team.replica_group)
     if team.shard_group is not None:
-        everywhere = found[:2].clone()
-        dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=team.shard_group)
-        found[:2] = everywhere
+        # Replicas of one shard share their gradient, so only the codes are compared over shards.
+        both_codes = found[:2].clone()
+        dist.all_reduce(both_codes, op=dist.ReduceOp.MAX, group=team.shard_group)
+        found[:2] = both_codes
     return found
 
 
@@ -168,16 +184,16 @@ def judges(
     process_group: dist.ProcessGroup | None,
     pipeline_group: dist.ProcessGroup | None = None,
 ) -> list[dist.ProcessGroup]:
-    """Groups to reduce over, one after the other, so that all ranks that train together agree.
+    """Process groups to reduce over, one after the other, to reach all ranks that train together.
 
-    One group wherever there is one of exactly these ranks: FSDP2's, DDP's, the flattened mesh of
-    two-dimensional shardings, or all ranks. Else (HSDP in a stage of a pipeline) the groups of the
-    teams in turn, and then that of the stages.
+    A single group if one has exactly these ranks: FSDP2's, DDP's, the flattened mesh of
+    two-dimensional shardings, or all ranks. Otherwise (HSDP in a pipeline stage) the groups of the
+    placement groups, then the group of the stages.
 
     Args:
-        teams: Who holds each parameter.
+        teams: Placement group of each parameter.
         process_group: Ranks that hold plain tensors as replicas.
-        pipeline_group: Ranks with the other stages of a pipeline; None without one.
+        pipeline_group: Ranks with the other stages of a pipeline; None without a pipeline.
     """
     if not dist.is_initialized():
         return []

@@ -1,4 +1,4 @@
-"""State as distributed checkpoints see it: global tensors of which each rank holds some boxes."""
+"""Global tensors for distributed checkpoints, of which each rank holds some chunks."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ Offsets = tuple[int, ...]
 class BlockTensor(torch.Tensor):
     """A global tensor of which this rank holds some chunks, as views of live memory.
 
-    It speaks the protocol by which torch.distributed.checkpoint saves and loads tensors that are
-    neither plain nor DTensor. There is no arithmetic on it: it exists while a checkpoint is
-    written or read.
+    It implements the protocol by which torch.distributed.checkpoint saves and loads tensors that
+    are neither plain nor DTensor. It exists only while a checkpoint is written or read, and has no
+    arithmetic.
 
     Args:
         size: Global shape.
         chunks: This rank's parts by their first index; disjoint over all ranks.
-        dtype: Dtype of all chunks, needed where a rank holds none.
+        dtype: Dtype of all chunks, needed on ranks without a chunk.
     """
 
     chunks: dict[Offsets, Tensor]
@@ -36,7 +36,7 @@ class BlockTensor(torch.Tensor):
         chunks: dict[Offsets, Tensor],
         dtype: torch.dtype,
     ) -> "BlockTensor":
-        """Make the wrapper; it has a shape and a dtype but no memory of its own."""
+        """Create the wrapper, which has a shape and a dtype but no memory."""
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(size), dtype=dtype, device=torch.device("cpu")
         )
@@ -54,7 +54,7 @@ class BlockTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: object = None,
     ) -> "BlockTensor":
-        """Detach and copy to CPU memory, which is what staging for an asynchronous save needs."""
+        """Detach and copy to CPU memory, for the staging of an asynchronous save."""
         aten = torch.ops.aten
         if func is aten.detach.default:
             return args[0]
@@ -75,7 +75,7 @@ class BlockTensor(torch.Tensor):
         return BlockTensor, (tuple(self.shape), self.chunks, self.dtype)
 
     def data_ptr(self) -> int:
-        """Zero: there is no memory of its own."""
+        """Zero: the wrapper has no memory."""
         return 0
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
@@ -99,7 +99,7 @@ class BlockTensor(torch.Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         """The memory of one chunk."""
-        assert index.offset is not None, "the save planner asked for a chunk without its place"
+        assert index.offset is not None, "the save planner asked for a chunk without its offset"
         return self.chunks[tuple(index.offset)]
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an extra keyword

@@ -1,7 +1,7 @@
-"""A plan in figures, for every rank at once: work, memory, messages.
+"""Figures of a plan for every rank at once: work, memory, messages.
 
-Nothing is simulated rank by rank: who owns which block and which shard holds how much of it are
-tables, and the figures are sums over them.
+There is no loop over ranks: owners of blocks and overlaps of shards with blocks are tables, and the
+figures are sums over them.
 """
 
 import math
@@ -20,37 +20,37 @@ Figures = NDArray[np.float64]
 """One number per rank."""
 
 MESSAGES = "in a step: messages"
-"""The row of :meth:`Summary.rows` with memory that one optimizer after the other takes."""
+"""The row of :meth:`Summary.rows` with message buffers, which optimizers use one at a time."""
 
 
 @dataclass(slots=True)
 class Summary:
-    """What every rank has to do, to keep and to send; arrays are ``(ranks,)``."""
+    """Work, memory and messages of every rank; arrays are ``(ranks,)``."""
 
     ranks: NDArray[np.int64]
-    """Numbers of the ranks that the columns belong to."""
+    """Rank number of each column."""
     blocks: Figures
-    """Blocks that a rank owns."""
+    """Number of blocks that a rank owns."""
     step_flops: Figures
-    """Floating-point operations of every step, refreshes not counted."""
+    """Floating-point operations of every step, without refreshes."""
     refresh_flops: dict[int, NDArray[np.float64]]
-    """Those of the refreshes in each turn, ``(period, ranks)``, by period."""
+    """Operations of the refreshes in each slot, ``(period, ranks)``, by period."""
     state: dict[str, Figures]
     """Bytes of state by kind."""
     working: dict[str, Figures]
-    """Bytes that exist during a step: stacks, directions, messages (at most at any time)."""
+    """Bytes during a step: stacks, directions, messages (the most at any time)."""
     sent: Figures
     """Bytes sent to other ranks in a step."""
     collectives: int
-    """Collectives in a step, the check of the gradients not counted."""
+    """Collectives in a step, without the one of the step status."""
     aligned: int
-    """Blocks that lie inside one shard and are worked on there."""
+    """Blocks inside one shard that stay there."""
     cut: int
     """Blocks that travel because shard edges cut them."""
     balancing: int
     """Blocks that travel to relieve a rank."""
     suggestions: list[str] = field(default_factory=list)
-    """What to change, in words."""
+    """Settings to change, in words."""
 
     @property
     def mean_flops(self) -> Figures:
@@ -76,12 +76,12 @@ class Summary:
 
     @property
     def largest_refresh(self) -> Figures:
-        """Operations of the refreshes in the step of the period that has most."""
+        """Operations of the refreshes in the most expensive step of the period."""
         zeros = np.zeros_like(self.step_flops)
         return sum((turns.max(axis=0) for turns in self.refresh_flops.values()), zeros)
 
     def rows(self) -> list[tuple[str, Figures, str]]:
-        """Triples (what, figures, unit) for a table."""
+        """Triples (label, figures, unit) for a table."""
         return [
             ("blocks owned", self.blocks, ""),
             ("arithmetic in every step", self.step_flops, "FLOP"),
@@ -93,7 +93,7 @@ class Summary:
         ]
 
     def notes(self) -> list[str]:
-        """What no table of ranks says."""
+        """Sentences on balance, messages and suggestions, which are not in the table of ranks."""
         return [
             f"work per rank, largest / mean: {self.imbalance:.3f} over a period, "
             f"{self.worst_imbalance:.3f} in its worst step",
@@ -104,7 +104,7 @@ class Summary:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """What :meth:`notes` says, for programs."""
+        """The content of :meth:`notes`, for programs."""
         return {
             "imbalance": self.imbalance,
             "worst_imbalance": self.worst_imbalance,
@@ -122,12 +122,12 @@ def summarize(
     blocks: Sequence[Block],
     like_parameters: Mapping[str, Mapping[int, int]],
 ) -> Summary:
-    """The figures of a plan for all ranks of its teams.
+    """Figures of a plan for all ranks of its placement groups.
 
     Args:
-        params: The plan's parameters.
-        blocks: The plan's blocks.
-        like_parameters: Bytes on each rank of state that lies like its parameter, by kind.
+        params: Parameters of the plan.
+        blocks: Blocks of the plan.
+        like_parameters: Bytes on each rank of state that is sharded like its parameter, by kind.
     """
     teams = {param.team.ranks for param in params}
     numbers = [rank for team in teams for row in team for rank in row]
@@ -160,7 +160,7 @@ def summarize(
 
 
 class _Sums:
-    """Figures that grow bucket by bucket."""
+    """Figures that are added up bucket by bucket."""
 
     def __init__(self, ranks: NDArray[np.int64], params: Sequence[Parameter]) -> None:
         self.tables = Tables()
@@ -193,14 +193,14 @@ class _Sums:
         self.collectives += num_collectives
 
     def _add_messages(self, columns: NDArray[np.int64], buffers: Figures, shared: Figures) -> None:
-        """Find the most that is in flight at once, as ``exchange.exchange_in_turn`` makes it.
+        """Update the most bytes in flight at once, in the order of ``exchange.exchange_in_turn``.
 
         Args:
-            columns: Of the ranks that take part in the bucket.
-            buffers: Bytes that each of them holds for its messages.
+            columns: Columns of the ranks that take part in the bucket.
+            buffers: Bytes of message buffers of each of them.
             shared: Bytes of the copy that is made when directions are shared with replicas.
         """
-        # What the last bucket holds, and what it holds as soon as its directions are shared.
+        # Bytes of the last bucket: before its directions are shared, and from then on.
         current, sharing = self._current[:, columns]
         events = [self._returning[columns] + current + buffers, sharing + buffers, buffers + shared]
         most = self.working["messages"]
@@ -224,7 +224,7 @@ class _Sums:
 
 
 class _Traffic:
-    """Elements that each rank of a team ``(replicas, shards)`` sends and receives."""
+    """Elements that each rank of a placement group ``(replicas, shards)`` sends and receives."""
 
     def __init__(self, num_replicas: int, num_shards: int) -> None:
         self.inbox, self.outbox, self.own_part, self.shared = (
@@ -232,11 +232,11 @@ class _Traffic:
         )
 
     def add(self, table: NDArray[np.int64], blocks: list[Block]) -> tuple[Figures, Figures]:
-        """Add the blocks of one parameter; returns what each rank holds and owns of it.
+        """Add the blocks of one parameter; return the elements that each rank holds and owns of it.
 
         Args:
             table: Elements of each block on each shard, ``(shards, blocks)``.
-            blocks: In the order of the table.
+            blocks: Blocks in the order of the table.
         """
         replicas = np.array([block.replica for block in blocks], np.int64)
         shards = np.array([block.shard for block in blocks], np.int64)
@@ -252,7 +252,7 @@ class _Traffic:
         return held, owned
 
     def totals(self) -> tuple[Figures, Figures, Figures, int]:
-        """Elements sent to other ranks, of message buffers, of the copy shared; collectives."""
+        """Elements sent, in message buffers, and in the shared copy; number of collectives."""
         num_replicas = len(self.inbox)
         travels = bool(self.inbox.any())
         sent = self.outbox + self.inbox - 2 * self.own_part
@@ -260,7 +260,7 @@ class _Traffic:
         if num_replicas > 1:
             width += self.shared.max(axis=0)
         sent = sent + (num_replicas - 1) * width
-        # The shelf of all replicas, and the inbox.
+        # The gather buffer of all replicas, and the inbox.
         buffers = num_replicas * np.maximum(width, self.outbox) + self.inbox
         return sent, buffers, width, 2 * travels + bool(width.any())
 

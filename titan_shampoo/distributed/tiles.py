@@ -1,7 +1,7 @@
-"""Which tile of a layer's matrix this rank stores, and who holds the others.
+"""This rank's tile of a layer's matrix, and the ranks that hold the others.
 
-Methods with one statistic per layer leave the matrix where it lies: a rank works on its own tile,
-and only vectors and scalars travel. Everything is read off the parameter.
+Methods with one statistic per layer do not move the matrix: a rank works on its own tile, and only
+vectors and scalars travel. Everything is read off the parameter.
 """
 
 import math
@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from titan_shampoo.distributed.layout import (
     Interval,
     Team,
-    _chunk,
-    _cut_order,
-    _group,
+    axes_group,
+    chunk,
+    cut_order,
     layout_of,
 )
 
@@ -30,34 +30,34 @@ class Tile:
     """The box of one parameter on this rank, in global coordinates."""
 
     ranges: tuple[Interval, ...]
-    """``[start, stop)`` of each dim that is stored here; may be empty."""
+    """``[start, stop)`` of each dim, as stored here; may be empty."""
     seen: tuple[Interval, ...]
-    """``[start, stop)`` of each dim that this rank computes with: what FSDP2 gathers."""
+    """``[start, stop)`` of each dim that this rank computes with: the part that FSDP2 gathers."""
     is_first: tuple[bool, bool]
-    """Whether no earlier rank holds the same rows, and the same columns (all dims but the first).
+    """True if no earlier rank holds the same rows; the same for columns (all dims but the first).
 
-    Of what several ranks hold, sums over the ranks take the first one's. Of a stack: of the same
-    matrices.
+    Sums over ranks count a range that several ranks hold on the first of them only. In a stack,
+    ranks are compared within the same matrices.
     """
     cut_dims: frozenset[int]
     """Dims along which other ranks hold other ranges."""
     team: Team
-    """Who holds the parameter."""
+    """Placement group of the parameter."""
     token_group: dist.ProcessGroup | None
     """Ranks that compute the same part of the layer on other tokens; None for this one alone."""
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """Ranks whose tiles are one copy of the parameter; None if it is whole here."""
+        """Ranks whose tiles make up one copy of the parameter; None if it is whole here."""
         return self.team.shard_group
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is stored here."""
+        """Shape of the tile."""
         return tuple(stop - start for start, stop in self.ranges)
 
     def transposed(self) -> "Tile":
-        """The same of a matrix whose rows are this one's columns."""
+        """The tile of the transposed matrix."""
         return replace(
             self,
             ranges=self.ranges[::-1],
@@ -67,7 +67,7 @@ class Tile:
         )
 
     def positions_in_seen(self, dims: slice) -> Tensor:
-        """Where the stored ranges of ``dims`` lie in what is seen of them, flat."""
+        """Flat positions of the stored ranges of ``dims`` within ``seen``."""
         seen = [stop - start for start, stop in self.seen[dims]]
         inside = tuple(
             slice(start - origin, stop - origin)
@@ -89,12 +89,12 @@ def tile_of(
     Args:
         param: A plain tensor or a DTensor.
         replicas: Ranks that hold plain tensors as replicas, each with its own tokens.
-        name: Of the parameter, for errors.
+        name: Name of the parameter, for errors.
         row_axes: Axes of its mesh along which ranks have different tokens.
         batch_dims: Leading dims that stack matrices.
 
     Raises:
-        ValueError: If a placement is neither a shard nor a replica.
+        ValueError: If a placement is neither Shard nor Replicate.
     """
     team, _ = layout_of(param, replicas, name)
     whole = tuple((0, size) for size in param.shape)
@@ -103,12 +103,12 @@ def tile_of(
     mesh = param.device_mesh
     cuts = _cuts(param)
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a parameter lies on a mesh without this rank"
+    assert coordinate is not None, "a parameter is on a mesh without this rank"
     ranges, seen = list(whole), list(whole)
     for axis, dim in cuts:
-        ranges[dim] = _chunk(ranges[dim], mesh.shape[axis], coordinate[axis])
+        ranges[dim] = chunk(ranges[dim], mesh.shape[axis], coordinate[axis])
         if axis not in row_axes:
-            seen[dim] = _chunk(seen[dim], mesh.shape[axis], coordinate[axis])
+            seen[dim] = chunk(seen[dim], mesh.shape[axis], coordinate[axis])
     return Tile(
         ranges=tuple(ranges),
         seen=tuple(seen),
@@ -118,30 +118,31 @@ def tile_of(
         ),
         cut_dims=frozenset(dim for _, dim in cuts),
         team=team,
-        token_group=_group(mesh, tuple(axis for axis in row_axes if mesh.shape[axis] > 1)),
+        token_group=axes_group(mesh, tuple(axis for axis in row_axes if mesh.shape[axis] > 1)),
     )
 
 
 def _cuts(param: DTensor) -> list[tuple[int, int]]:
-    """Pairs (mesh axis, tensor dim) of what cuts ``param``, first cut first."""
+    """Pairs (mesh axis, tensor dim) of the cuts of ``param``, first cut first."""
     sizes, placements = param.device_mesh.shape, param.placements
     axes = [axis for axis, p in enumerate(placements) if sizes[axis] > 1 and not p.is_replicate()]
-    order = _cut_order([(placements[axis], sizes[axis]) for axis in axes])
+    order = cut_order([(placements[axis], sizes[axis]) for axis in axes])
     return [(axes[position], dim) for position, dim in order]
 
 
 def vector_tile(
     vector: Tensor, weight: Tensor, name: str, *, dim: int = 0
 ) -> tuple[Interval, bool] | None:
-    """Which entries of a layer's bias are stored here, and whether no earlier rank has the same.
+    """Range of a layer's bias on this rank, and True if no earlier rank has the same range.
 
-    None if its ranks are not those of ``weight``, so that the two cannot be worked on together.
+    None if the ranks of the bias are not those of ``weight``: the two then cannot be preconditioned
+    together.
 
     Args:
         vector: The bias, ``(d_out,)``.
-        weight: Of the same layer.
-        name: Of the bias, for errors.
-        dim: Of the weight, ``d_out`` long.
+        weight: Weight of the same layer.
+        name: Name of the bias, for errors.
+        dim: Dim of the weight that is ``d_out`` long.
     """
     if not isinstance(vector, DTensor) or not isinstance(weight, DTensor):
         same_kind = isinstance(vector, DTensor) == isinstance(weight, DTensor)
@@ -151,7 +152,7 @@ def vector_tile(
     own = {axis for axis, _ in _cuts(vector)}
     axes = {axis for axis, _ in _cuts(weight)}
     coordinate = vector.device_mesh.get_coordinate()
-    assert coordinate is not None, "a parameter lies on a mesh without this rank"
+    assert coordinate is not None, "a parameter is on a mesh without this rank"
     (interval,) = tile_of(vector, None, name).ranges
     rows = tile_of(weight, None, name).ranges[dim]
     inside = rows[0] <= interval[0] and interval[1] <= rows[1]
@@ -161,11 +162,11 @@ def vector_tile(
 
 
 def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The sums of ``tensors`` over the ranks of ``group``, by one collective for all of them.
+    """Sums of ``tensors`` over the ranks of ``group``, by one collective for all of them.
 
     Args:
-        tensors: Of one dtype, contiguous or not; of the same shapes on all ranks.
-        group: None for this rank alone, which returns them as they are.
+        tensors: Tensors of one dtype, contiguous or not; of equal shapes on all ranks.
+        group: None for this rank alone, which returns the tensors unchanged.
     """
     if group is None or not tensors:
         return list(tensors)

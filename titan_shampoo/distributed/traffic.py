@@ -10,12 +10,12 @@ from titan_shampoo.distributed.copies import Copy, Memory, Piece, View, coalesce
 from titan_shampoo.distributed.layout import Team
 
 Packet = tuple[Block, Piece, View]
-"""A piece of a block, and where it lies in a message."""
+"""A piece of a block, and its place in a message."""
 
 
 @dataclass(slots=True)
 class Stack:
-    """Blocks of one shape that this rank owns, worked on together as ``(len(blocks), *shape)``."""
+    """Blocks of one shape that this rank owns, computed together as ``(len(blocks), *shape)``."""
 
     group: int
     shape: tuple[int, ...]
@@ -24,7 +24,7 @@ class Stack:
 
 @dataclass(slots=True)
 class Bucket:
-    """Parameters whose blocks travel together, and how."""
+    """Parameters whose blocks travel together, with their copies and message sizes."""
 
     team: Team
     dtype: torch.dtype
@@ -34,11 +34,11 @@ class Bucket:
     gather: list[Copy] = field(default_factory=list)
     """Gradient shards to stacks and outbox."""
     unpack: list[Copy] = field(default_factory=list)
-    """Inbox to stacks; reversed on the way back."""
+    """Inbox to stacks; reversed for the directions."""
     share: list[Copy] = field(default_factory=list)
-    """Stacks of blocks inside this shard to the rest of this replica's part of the shelf."""
+    """Stacks of blocks inside this shard to this replica's row of the gather buffer."""
     scatter: list[Copy] = field(default_factory=list)
-    """Stacks (one replica), outbox and shelf to direction shards."""
+    """Stacks (one replica), outbox and gather buffer to direction shards."""
     outbox_splits: list[int] = field(default_factory=list)
     """Elements sent to each shard of this replica."""
     inbox_splits: list[int] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Bucket:
     shelf_width: int = 0
     """Elements that each replica contributes to the all-gather, padding included."""
     travels: bool = False
-    """Whether any rank of the team sends or receives gradient pieces."""
+    """True if any rank of the placement group sends or receives gradient pieces."""
 
 
 def add_stacks(
@@ -77,7 +77,7 @@ class Traffic:
         self.params, self.bucket = params, bucket
         self.travels = any(block.is_cut for block in blocks)
         self.here = [block for block in blocks if team.shard in block.shards]
-        """Blocks of which this rank holds a part."""
+        """Blocks with a part on this rank."""
         self.mine = [b for b in blocks if (b.replica, b.shard) == (team.replica, team.shard)]
         """Blocks that this rank owns."""
         self.places = {
@@ -87,7 +87,7 @@ class Traffic:
         }
 
     def fill_in(self) -> None:
-        """Complete the bucket."""
+        """Compute all fields of the bucket."""
         bucket, team = self.bucket, self.bucket.team
         bucket.travels = self.travels
         outboxes = [self.outbox(replica) for replica in range(team.num_replicas)]
@@ -123,7 +123,7 @@ class Traffic:
         return ("param", block.param)
 
     def place(self, block: Block, piece: Piece) -> tuple[Memory, View]:
-        """Where a piece of a block that this rank owns lies in its stack."""
+        """Place of a piece of a block that this rank owns, in its stack."""
         memory, offset = self.places[block.param, block.index]
         return memory, piece.in_block.shifted(offset)
 
@@ -142,7 +142,7 @@ class Traffic:
         return packets, splits
 
     def inbox(self) -> tuple[list[Packet], list[int]]:
-        """Pieces of blocks that come to this rank, by their shard; elements from each shard."""
+        """Pieces of blocks that come to this rank, by shard; elements from each shard."""
         splits = [0] * self.bucket.team.num_shards
         packets: list[Packet] = []
         filled = 0
@@ -155,7 +155,7 @@ class Traffic:
         return packets, splits
 
     def resident(self, replica: int, offset: int) -> list[Packet]:
-        """Blocks inside this shard that ``replica`` works on, packed from ``offset``."""
+        """Blocks inside this shard with their owner in ``replica``, packed from ``offset``."""
         packets: list[Packet] = []
         for block in self.here:
             if not block.is_cut and block.replica == replica:

@@ -1,1 +1,1 @@
-"""Models that the recipes train and torchtitan does not bring."""
+"""Models of the recipes that torchtitan does not have."""

@@ -1,7 +1,7 @@
 """Residual networks for images (He et al. 2016), with torchvision's names and shapes.
 
-Equal names let weights interchange with torchvision both ways. As there, the stride of a bottleneck
-sits in its 3x3 convolution. ``small_stem`` starts with one 3x3 convolution of stride 1 and no
+Equal names allow weights to be exchanged with torchvision both ways. As there, a bottleneck has its
+stride in the 3x3 convolution. ``small_stem`` starts with one 3x3 convolution of stride 1 and no
 pooling, for images of about 32x32. A model is built first and filled by ``init_weights`` later, so
 that it can be built on the meta device.
 """
@@ -20,7 +20,7 @@ class ResNetArgs:
     """The shape of a residual network."""
 
     depth: Literal[18, 20, 34, 50, 101] = 50
-    """Number of layers with weights; 20 is the narrow one for images of 32x32."""
+    """Number of layers with weights; 20 is the narrow network for images of 32x32."""
 
     num_classes: int = 1000
     """Outputs of the last layer."""
@@ -29,16 +29,16 @@ class ResNetArgs:
     """Start at full resolution, for images of about 32x32."""
 
     channels_last: bool = False
-    """Take images in the memory format that GPUs with tensor cores prefer; all layers keep it."""
+    """Use the memory format that GPUs with tensor cores prefer, in all layers."""
 
     zero_init_residual: bool = True
     """Start every residual block as the identity (Goyal et al. 2017, section 5.1)."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm in the precision of its running statistics, whatever that of its input.
+    """Batch norm in the precision of its running statistics, for inputs of any precision.
 
-    Mixed precision hands its parameters over in bfloat16, which CPUs do not combine with running
+    Mixed precision passes its parameters in bfloat16, which CPUs cannot combine with running
     statistics in float32.
     """
 
@@ -124,13 +124,13 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 
 class Shape(NamedTuple):
-    """What a depth stands for."""
+    """Blocks and width of a network of one depth."""
 
     block: Block
     blocks: tuple[int, ...]
-    """In each stage; a stage halves the resolution and doubles the width."""
+    """Number of blocks in each stage; a stage halves the resolution and doubles the width."""
     width: int = 64
-    """Of the first stage."""
+    """Width of the first stage."""
 
 
 DEPTHS: dict[int, Shape] = {
@@ -140,7 +140,7 @@ DEPTHS: dict[int, Shape] = {
     50: Shape(Bottleneck, (3, 4, 6, 3)),
     101: Shape(Bottleneck, (3, 4, 23, 3)),
 }
-"""He et al. 2016, table 1; depth 20 is of section 4.2, but projects where the width changes."""
+"""He et al. 2016, table 1; depth 20 is from section 4.2, but projects where the width changes."""
 
 
 class ResNet(nn.Module):
@@ -174,7 +174,7 @@ class ResNet(nn.Module):
 
     @property
     def stages(self) -> list[nn.Module]:
-        """One for each resolution, in order."""
+        """One module per resolution, in order."""
         return [module for name, module in self.named_children() if name.startswith("layer")]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -188,13 +188,13 @@ class ResNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Fill all parameters and buffers, whatever they hold.
+        """Fill all parameters and buffers, without use of their old values.
 
         Convolutions: normal with variance ``2 / fan_out`` (He et al. 2015). Batch norm: the
-        identity, or zero where it ends a residual branch. Last layer: as in ``nn.Linear``.
+        identity, or zero at the end of a residual branch. Last layer: as in ``nn.Linear``.
 
         Args:
-            buffer_device: Where the buffers shall live; None means where they are.
+            buffer_device: Device for the buffers; None for their present one.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -211,7 +211,7 @@ class ResNet(nn.Module):
 
 
 def num_parameters(model: nn.Module) -> int:
-    """The number of trained scalars of ``model``; global counts for DTensors."""
+    """Number of trained scalars of ``model``; global counts for DTensors."""
     return sum(param.numel() for param in model.parameters())
 
 
@@ -229,7 +229,7 @@ def flops_per_image(args: ResNetArgs, image_size: int) -> int:
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal forward
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        # A weight is used once for each output value of its own row.
+        # A weight is used once for each output value of its row.
         forward += 2 * layer.weight.numel() * output.numel() // layer.weight.shape[0]
 
     for module in model.modules():
@@ -240,7 +240,7 @@ def flops_per_image(args: ResNetArgs, image_size: int) -> int:
 
 
 def _conv(in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the resolution but for its stride; batch norm supplies the bias."""
+    """A convolution that keeps the resolution, but for its stride; batch norm adds the bias."""
     return nn.Conv2d(
         in_channels,
         out_channels,
@@ -252,7 +252,7 @@ def _conv(in_channels: int, out_channels: int, *, kernel_size: int, stride: int 
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """A projection where the shape changes, else nothing: the identity."""
+    """A projection if the shape changes; None for the identity."""
     if stride == 1 and in_channels == out_channels:
         return None
     projection = _conv(in_channels, out_channels, kernel_size=1, stride=stride)
@@ -260,7 +260,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
 
 
 def _stage(shape: Shape, number: int) -> nn.Sequential:
-    """The blocks of one resolution; all stages but the first begin by halving it."""
+    """The blocks of one resolution; all stages but the first halve it at their start."""
     block, width = shape.block, shape.width * 2**number
     out_channels = width * block.expansion
     in_channels, stride = (out_channels // 2, 2) if number else (width, 1)
@@ -270,7 +270,7 @@ def _stage(shape: Shape, number: int) -> nn.Sequential:
 
 
 def _place_buffers(module: nn.BatchNorm2d, device: torch.device | None) -> None:
-    """Move the buffers of ``module``, whose values are to be overwritten, to ``device``."""
+    """Move the buffers of ``module`` to ``device``; their values are overwritten later."""
     if device is None:
         return
     for name, buffer in list(module.named_buffers(recurse=False)):

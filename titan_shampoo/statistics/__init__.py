@@ -1,6 +1,6 @@
-"""What curvature methods measure in a layer: sums over its inputs and output gradients.
+"""Statistics of a layer for curvature methods: sums over its inputs and output gradients.
 
-`tap` attaches to a model what measures; a `TappedLayer` holds what was measured.
+`tap` attaches the measurement to a model; a `TappedLayer` holds the sums of one layer.
 """
 
 from titan_shampoo.statistics.checks import (

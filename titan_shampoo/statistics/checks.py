@@ -1,4 +1,4 @@
-"""What cannot be measured, said before it is missed: every other failure of a tap is silent."""
+"""Refusals of models and schedules whose layers a tap would miss without an error."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from titan_shampoo.statistics.layers import (
 )
 
 SPLIT_BACKWARD_SCHEDULES = frozenset({"interleavedzerobubble", "zbvzerobubble", "dualpipev"})
-"""Pipeline schedules that differentiate by weights apart, and by weights alone: not by leaves."""
+"""Pipeline schedules with separate backward passes for weights, which skip the leaves of taps."""
 
 
 TAPPED = "nn.Linear, nn.Conv2d and the Conv1D of transformers"
@@ -24,7 +24,7 @@ TAPPED = "nn.Linear, nn.Conv2d and the Conv1D of transformers"
 
 
 def check_schedule(schedule: object) -> None:
-    """Refuse pipeline schedules that would leave the taps out, at times or always.
+    """Refuse pipeline schedules whose backward passes skip the taps.
 
     Args:
         schedule: A schedule, its class or its name.
@@ -46,17 +46,17 @@ def check_counts(
     counts: Sequence[float] | None = None,
     expected_rows: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuse layers that were trained unseen; reads from the device, so for the first step only.
+    """Refuse layers whose tap missed rows; reads from the device, so for the first step only.
 
     Args:
-        layers: What ``tap`` returned.
-        counts: Number of rows of each layer, added up over the ranks; without it those of this
-            rank, and then one rank can raise where another does not.
-        expected_rows: By name, how many rows layers should have seen.
+        layers: Result of ``tap``.
+        counts: Number of rows of each layer, added up over the ranks. Without it, this rank's own
+            numbers are checked, and one rank can raise where another does not.
+        expected_rows: Number of rows that layers should have seen, by name.
 
     Raises:
-        RuntimeError: If a tap saw nothing although its weight has a gradient, or saw other than
-            the expected number of rows.
+        RuntimeError: If a tap saw no rows although its weight has a gradient, or saw another
+            number of rows than expected.
     """
     if counts is None:
         counts = torch.stack([layer.input_sum[..., -1].sum().cpu() for layer in layers]).tolist()
@@ -64,8 +64,8 @@ def check_counts(
         if count == 0 and layer.weight.grad is not None:
             raise RuntimeError(
                 f"{layer.name}: its weight has a gradient, but its tap saw no rows; tap the model "
-                "before its first forward pass, and skip layers whose weight is used without them, "
-                "as by F.linear(x, layer.weight)"
+                "before its first forward pass, and skip layers whose weight is used without a "
+                "call of the layer, as in F.linear(x, layer.weight)"
             )
         wanted = count if expected_rows is None else expected_rows.get(layer.name, count)
         if count != wanted:
@@ -73,11 +73,11 @@ def check_counts(
 
 
 def untapped(model: nn.Module, layers: Sequence[TappedLayer]) -> dict[str, str]:
-    """Why the trained parameters of two and more dims are not the weight of a tapped layer.
+    """Reason for each trained parameter of two or more dims that is no weight of a tapped layer.
 
     Args:
-        model: What was tapped.
-        layers: What ``tap`` returned.
+        model: The tapped model.
+        layers: Result of ``tap``.
 
     Returns:
         A clause for each such parameter, by its name, to complete "... has no statistics: it".
@@ -103,7 +103,7 @@ def untapped(model: nn.Module, layers: Sequence[TappedLayer]) -> dict[str, str]:
 
 
 def _reason(module: nn.Module, name: str, param: nn.Parameter) -> str:
-    # FSDP2 makes classes of its own.
+    # FSDP2 wraps modules in classes of its own.
     kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
     is_layer = issubclass(kind, nn.Linear | nn.Conv2d)
     if issubclass(kind, ParametrizationList) or (is_layer and name != "weight"):

@@ -1,8 +1,8 @@
-"""Which layers are tapped, and what has been measured of each.
+"""Tapped layers and their statistics.
 
 ``layers = tap(model)``, once, before the first forward pass; then any number of backward passes;
 then ``layers[0].input_sum`` is the sum over the rows that this rank has seen, and
-``layers[0].reset()`` begins anew.
+``layers[0].reset()`` clears it.
 """
 
 import math
@@ -32,9 +32,9 @@ Moments = Literal["none", "input", "both"]
 _TRANSPOSED = frozenset(
     {("transformers.pytorch_utils", "Conv1D"), ("transformers.modeling_utils", "Conv1D")}
 )
-"""Linear layers of others whose weight is ``(d_in, d_out)``; their packages need not be there."""
+"""Linear layers with a weight ``(d_in, d_out)``, of packages that may not be installed."""
 
-# What torch.compile and activation checkpointing put into a name.
+# Parts of names that torch.compile and activation checkpointing add.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
@@ -43,28 +43,28 @@ class TappedLayer:
 
     A row is one application of the weight: a token of a linear layer, one position of one sample of
     a convolution. All sums are float32, or float64 for float64 parameters. ``output_sum`` is the
-    gradient at the bias, whether or not the layer has one, of the loss *as it is differentiated on
-    this rank*: what is done to gradients afterwards (``sharding.gradient_divisor``, unscaling) must
-    be done to it as well.
+    gradient at the bias, even for a layer without bias. It belongs to the loss that *this rank
+    differentiates*: later changes of gradients (``sharding.gradient_divisor``, unscaling) must be
+    applied to it as well.
 
     The matrix of a convolution is ``(d_out, channels_in / groups * kernel height * kernel width)``.
     With groups, its input statistics are the mean over the groups, so that they fit the weight.
 
     Under tensor parallelism ``input_sum`` and ``output_sum`` describe the part of the weight on
-    this rank (see ``sharding``); the moments always the whole input and output.
+    this rank (see ``sharding``); the moments always describe the whole input and output.
     """
 
     name: str
-    """Of the module, without the wrappers that compilation and checkpointing put around it."""
+    """Name of the module, without the wrappers of compilation and checkpointing."""
     module: nn.Module
     weight_name: str = "weight"
-    """Of the parameter in the module."""
+    """Name of the parameter in the module."""
     batch_dims: int = 0
     """Leading dims of the weight that stack matrices."""
     is_transposed: bool
-    """Whether the weight is ``(d_in, d_out)``."""
+    """True if the weight is ``(d_in, d_out)``."""
     sharding: LayerSharding
-    """Which axes of the mesh of ``weight`` cut rows, inputs and outputs."""
+    """Mesh axes of ``weight`` that cut rows, inputs and outputs."""
 
     def __init__(self, name: str, module: nn.Module, data: Mapping[str, DataParallelism]) -> None:
         self.name = name
@@ -81,14 +81,14 @@ class TappedLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """What ranks store of the weight that the module has now; FSDP2 replaces it."""
+        """The module's present weight in the form that ranks store; FSDP2 replaces it."""
         weight = self._stored(self.weight_name)
         assert weight is not None
         return weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """What ranks store of the bias that the module has now."""
+        """The module's present bias in the form that ranks store."""
         return self._stored("bias")
 
     def _stored(self, name: str) -> nn.Parameter | None:
@@ -102,8 +102,8 @@ class TappedLayer:
 
     def _present(self, leaves: object) -> Leaves:
         if not isinstance(leaves, Leaves):
-            raise RuntimeError(f"{self.name}: its tap was taken off; give untap a copy of the "
-                               "model, or construct the optimizer anew")  # fmt: skip
+            raise RuntimeError(f"{self.name}: its tap was removed; give untap a copy of the "
+                               "model, or construct the optimizer again")  # fmt: skip
         return leaves
 
     @property
@@ -116,7 +116,7 @@ class TappedLayer:
         """Sum of the gradients at the output, ``(d_out,)``.
 
         Raises:
-            ValueError: If the model was tapped without.
+            ValueError: If the model was tapped without output sums.
         """
         leaf = self.leaves.output
         if leaf is None:
@@ -126,7 +126,7 @@ class TappedLayer:
 
     @property
     def input_moment(self) -> Tensor | None:
-        """Sum of ``x x^T``, ``(d_in, d_in)``, with a bias of ``[x; 1] [x; 1]^T``, one larger.
+        """Sum of ``x x^T``, ``(d_in, d_in)``; with a bias of ``[x; 1] [x; 1]^T``, one row larger.
 
         None while moments are not collected.
         """
@@ -139,10 +139,10 @@ class TappedLayer:
 
     @property
     def collects_moments(self) -> bool:
-        """Whether backward passes form the moments that were asked for; False to begin with.
+        """True if backward passes form the requested moments; False at first.
 
-        To be set between a backward pass and the next forward pass. Compiled models have one graph
-        for each value, compiled when it is first needed and kept.
+        Set it between a backward pass and the next forward pass. A compiled model has one graph
+        for each value, compiled at its first use and kept.
         """
         return self.leaves.collects_moments
 
@@ -155,7 +155,7 @@ class TappedLayer:
         self.leaves.collects_moments = value
 
     def reset(self) -> None:
-        """Begin anew, and free the moments."""
+        """Clear the sums, and free the moments."""
         leaves = self.leaves
         for leaf in (leaves.input, leaves.output, leaves.input_moment, leaves.output_moment):
             if leaf is not None:
@@ -168,11 +168,11 @@ class TappedLayer:
 
 
 class TappedStack(TappedLayer):
-    """The statistics of a stack of matrices ``(experts, d_out, d_in)``, each a layer of its own.
+    """The statistics of a stack of matrices ``(experts, d_out, d_in)``, each treated as a layer.
 
-    As those of a linear layer, with one row for each matrix: ``input_sum`` is ``(experts, d_in +
-    1)`` and ``output_sum`` ``(experts, d_out)``. Rows of zeros, which pad what experts are given,
-    are not counted. Under expert parallelism, both are those of the experts on this rank.
+    Like those of a linear layer, with one row for each matrix: ``input_sum`` is ``(experts, d_in +
+    1)`` and ``output_sum`` ``(experts, d_out)``. Rows of zeros are padding and not counted. Under
+    expert parallelism, both describe the experts on this rank.
     """
 
     batch_dims = 1
@@ -185,7 +185,7 @@ class TappedStack(TappedLayer):
 
     @property
     def bias(self) -> None:
-        """None: biases of experts are added elsewhere."""
+        """None: modules of experts add their biases themselves."""
 
     @property
     def leaves(self) -> Leaves:
@@ -206,23 +206,23 @@ def tap(
     Linear layers are those of torch and their subclasses, and the ``Conv1D`` of transformers, whose
     weight is transposed.
 
-    To be called once the model is sharded and where it computes, before its first forward pass;
-    a second call finds the taps of the first and fits them to what has become of the model.
-    Layers whose weight is shared with another module (tied) are left out. A frozen layer is tapped,
-    and measured once it is trained; one that cannot be tapped is left out, and not refused.
+    Call it once the model is sharded and on its device, before its first forward pass. A second
+    call keeps the taps and adapts them to changes of the model. Layers that share their weight with
+    another module (tied) are left out. A frozen layer is tapped, and measured once it is trained; a
+    frozen layer that cannot be tapped is left out without an error.
 
     Args:
         model: The whole model, or a part of a pipeline.
-        moments: Which second moments can be collected beside the sums (``collects_moments``).
-        output_sums: Whether gradients at the outputs are summed, which reads them once more.
-        skip: Says of a module's name whether to leave it out.
-        is_stack: Says of a parameter's name whether it is a stack of matrices ``(experts, d_out,
-            d_in)`` to tap, by which the forward of its module multiplies; they have no moments, and
-            always both sums.
+        moments: Second moments that can be collected beside the sums (``collects_moments``).
+        output_sums: True to sum gradients at the outputs, which reads them once more.
+        skip: Takes a module's name; True leaves it out.
+        is_stack: Takes a parameter's name; True if it is a stack of matrices ``(experts, d_out,
+            d_in)`` to tap, by which the forward of its module multiplies. Stacks have no moments,
+            and always both sums.
 
     Raises:
-        ValueError: If a layer cannot be tapped: a forward replaced on the instance, a convolution
-            under tensor parallelism; or if there are no such moments.
+        ValueError: If a layer cannot be tapped (a forward replaced on the instance, a convolution
+            under tensor parallelism), or if ``moments`` has an unknown value.
     """
     if moments not in get_args(Moments):
         raise ValueError(f"moments: got {moments!r}, want one of {', '.join(get_args(Moments))}")
@@ -246,7 +246,7 @@ def tap(
 
 
 def _is_tapped(layer: TappedLayer, moments: Moments, output_sums: bool) -> bool:
-    """Tap a layer; False if it cannot be tapped, which is no mistake while it is frozen."""
+    """Tap a layer; False if it cannot be tapped, which is no error while it is frozen."""
     try:
         _tap_layer(layer, moments, output_sums)
     except ValueError:
@@ -257,9 +257,9 @@ def _is_tapped(layer: TappedLayer, moments: Moments, output_sums: bool) -> bool:
 
 
 def untap(model: nn.Module) -> None:
-    """Give the layers of ``model`` their own forward again.
+    """Restore the original forward of the layers of ``model``.
 
-    For a copy that is scripted or transformed by ``torch.func``; a model that is trained needs its
+    For a copy that is scripted or transformed by ``torch.func``; a model in training needs its
     taps.
     """
     for module in model.modules():
@@ -268,7 +268,7 @@ def untap(model: nn.Module) -> None:
 
 
 def _is_layer(module: nn.Module, name: str, uncalled: set[nn.Module]) -> bool:
-    """Whether parameter ``name`` of ``module`` is the weight of a layer that can be tapped."""
+    """True if parameter ``name`` of ``module`` is the weight of a layer that can be tapped."""
     is_linear = isinstance(module, nn.Linear) or is_transposed(module)
     return (
         name == "weight"
@@ -278,14 +278,14 @@ def _is_layer(module: nn.Module, name: str, uncalled: set[nn.Module]) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer whose weight is ``(d_in, d_out)``."""
+    """True if ``module`` is a linear layer whose weight is ``(d_in, d_out)``."""
     return any((kind.__module__, kind.__name__) in _TRANSPOSED for kind in type(module).__mro__)
 
 
 def uncalled_layers(model: nn.Module) -> set[nn.Module]:
-    """Linear layers of ``model`` whose weight is taken from them, and whose forward is not called.
+    """Linear layers of ``model`` whose weight is used although their forward is not called.
 
-    Those of ``nn.MultiheadAttention``, unless a subclass has a forward of its own.
+    Those of ``nn.MultiheadAttention``, unless a subclass has its own forward.
     """
     return {
         module.out_proj
@@ -296,7 +296,7 @@ def uncalled_layers(model: nn.Module) -> set[nn.Module]:
 
 
 def unwrapped_name(name: str, model: nn.Module) -> str:
-    """The name of a module of ``model`` without compilation, checkpointing and DDP in it."""
+    """Name of a module of ``model`` without the parts added by compilation, checkpointing, DDP."""
     parts = name.split(".")
     if isinstance(model, DistributedDataParallel) and parts[0] == "module":
         parts = parts[1:]
@@ -304,7 +304,7 @@ def unwrapped_name(name: str, model: nn.Module) -> str:
 
 
 def _tap_layer(layer: TappedLayer, moments: Moments, output_sums: bool) -> None:
-    """Attach the leaves of ``layer``, or fit those it has to its weight."""
+    """Attach leaves to ``layer``, or adapt its present leaves to its weight."""
     leaves = _attached(layer)
     leaves.has_bias = layer.bias is not None
     shapes = _leaf_shapes(layer, moments)
@@ -316,7 +316,7 @@ def _tap_layer(layer: TappedLayer, moments: Moments, output_sums: bool) -> None:
 
 
 def _attached(layer: TappedLayer) -> Leaves:
-    """The leaves that ``layer`` has, or those that it is given."""
+    """The leaves of ``layer``, attached now if it has none."""
     module, sharding = layer.module, layer.sharding
     if isinstance(layer, TappedStack):
         if not (stacks.is_tapped(module) and layer.weight_name in getattr(module, LEAVES)):

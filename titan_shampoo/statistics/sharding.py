@@ -1,8 +1,8 @@
-"""Which mesh axes cut a layer's rows, inputs and outputs, read off its weight.
+"""Mesh axes that cut a layer's rows, inputs and outputs, read off its weight.
 
 Under FSDP2 and HSDP a rank computes with the whole weight and its own rows. Under tensor
 parallelism the ranks share the rows and cut the weight: column-wise its outputs, row-wise its
-inputs. Both meet in one DTensor, whose placements alone do not say which axis is which.
+inputs. Both meet in one DTensor, whose placements alone do not tell the roles of the axes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,20 +24,20 @@ ParameterKey = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class DataParallelism:
-    """How FSDP2, HSDP or DDP treat a parameter."""
+    """Treatment of a parameter by FSDP2, HSDP or DDP."""
 
     mesh: DeviceMesh | None = None
-    """What FSDP2 and HSDP put it on; None for DDP and for nothing."""
+    """Mesh of FSDP2 and HSDP; None for DDP and without data parallelism."""
     gradient_divisor: float = 1.0
-    """By what the sum of the gradients over the ranks is divided."""
+    """Divisor of the sum of the gradients over the ranks."""
     record: Any = None
-    """FSDP2's own record of the parameter."""
+    """FSDP2's internal record of the parameter."""
 
     def stored(self, param: nn.Parameter) -> nn.Parameter:
-        """What ranks store of ``param``, which a module has now.
+        """The stored form of ``param``, which is the module's present parameter.
 
-        After a forward pass without a backward pass (evaluation), FSDP2 can leave the whole
-        parameter in the module, which has no gradient and is in no optimizer.
+        After a forward pass without a backward pass (evaluation), FSDP2 can leave the gathered
+        parameter in the module. It has no gradient and is in no optimizer.
         """
         if self.record is None or self.record.sharded_state.name == "SHARDED":
             return param
@@ -49,24 +49,24 @@ NO_DATA_PARALLELISM = DataParallelism()
 
 @dataclass(frozen=True, slots=True)
 class LayerSharding:
-    """Roles of the axes of the mesh of a layer's weight; none for a plain tensor.
+    """Roles of the mesh axes of a layer's weight; all empty for a plain tensor.
 
-    Ranks along an axis in none of them see the same rows, inputs and outputs.
+    Ranks along an axis without a role see the same rows, inputs and outputs.
     """
 
     row_axes: tuple[int, ...] = ()
     """Ranks along these have different rows (tokens, samples), and the sums add up over them."""
     input_axes: tuple[int, ...] = ()
-    """Along these the input is cut: ranks see the same rows, and each its own part of them."""
+    """Axes that cut the input: ranks see the same rows, and each its own part of them."""
     output_axes: tuple[int, ...] = ()
-    """Along these the output is cut."""
+    """Axes that cut the output."""
     expert_axes: tuple[int, ...] = ()
-    """Along these ranks have different matrices of a stack, each with all of its rows."""
+    """Axes along which ranks have different matrices of a stack, each with all of its rows."""
     gradient_divisor: float = 1.0
-    """By what gradients are divided when they are added up over the ranks that have different rows.
+    """Divisor of gradients that are added up over the ranks with different rows.
 
-    The gradient is that of the summed losses of these ranks, divided by this; so the sum of
-    ``output_sum`` over them divided by this is the bias gradient, and ``output_moment`` is to be
+    The gradient is that of the summed losses of these ranks, divided by this. The bias gradient is
+    therefore the sum of ``output_sum`` over them divided by this, and ``output_moment`` must be
     divided by its square.
     """
 
@@ -74,13 +74,13 @@ class LayerSharding:
 def layer_sharding(
     weight: Tensor, data: DataParallelism, *, batch_dims: int = 0, is_transposed: bool = False
 ) -> LayerSharding:
-    """How the layer of ``weight`` is cut.
+    """Roles of the mesh axes of ``weight``.
 
     Args:
-        weight: ``(d_out, d_in, ...)``, behind ``batch_dims``.
-        data: How FSDP2, HSDP or DDP treat it.
+        weight: ``(d_out, d_in, ...)``, after ``batch_dims``.
+        data: Its treatment by FSDP2, HSDP or DDP.
         batch_dims: Leading dims that stack matrices.
-        is_transposed: Whether the weight is ``(d_in, d_out)``.
+        is_transposed: True if the weight is ``(d_in, d_out)``.
     """
     if not isinstance(weight, DTensor):
         return LayerSharding(gradient_divisor=data.gradient_divisor)
@@ -101,9 +101,9 @@ def layer_sharding(
 
 
 def reshard(models: Iterable[nn.Module]) -> None:
-    """Have all modules hold the parameters that ranks store.
+    """Put the stored parameters back into all modules.
 
-    FSDP2 leaves the root of a model with gathered ones after a forward pass.
+    FSDP2 leaves gathered ones in the root of a model after a forward pass.
     """
     for model in models:
         for module in model.modules():
@@ -112,7 +112,7 @@ def reshard(models: Iterable[nn.Module]) -> None:
 
 
 def data_parallelism(model: nn.Module) -> dict[ParameterKey, DataParallelism]:
-    """How FSDP2, HSDP or DDP treat the parameters of ``model``; those left alone are left out."""
+    """Treatment by FSDP2, HSDP or DDP of those parameters of ``model`` that have one."""
     found: dict[ParameterKey, DataParallelism] = {}
     for module in model.modules():
         replicas = _num_ddp_replicas(module)
@@ -127,7 +127,7 @@ def data_parallelism(model: nn.Module) -> dict[ParameterKey, DataParallelism]:
 
 
 def _fully_sharded(unit: FSDPModule) -> dict[ParameterKey, DataParallelism]:
-    """How FSDP2 treats the parameters that it manages in one of its units."""
+    """Treatment of the parameters that FSDP2 manages in one of its units."""
     found = {}
     for group, param in _managed(unit):
         mesh = param.mesh_info.mesh
@@ -141,7 +141,7 @@ def _fully_sharded(unit: FSDPModule) -> dict[ParameterKey, DataParallelism]:
 
 
 def _managed(unit: FSDPModule) -> Iterator[tuple[Any, Any]]:
-    """FSDP2's records: pairs of a group of parameters and a parameter in it."""
+    """FSDP2's records: pairs of a parameter group and a parameter in it."""
     state = unit._get_fsdp_state()
     # A unit had at most one group in torch before 2.13.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
@@ -151,7 +151,7 @@ def _managed(unit: FSDPModule) -> Iterator[tuple[Any, Any]]:
 
 
 def _num_ddp_replicas(module: nn.Module) -> int | None:
-    """Over how many ranks DDP, as a wrapper or composable, averages gradients; None without it."""
+    """Number of ranks over which DDP (wrapper, composable) averages gradients; None without."""
     if isinstance(module, DistributedDataParallel):
         return module.process_group.size()
     if not isinstance(module, DDP):
@@ -166,7 +166,7 @@ def _num_ddp_replicas(module: nn.Module) -> int | None:
 
 
 def local_size(size: int, weight: Tensor, axes: tuple[int, ...]) -> int:
-    """How much of a dim of ``size`` this rank has when ``axes`` of the weight's mesh cut it."""
+    """Extent on this rank of a dim of ``size`` that ``axes`` of the weight's mesh cut."""
     if not axes:
         return size
     assert isinstance(weight, DTensor)
@@ -178,7 +178,7 @@ def local_size(size: int, weight: Tensor, axes: tuple[int, ...]) -> int:
 
 
 def compute_device(weight: Tensor) -> torch.device:
-    """Where a layer computes: with offloaded parameters not where its weight is."""
+    """Device on which a layer computes; with offloading, its weight is stored on another one."""
     if not isinstance(weight, DTensor) or weight.is_meta:
         return weight.device
     kind = weight.device_mesh.device_type
@@ -188,7 +188,7 @@ def compute_device(weight: Tensor) -> torch.device:
 
 
 def _axes_of(part: DeviceMesh | None, whole: DeviceMesh) -> tuple[int, ...]:
-    """The axes of ``whole`` that are those of ``part``; FSDP2 puts its own first."""
+    """The axes of ``whole`` that ``part`` consists of; FSDP2 puts its own first."""
     if part is None:
         return ()
     if whole.mesh_dim_names and part.mesh_dim_names:

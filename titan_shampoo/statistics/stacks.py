@@ -1,12 +1,12 @@
-"""The tap of a stack of matrices ``(experts, d_out, d_in)``, which a module multiplies by itself.
+"""Taps for a stack of matrices ``(experts, d_out, d_in)`` inside a mixture of experts.
 
-A mixture of experts multiplies rows by slices of its parameters inside its own forward: in a loop
-over experts, or by one grouped product. That forward runs as it is, and its products are watched:
-the one of whose factors lies in the memory of a stack gets the two taps of a linear layer, with
-leaves that have one row for each expert. Whether the factor is a slice, a transposed view or a copy
-of another precision is read off its address and strides.
+Such a module multiplies rows by slices of its parameters in its own forward: in a loop over
+experts, or by one grouped product. The forward runs unchanged, and its products are watched. A
+product with a factor in the memory of a stack gets the two taps of a linear layer, with leaves that
+have one row per expert. The address and strides of the factor tell whether it is a slice, a
+transposed view or a copy of another precision.
 
-Rows of zeros are padding, of experts that must have a multiple of 8 rows, and are not counted.
+Rows of zeros are padding and not counted: some kernels need a multiple of 8 rows per expert.
 """
 
 import functools
@@ -36,14 +36,14 @@ _COPIES = frozenset(
         Tensor.contiguous, Tensor.clone,
     )
 )  # fmt: skip
-"""What a module may do to a stack, or a slice of it, before it multiplies by it."""
+"""Operations that a module may apply to a stack, or a slice of it, before the product."""
 
 
 def attach(module: nn.Module, name: str, leaves: Leaves) -> None:
     """Tap the products by parameter ``name`` of ``module`` from its next forward pass on.
 
     Raises:
-        ValueError: If the forward has been replaced already.
+        ValueError: If the forward was replaced before.
     """
     if not is_tapped(module):
         replace_forward(module, _forward(), leaves.name)
@@ -52,18 +52,18 @@ def attach(module: nn.Module, name: str, leaves: Leaves) -> None:
 
 
 def is_tapped(module: nn.Module) -> bool:
-    """Whether the products of ``module`` are tapped."""
+    """True if the products of ``module`` are tapped."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is _forward()
 
 
 @functools.cache
 def _forward() -> Callable[..., Any]:
-    """The forward of all tapped modules of experts, which compilers leave alone."""
+    """The forward of all tapped modules of experts; compilers leave it alone."""
 
     def forward(module: nn.Module, *args: object, **kwargs: object) -> Any:  # noqa: ANN401 - whatever the module returns
         if not is_measured():
             return type(module).forward(module, *args, **kwargs)
-        # What is compiled inside would hide its products.
+        # A compiled region inside would hide its products.
         with torch.compiler.set_stance("force_eager"), _Products(module):
             return type(module).forward(module, *args, **kwargs)
 
@@ -71,17 +71,17 @@ def _forward() -> Callable[..., Any]:
 
 
 class _Place(NamedTuple):
-    """Where matrices of a stack lie."""
+    """Memory of some matrices of a stack."""
 
     leaves: Leaves
     matrices: Tensor
     """``(n, d_out, d_in)``."""
     first: int
-    """Expert that the first of them belongs to."""
+    """Expert of the first of them."""
 
 
 class _Found(NamedTuple):
-    """What a factor is."""
+    """The stack or expert that a factor belongs to."""
 
     leaves: Leaves
     expert: int | None
@@ -89,7 +89,7 @@ class _Found(NamedTuple):
 
 
 class _Products(TorchFunctionMode):
-    """Taps the products by the stacks of ``module`` while it is active."""
+    """Taps the products with stacks of ``module`` while it is active."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever ``func`` returns
-        """What ``func`` returns, tapped if it multiplies by a stack."""
+        """Result of ``func``, tapped if it multiplies by a stack."""
         kwargs = kwargs or {}
         found = self._find(_factor(func, args))
         if found is not None:
@@ -141,16 +141,16 @@ class _Products(TorchFunctionMode):
         assert leaves.output is not None, "stacks have both sums"
         if found.expert is None:
             return leaves.input, leaves.output
-        if id(leaves) not in self._slices:  # by one operation, whose backward pass is one as well
+        if id(leaves) not in self._slices:  # one operation, and so one in the backward pass
             self._slices[id(leaves)] = leaves.input.unbind(), leaves.output.unbind()
         inputs, outputs = self._slices[id(leaves)]
         return inputs[found.expert], outputs[found.expert]
 
     def _rows_of(self, input: Tensor, ends: Tensor | None, found: _Found) -> RowsOfExperts:
-        """Whose the rows of ``input`` are; as often as they are multiplied, counted once.
+        """Experts of the rows of ``input``; rows that are multiplied several times count once.
 
-        The inputs of later products of the same rows are not asked: a row of hidden values may be
-        zero and no padding.
+        Only the first product looks for padding: in later ones, a row of hidden values may be
+        zero without being padding.
         """
         key = (found.expert, id(ends), input.shape[:-1])
         if key not in self._rows:
@@ -160,10 +160,10 @@ class _Products(TorchFunctionMode):
         return self._rows[key]
 
     def _find(self, factor: Tensor | None) -> _Found | None:
-        """Whose matrices ``factor`` consists of; None for those of no stack.
+        """The stack whose matrices ``factor`` consists of; None if there is none.
 
         Raises:
-            ValueError: If they are ``(d_in, d_out)``.
+            ValueError: If the matrices are ``(d_in, d_out)``.
         """
         if factor is None:
             return None
@@ -177,13 +177,13 @@ class _Products(TorchFunctionMode):
             if _are_alike(factor, wanted.mT):
                 return _Found(place.leaves, expert)
             if _are_alike(factor, wanted):
-                raise ValueError(f"{place.leaves.name}: rows are multiplied by it as it is, wanted "
-                                 "(experts, d_out, d_in); store it transposed, or set "
-                                 "batch_dims = 0")  # fmt: skip
+                raise ValueError(f"{place.leaves.name}: got a stack that multiplies rows without "
+                                 "a transpose, wanted (experts, d_out, d_in); store it "
+                                 "transposed, or set batch_dims = 0")  # fmt: skip
         return None
 
     def _remember(self, source: object, copy: object) -> None:
-        """Take ``copy`` for a stack, or matrices of one, if ``source`` is."""
+        """Treat ``copy`` as a stack, or as matrices of one, if ``source`` is."""
         if not isinstance(source, Tensor) or not isinstance(copy, Tensor) or source.dim() < 2:
             return
         for place in self._places:
@@ -199,14 +199,14 @@ class _Products(TorchFunctionMode):
 
 
 def _local(param: nn.Parameter | None) -> Tensor:
-    """What this rank computes with of ``param``."""
-    assert param is not None, "a parameter that is tapped was taken away"
+    """The part of ``param`` with which this rank computes."""
+    assert param is not None, "a tapped parameter was removed"
     with torch.no_grad():
         return param.to_local() if isinstance(param, DTensor) else param.detach()
 
 
 def _factor(func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
-    """What rows are multiplied by, ``(..., d_in, d_out)``, if ``func`` is a product of rows."""
+    """Factor of the rows, ``(..., d_in, d_out)``; None if ``func`` is not a product of rows."""
     factor = args[1] if len(args) > 1 else None
     if not isinstance(factor, Tensor) or factor.dim() not in (2, 3):
         return None
@@ -216,7 +216,7 @@ def _factor(func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
 
 
 def _position(tensor: Tensor, matrices: Tensor) -> int | None:
-    """Which of ``matrices`` the memory of ``tensor`` begins with; None for none."""
+    """Index of the first of ``matrices`` in the memory of ``tensor``; None if outside of them."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != matrices.dtype:
         return None
     distance = (tensor.data_ptr() - matrices.data_ptr()) // matrices.element_size()
@@ -225,7 +225,7 @@ def _position(tensor: Tensor, matrices: Tensor) -> int | None:
 
 
 def _are_alike(tensor: Tensor, like: Tensor) -> bool:
-    """Whether both have one shape and, where it matters, one order in memory."""
+    """True if both have the same shape and, where it matters, the same order in memory."""
     if tensor.shape != like.shape:
         return False
     triples = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
@@ -233,7 +233,7 @@ def _are_alike(tensor: Tensor, like: Tensor) -> bool:
 
 
 class _InputTap(torch.autograd.Function):
-    """As of a linear layer: keeps the input, which the product keeps as well."""
+    """As for a linear layer: keeps the input, which the product keeps as well."""
 
     @staticmethod
     def forward(input: Tensor, rows: RowsOfExperts, zeros: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class _OutputTap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
-        # Not kept for backward: what is, activation checkpointing recomputes all up to here for.
+        # Do not save the input for backward: activation checkpointing would recompute up to here.
         ctx.rows = inputs[2]
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Sums over the rows of a layer: what its taps add up in every backward pass.
+"""Sums over the rows of a layer, which its taps add up in every backward pass.
 
 A row is one application of the weight: a token of a linear layer, one position of one sample of a
-convolution. All sums are exact in the sense that they are formed in float32 (float64 for float64
-parameters) whatever the precision of the activations.
+convolution. All sums are formed in float32 (float64 for float64 parameters), whatever the precision
+of the activations.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class Patches(NamedTuple):
-    """How a convolution cuts its input into patches; the input of a row is one patch."""
+    """The patches of a convolution's input; each is the input of one row."""
 
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
@@ -41,12 +41,12 @@ def patches_of(conv: nn.Conv2d) -> Patches:
 def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tensor:
     """``[sum of x; number of rows]`` over the rows ``x`` of a layer's input, ``(d_in + 1,)``.
 
-    With groups, the mean over the groups is the input of the row.
+    With groups, the input of a row is the mean over the groups.
 
     Args:
         input: ``(..., d_in)``, or images ``(n, channels, h, w)`` of a convolution.
-        num_rows: Number of rows, of no dims; has the dtype of the result.
-        patches: Of a convolution; None for a linear layer.
+        num_rows: Number of rows, a 0-dim tensor with the dtype of the result.
+        patches: Patches of a convolution; None for a linear layer.
     """
     if patches is None:
         total = _sum_of_rows(input, num_rows.dtype)
@@ -57,12 +57,12 @@ def input_sum(input: Tensor, num_rows: Tensor, patches: Patches | None) -> Tenso
 
 
 def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Tensor:
-    """The sum over the rows of the gradients at a layer's output, ``(d_out,)``: its bias gradient.
+    """Sum over the rows of the gradients at a layer's output, ``(d_out,)``: its bias gradient.
 
     Args:
         grad: ``(..., d_out)``, or ``(n, d_out, h, w)`` of a convolution.
-        dtype: Of the result.
-        patches: Of a convolution; None for a linear layer.
+        dtype: Dtype of the result.
+        patches: Patches of a convolution; None for a linear layer.
     """
     if patches is None:
         return _sum_of_rows(grad, dtype)
@@ -72,13 +72,13 @@ def output_sum(grad: Tensor, dtype: torch.dtype, patches: Patches | None) -> Ten
 def input_moment(
     input: Tensor, dtype: torch.dtype, patches: Patches | None, *, with_bias: bool
 ) -> Tensor:
-    """The sum over the rows ``x`` of ``x x^T``, ``(d_in, d_in)``; with groups, the mean over them.
+    """Sum of ``x x^T`` over the rows ``x``, ``(d_in, d_in)``; with groups, the mean over them.
 
     Args:
         input: As in ``input_sum``.
-        dtype: Of the result.
-        patches: Of a convolution; None for a linear layer.
-        with_bias: Rows are ``[x; 1]``, the result is ``(d_in + 1, d_in + 1)``.
+        dtype: Dtype of the result.
+        patches: Patches of a convolution; None for a linear layer.
+        with_bias: True for rows ``[x; 1]`` and a result ``(d_in + 1, d_in + 1)``.
     """
     if patches is None:
         rows, num_groups = input.reshape(-1, input.shape[-1]).to(dtype), 1
@@ -116,7 +116,7 @@ def _sum_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sum_of_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over all pixels of all ``images``, ``(channels,)``."""
-    # In two steps: torch reduces trailing dims up to twice as fast as leading ones with them.
+    # Two steps: torch reduces trailing dims alone up to twice as fast as leading ones with them.
     return images.sum((2, 3), dtype=dtype).sum(0)
 
 
@@ -132,7 +132,7 @@ def _sum_of_patches(images: Tensor, dtype: torch.dtype, patches: Patches) -> Ten
     image = functional.pad(images.sum(0, dtype=dtype), padding, mode=mode)
     for dim, size in enumerate((height, width)):
         span = dilation[dim] * (size - 1) + 1
-        # The dim that is cut goes, and one of the kernel's comes last: width is the next one.
+        # unfold removes the dim and appends one for the kernel: width is then dim 1.
         image = image.unfold(1, span, stride[dim])[..., :: dilation[dim]].sum(1)
     return image
 
@@ -157,16 +157,16 @@ def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
 
 
 class RowsOfExperts:
-    """The rows of a product by one matrix of a stack, or by all: whose they are, and how many.
+    """The rows of a product by one matrix of a stack or by all of them, and their experts.
 
     Args:
-        input: Rows of one expert, ``(..., d_in)``; or of all of them: expert by expert ``(n,
-            d_in)`` with ``ends``, as many for each ``(..., experts, n, d_in)``, or the same for
-            each ``(n, d_in)``. Rows of zeros are padding.
-        ends: Where the rows of each expert end, ``(experts,)``; rows behind the last one may hold
+        input: Rows of one expert, ``(..., d_in)``. Or the rows of all experts: sorted by expert
+            ``(n, d_in)`` with ``ends``, equally many for each ``(..., experts, n, d_in)``, or the
+            same for each ``(n, d_in)``. Rows of zeros are padding.
+        ends: End of the rows of each expert, ``(experts,)``; rows after the last end may hold
             anything.
-        num_experts: None for the rows of one.
-        dtype: Of the sums.
+        num_experts: None for the rows of one expert.
+        dtype: Dtype of the sums.
     """
 
     def __init__(
@@ -178,13 +178,13 @@ class RowsOfExperts:
             positions = torch.arange(len(input), dtype=ends.dtype, device=ends.device)
             self._owners = torch.searchsorted(ends, positions, right=True)
         self.count = self.sums((input != 0).any(-1, keepdim=True)).squeeze(-1)
-        """Rows that are no padding, of no dims, or ``(experts,)``."""
+        """Number of rows without padding, 0-dim or ``(experts,)``."""
 
     def sums(self, values: Tensor) -> Tensor:
-        """The sums over the rows of each expert, ``(d,)`` or ``(experts, d)``.
+        """Sums of ``values`` over the rows of each expert, ``(d,)`` or ``(experts, d)``.
 
         Args:
-            values: One for each row, ``(..., d)``.
+            values: One vector for each row, ``(..., d)``.
         """
         if self.num_experts is None:
             return _sum_of_rows(values, self.dtype)
@@ -196,5 +196,5 @@ class RowsOfExperts:
         experts = torch.arange(self.num_experts, device=values.device)
         members = (self._owners == experts[:, None]).to(self.dtype)
         behind = self._owners == self.num_experts
-        # A product and no index_add_, which adds in another order in every run on accelerators.
+        # Not index_add_, whose order of addition on accelerators differs from run to run.
         return members @ values.masked_fill(behind[:, None], 0).to(self.dtype)

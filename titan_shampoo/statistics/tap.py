@@ -1,12 +1,12 @@
 """The tap: an identity around a layer's operation whose backward pass adds up statistics.
 
-Its backward pass returns sums over the rows of the layer's input, and of the gradient at its
+The backward pass returns sums over the rows of the layer's input, and of the gradient at its
 output, as the gradients of *leaves*: tensors of zeros that are neither parameters nor buffers.
-Autograd then does all book-keeping: sums accumulate over microbatches and over calls of a shared
-module, forward passes that are repeated (activation checkpointing) or never differentiated
-(evaluation) count nothing, and compilers see an ordinary differentiable function. Hooks on modules
-or tensors fail one or the other. The input is what the layer keeps for its own weight gradient, so
-a tap costs no memory.
+Autograd then does all book-keeping. Sums accumulate over microbatches and over calls of a shared
+module. Forward passes that are repeated (activation checkpointing) or never differentiated
+(evaluation) count nothing. Compilers see an ordinary differentiable function. Hooks on modules or
+tensors fail in one of these cases. The layer keeps its input for its weight gradient anyway, so a
+tap costs no memory.
 """
 
 import copy
@@ -28,27 +28,27 @@ from titan_shampoo.statistics.sums import (
 )
 
 LEAVES = "curvature_leaves"
-"""Attribute of a tapped module; of one with stacks, by the names of its parameters."""
+"""Attribute of a tapped module with its leaves; for stacks, a mapping from parameter names."""
 
 
 class Leaves:
-    """Zeros whose gradients are the sums of one layer; of a stack, with one row for each expert.
+    """Zeros whose gradients are the sums of one layer; of a stack, with one row per expert.
 
-    Leaves of moments are zeros of one element, expanded: they take no memory.
+    Leaves of moments are zeros of one element, expanded, and take no memory.
 
     Args:
-        name: Of the layer, for errors.
-        patches: Of a convolution; None for a linear layer.
+        name: Name of the layer, for errors.
+        patches: Patches of a convolution; None for a linear layer.
     """
 
     input: Tensor
-    """``(d_in + 1,)``, the part of the input that this rank sees."""
+    """``(d_in + 1,)``, for the part of the input on this rank."""
     output: Tensor | None
-    """``(d_out,)``, the part of the output that this rank sees; None if it is not asked for."""
+    """``(d_out,)``, for the part of the output on this rank; None if it is not collected."""
     input_moment: Tensor | None
-    """``(d_in, d_in)``, or ``(d_in + 1, d_in + 1)`` with a bias; the whole input."""
+    """``(d_in, d_in)``, or ``(d_in + 1, d_in + 1)`` with a bias; for the whole input."""
     output_moment: Tensor | None
-    """``(d_out, d_out)``; the whole output."""
+    """``(d_out, d_out)``; for the whole output."""
 
     def __init__(self, name: str, patches: Patches | None) -> None:
         self.name = name
@@ -57,11 +57,11 @@ class Leaves:
         self.collects_moments = False
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Nothing: a model that was pickled is not tapped and loads where this package is not."""
+        """Pickle as None: a pickled model is not tapped, and loads without this package."""
         return NoneType, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Leaves":
-        """Leaves of a copied module, with what they have measured."""
+        """Leaves of a copied module, with the sums so far."""
         twin = memo[id(self)] = object.__new__(Leaves)
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
@@ -70,12 +70,12 @@ class Leaves:
 def attach(module: nn.Module, leaves: Leaves) -> None:
     """Tap ``module`` from its next forward pass on.
 
-    Its forward is replaced on the instance, by a method of one function that all layers share:
-    torch.compile guards on exactly that, so a model that has been compiled before is compiled anew,
-    and one graph serves all equal layers. Copies of the module are tapped on their own.
+    The forward is replaced on the instance by a method of one function that all layers share.
+    torch.compile guards on exactly that: a model that was compiled before is compiled again, and
+    one graph serves all equal layers. Copies of the module have their own taps.
 
     Raises:
-        ValueError: If the forward has been replaced already.
+        ValueError: If the forward was replaced before.
     """
     if not is_tapped(module):
         replace_forward(module, forward, leaves.name)
@@ -86,36 +86,36 @@ def replace_forward(module: nn.Module, tapped: Callable[..., Any], name: str) ->
     """Make ``tapped``, a function named ``forward``, the forward of ``module``.
 
     Raises:
-        ValueError: If the forward has been replaced already.
+        ValueError: If the forward was replaced before.
     """
     replaced = module.__dict__.get("forward")
-    # A module that was tapped, pickled and loaded has its class's forward on the instance.
+    # A tapped module that was pickled and loaded has the forward of its class on the instance.
     if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
         raise ValueError(
-            f"{name}: its forward was replaced on the instance, so that it cannot be tapped; "
-            "replace its forward after the optimizer is made, or leave its weight to the fallback "
+            f"{name}: its forward was replaced on the instance, so it cannot be tapped; "
+            "replace the forward after the optimizer is made, or leave the weight to the fallback "
             "in a parameter group with precondition = False"
         )
     module.forward = MethodType(tapped, module)
 
 
 def is_tapped(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` is tapped."""
+    """True if the forward of ``module`` is tapped."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is forward
 
 
 def is_measured() -> bool:
-    """Whether forward passes are measured now: not those that no step follows.
+    """True if this forward pass is measured; False for export and tracing.
 
-    A program that is exported or traced would keep the taps, which then measure for nobody.
+    An exported or traced program would keep the taps, with nobody to read them.
     """
     return torch.is_grad_enabled() and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """What ``module`` would return, tapped.
+    """The result of ``module``'s own forward, tapped.
 
-    Named so that a module that is pickled and loaded has its own forward again.
+    The name makes a module that is pickled and loaded find its own forward again.
     """
     if not is_measured() or not _is_trained(module):
         return type(module).forward(module, input, *args, **kwargs)
@@ -129,17 +129,17 @@ def forward(module: nn.Module, input: Tensor, *args: object, **kwargs: object) -
 
 
 def _is_trained(module: nn.Module) -> bool:
-    """Whether a layer has parameters with a gradient; a tap on others would differentiate by it."""
+    """True if a layer has trained parameters: otherwise a tap would add a backward pass for it."""
     weight, bias = module.weight, module.bias
     return bool(weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class _InputTap(torch.autograd.Function):
-    """Keeps the input until ``_OutputTap`` sends back how many rows there were.
+    """Keeps the input until ``_OutputTap`` sends back the number of rows.
 
-    It is kept before the layer's operation and not behind it, because activation checkpointing
-    stops to recompute at the last tensor that is kept: the last product of a region would be
-    recomputed for us alone.
+    The input is saved before the layer's operation, not after it. Activation checkpointing stops
+    to recompute at the last saved tensor: otherwise the last product of a region would be
+    recomputed for the tap alone.
     """
 
     @staticmethod
@@ -171,7 +171,7 @@ class _OutputTap(torch.autograd.Function):
     def forward(
         output: Tensor, count: Tensor, leaves: Leaves, zeros: Tensor | None, moment: Tensor | None
     ) -> Tensor:
-        # Returned as it is, it would be a view, which relu(inplace=True) must not change.
+        # Without detach it would be a view, which relu(inplace=True) must not change.
         return output.detach()
 
     @staticmethod
@@ -192,11 +192,11 @@ class _OutputTap(torch.autograd.Function):
 
 
 def check_device(input: Tensor, leaves: Leaves) -> None:
-    """Raise RuntimeError if a layer computes elsewhere than where it was tapped."""
+    """Raise RuntimeError if a layer computes on another device than when it was tapped."""
     if input.device != leaves.input.device:
         raise RuntimeError(
             f"{leaves.name}: tapped on {leaves.input.device}, called on {input.device}; tap the "
-            "model (again) once it is where it computes: construct the optimizer after to_empty()"
+            "model (again) after its last move: construct the optimizer after to_empty()"
         )
 
 
@@ -211,13 +211,13 @@ def _check_fit(input: Tensor, leaves: Leaves) -> None:
 
 
 def _rows_are_whole(input: DTensor) -> bool:
-    """Whether the ranks of a tensor-parallel group see the same rows."""
+    """True if the ranks of a tensor-parallel group see the same rows."""
     allowed = (Replicate(), Shard(input.dim() - 1))
     return all(placement in allowed for placement in input.placements)
 
 
 def _grad_placements(output: Tensor) -> list[Placement] | None:
-    """How the gradient at ``output`` is to be placed: cut as the output is, and complete."""
+    """Placement for the gradient at ``output``: cut like the output, and not partial."""
     if not isinstance(output, DTensor):
         return None
     last = Shard(output.dim() - 1)
@@ -225,7 +225,7 @@ def _grad_placements(output: Tensor) -> list[Placement] | None:
 
 
 def _local(tensor: Tensor, placements: list[Placement] | None = None) -> Tensor:
-    """The part of ``tensor`` on this rank, once it is placed as ``placements``."""
+    """The part of ``tensor`` on this rank, after redistribution to ``placements``."""
     if not isinstance(tensor, DTensor):
         return tensor
     if placements is not None and tensor.placements != tuple(placements):
@@ -234,7 +234,7 @@ def _local(tensor: Tensor, placements: list[Placement] | None = None) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, gathered from the ranks that share its rows."""
+    """The whole of ``tensor``, gathered from the ranks that share its rows."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim).to_local()

@@ -1,11 +1,11 @@
 """The training stack on torchtitan: the only package that imports it.
 
-The CPU runtime comes first, because torchtitan settles on a device while it is imported. What
-``parallel/``, ``checkpoint/`` and ``train.py`` need of torchtitan is re-exported here, so that a
-move to another version touches this package alone.
+The CPU runtime comes first, because torchtitan chooses its device while it is imported. All
+that ``parallel/``, ``checkpoint/`` and ``train.py`` use of torchtitan is re-exported here, so that
+another version changes this package alone.
 """
 
-# ruff: noqa: E402  (nothing of torchtitan may be imported before the CPU runtime is there)
+# ruff: noqa: E402  (the CPU runtime must be installed before torchtitan is imported)
 from titan_shampoo.titan.runtime import install_cpu_runtime
 
 install_cpu_runtime()

@@ -1,8 +1,8 @@
-"""An exponential moving average of the weights, which often generalises better than they do.
+"""Exponential moving average of the weights, which often generalises better than the weights.
 
 ``average <- decay * average + (1 - decay) * weights`` after every step (Polyak and Juditsky 1992),
-with a smaller decay ``(1 + step) / (10 + step)`` at first, so that the random start is forgotten.
-Running statistics of batch norm are averaged alike. Each rank averages what it stores.
+at first with a smaller decay ``(1 + step) / (10 + step)``, so that the random start is forgotten.
+Running statistics of batch norm are averaged too. Each rank averages the part that it stores.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,19 +16,19 @@ from titan_shampoo.statistics import reshard
 from titan_shampoo.titan.initialization import unwrapped_name
 
 KEY = "average"
-"""Name of the average among a parameter's optimizer state."""
+"""Name of the average in a parameter's optimizer state."""
 
 
 class AveragedWeights:
     """Averages of the parameters and saved floating-point buffers of ``model_parts``.
 
     Args:
-        model_parts: Sharded and initialised.
-        decay: Weight of the old average, from 0 to below 1.
+        model_parts: Parts of the model on this rank, sharded and initialised.
+        decay: Weight of the old average, at least 0 and below 1.
     """
 
     def __init__(self, model_parts: Iterable[nn.Module], decay: float) -> None:
-        """Start from the weights as they are."""
+        """Start from the present weights."""
         self._decay = decay
         self._model_parts = list(model_parts)
         self._weights = {
@@ -40,18 +40,18 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after ``step``, counted from 1."""
+        """Add the weights after ``step``, counted from 1."""
         decay = min(self._decay, (1 + step) / (10 + step))
         averages, weights = _locals(self._averages), _locals(self._weights)
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live averages as ``<parameter>.average``, to be loaded in place."""
+        """The live averages as ``<parameter>.average``, to load in place."""
         return {f"{name}.{KEY}": average for name, average in self._averages.items()}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let the model have the averages as weights inside this block."""
+        """Swap the averages into the model as weights inside this block."""
         self._swap()
         try:
             yield
@@ -60,7 +60,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        reshard(self._model_parts)  # else a root that is gathered keeps computing with the others
+        reshard(self._model_parts)  # otherwise a gathered root would use the old weights
         for average, weight in zip(_locals(self._averages), _locals(self._weights), strict=True):
             kept = weight.clone()
             weight.copy_(average)

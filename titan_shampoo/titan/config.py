@@ -1,4 +1,4 @@
-"""torchtitan's ``JobConfig`` with this project's tables, filled from settings that are checked.
+"""torchtitan's ``JobConfig`` with this project's tables, filled from checked settings.
 
 ``titan_shampoo.config`` refuses every mistake before torch is imported; nothing is parsed here.
 """
@@ -20,18 +20,18 @@ __all__ = [
     "read_config",
 ]
 
-# What torchtitan's parser does with `job.custom_config_module`, without its second look at the
-# command line.
+# Same as torchtitan's parser for `job.custom_config_module`, which would also read the command
+# line again.
 JobConfig: type[TorchtitanJobConfig] = ConfigManager._merge_configs(
     TorchtitanJobConfig, tables.JobConfig
 )
 
 
 def load_job_config(args: Sequence[str]) -> TorchtitanJobConfig:
-    """The job configuration that a command line, without the program's name, asks for.
+    """The job configuration for a command line without the program's name.
 
     Raises:
-        ConfigError: If anything is unknown, of the wrong type, out of range or contradictory.
+        ConfigError: If a setting is unknown, of the wrong type, out of range or contradictory.
     """
     return make_job_config(read_config(args))
 
@@ -40,7 +40,7 @@ def make_job_config(settings: Settings) -> TorchtitanJobConfig:
     """The settings as torchtitan's nested dataclasses, with ``optimizer.groups`` as ``Group``s."""
     job_config = JobConfig()
     for name, setting in settings.explicit.items():
-        if "[" in name:  # the place of one key in a list of tables, not a setting
+        if "[" in name:  # a key in a list of tables, not a setting
             continue
         *outer, key = name.split(".")
         setattr(reduce(getattr, outer, job_config), key, setting.value)

@@ -1,7 +1,7 @@
-"""What a run says: its own lines as they are, warnings with their rank, the rest stays silent.
+"""Console output of a run: its own lines, and warnings with their rank.
 
-torchtitan logs through the root logger some forty lines per rank that help nobody while a run goes
-well. Warnings of whatever origin are shown, but for a few about hardware which is not there.
+torchtitan logs some forty lines per rank through the root logger, which are of no use in a run
+without errors. Warnings from all sources are shown, except a few about missing hardware.
 """
 
 import io
@@ -16,8 +16,8 @@ import torch.distributed as dist
 _OURS = ("titan_shampoo", "parallel", "checkpoint", "train")
 
 # Each is about a feature of torchtitan that this project does not show (utilisation of a GPU's
-# peak, its launch script), a default that only nccl reads, an attempt to read a checkpoint whose
-# failure is raised afterwards, or said by learning_rates.py, once and with its keys.
+# peak, its launch script), a default that only nccl reads, a failed attempt to read a checkpoint
+# that is raised later, or a fact that learning_rates.py reports with its keys.
 _ABOUT_NOTHING = (
     "Peak flops undefined for",
     "Error running lspci",
@@ -28,8 +28,8 @@ _ABOUT_NOTHING = (
     "Warmup steps (",
 )
 
-# Weights are drawn by titan_shampoo.titan.initialization; groups whose timeout cannot be set are
-# the fake ones that torchtitan makes for axes of size 1; float32 is not autocast's business.
+# Weights are drawn by titan_shampoo.titan.initialization. Process groups without a timeout are
+# torchtitan's fake ones for axes of size 1. Autocast ignores float32.
 _WARNINGS_ABOUT_NOTHING = (
     "DTensor random operators may not have complete support on cpu",
     r"DTensor manual_seed\(\) may not have complete support on cpu",
@@ -39,7 +39,7 @@ _WARNINGS_ABOUT_NOTHING = (
 
 
 def log_plainly() -> None:
-    """Send this process's log to standard output, plainly; the second call changes nothing."""
+    """Send this process's log to standard output as plain lines; the second call does nothing."""
     root = logging.getLogger()
     if any(isinstance(handler, _Console) for handler in root.handlers):
         return
@@ -52,7 +52,7 @@ def log_plainly() -> None:
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """Say in one line that a thread, such as TensorBoard's, cannot reach its file."""
+    """Log in one line that a thread, such as TensorBoard's, cannot reach its file."""
     error = args.exc_value
     if isinstance(error, OSError) and error.filename:
         logging.getLogger(__name__).warning("%s: %s", os.fsdecode(error.filename), error.strerror)
@@ -61,21 +61,21 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]
-    """Standard output for people."""
+    """Standard output for human readers."""
 
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
         super().__init__(sys.stdout)
         self.addFilter(_is_worth_reading)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's)
-        """Be silent when nobody listens any more: a closed terminal, a pipe without a reader."""
+        """Be silent after standard output is closed: a closed terminal, a pipe without a reader."""
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the message; a warning says that it is one, and whose if not rank 0's."""
+        """Return the message; a warning with its level, and with its rank if that is not 0."""
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)

@@ -1,6 +1,6 @@
-"""Whether the machines of a run fit together; what is wrong is said on every rank, in a sentence.
+"""Checks that the machines of a run fit together; an error is raised on every rank.
 
-Asked once, as soon as the ranks can talk: after that a mistake of this kind shows as a hang, or as
+They run once, as soon as the ranks are connected. Later, such a mistake would show as a hang, or as
 an error of some rank far from its cause.
 """
 
@@ -28,10 +28,10 @@ _MAY_DIFFER = "host"
 
 
 def check_device() -> None:
-    """Refuse a rank for which this machine has no device.
+    """Refuse a rank without a device on this machine.
 
     Raises:
-        ConfigError: With the number of devices there are.
+        ConfigError: With the number of devices.
     """
     local_rank, available = int(os.environ["LOCAL_RANK"]), device_module.device_count()
     if device_type != "cpu" and local_rank >= available:
@@ -42,13 +42,13 @@ def check_device() -> None:
 
 
 def check_context_parallel(degree: int) -> None:
-    """Refuse context parallelism on CPUs, for whose attention torch has no way to divide it.
+    """Refuse context parallelism on CPUs, whose attention torch cannot divide.
 
     Args:
         degree: ``parallelism.context_parallel_degree``.
 
     Raises:
-        ConfigError: If this machine has no accelerator.
+        ConfigError: If this machine has no accelerator and ``degree`` is above 1.
     """
     if device_type == "cpu" and degree > 1:
         raise ConfigError(
@@ -59,13 +59,13 @@ def check_context_parallel(degree: int) -> None:
 
 @contextmanager
 def rendezvous_explained(timeout_seconds: float) -> Iterator[None]:
-    """Say where the ranks should have met, if they do not meet inside this block.
+    """Explain a failed rendezvous inside this block by the address and the settings to check.
 
     Args:
-        timeout_seconds: For how long they wait.
+        timeout_seconds: Time for which the ranks wait.
 
     Raises:
-        ConfigError: In place of what torch raises.
+        ConfigError: In place of torch's error.
     """
     try:
         yield
@@ -83,7 +83,7 @@ def check_environment(job_config: JobConfig) -> None:
     """Refuse ranks with different software or settings, or without a common folder.
 
     Args:
-        job_config: Of this rank.
+        job_config: Configuration of this rank.
 
     Raises:
         ConfigError: The same on all ranks.
@@ -99,7 +99,7 @@ def check_environment(job_config: JobConfig) -> None:
 
 
 def disagreement(facts: Sequence[Facts]) -> str | None:
-    """The sentence about the first fact that is not the same on all ranks; None if there is none.
+    """Sentence about the first fact that differs between ranks; None if there is none.
 
     Args:
         facts: One mapping per rank.
@@ -118,13 +118,13 @@ def disagreement(facts: Sequence[Facts]) -> str | None:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse a folder that is not one and the same on all nodes.
+    """Refuse a folder that is not the same on all nodes.
 
     Args:
-        folder: Made if it is not there.
+        folder: Created if missing.
 
     Raises:
-        ConfigError: On all ranks, naming a host that does not see what rank 0 writes.
+        ConfigError: On all ranks; names a host that does not see the files of rank 0.
     """
     name: list[Any] = [secrets.token_hex(8)]
     dist.broadcast_object_list(name)
@@ -141,7 +141,7 @@ def check_shared(folder: Path) -> None:
     blind = [host for _, host, sees in answers if not sees]
     if blind:
         raise ConfigError(
-            f"job.dump_folder: {folder}: what rank 0 writes on {answers[0][1]} is not seen on "
+            f"job.dump_folder: {folder}: files of rank 0 on {answers[0][1]} are not seen on "
             f"{blind[0]}; set it to a folder that all nodes share, or checkpoint.enable = false"
         )
 

@@ -1,9 +1,9 @@
-"""Mixtures of experts: torchtitan's Llama 4 transformer, on processors too, and its balancing.
+"""Mixtures of experts: torchtitan's Llama 4 transformer, on CPUs too, and its balancing.
 
-torchtitan 0.2.2 counts the tokens of each expert by ``torch.histc``, which has no kernel for whole
-numbers on a CPU, and sorts what expert parallelism receives by a Triton kernel, of which it has a
-CPU version that it never asks for. Both are replaced where there is no accelerator; the model, the
-token exchange and the sharding are torchtitan's.
+torchtitan 0.2.2 counts the tokens of each expert by ``torch.histc``, which has no CPU kernel for
+integers. It sorts the tokens of expert parallelism by a Triton kernel, and never uses its own CPU
+version of that. Both are replaced if there is no accelerator. The model, the token exchange and the
+sharding are torchtitan's.
 """
 
 import functools
@@ -24,7 +24,7 @@ from titan_shampoo.titan.optimizers import Members, OptimizersContainer, build_o
 from titan_shampoo.titan.replaced import replaced
 
 MIXTURES = {
-    # 0.71 M parameters, of which a token meets 0.38 M; all layers have experts.
+    # 0.71 M parameters, 0.38 M of them per token; all layers have experts.
     "byte_moe_debug": TransformerModelArgs(
         dim=96,
         n_layers=3,
@@ -39,7 +39,7 @@ MIXTURES = {
 
 
 def install_cpu_experts() -> None:
-    """Make torchtitan's experts run where there is no accelerator; the second call does nothing."""
+    """Make torchtitan's experts run without an accelerator; the second call does nothing."""
     if device_type != "cpu" or isinstance(torchtitan_moe.torch, _Torch):
         return
     torchtitan_moe.torch = _Torch("torch")
@@ -49,10 +49,10 @@ def install_cpu_experts() -> None:
 
 
 class _Torch(ModuleType):
-    """``torch``, with a ``histc`` that counts whole numbers."""
+    """``torch`` with a ``histc`` for integers."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever torch has)
-        """Return what ``torch`` has under this name."""
+        """Return the attribute of ``torch``."""
         return getattr(torch, name)
 
     def histc(
@@ -62,8 +62,8 @@ class _Torch(ModuleType):
         min: int,
         max: int,
     ) -> Tensor:
-        """Return how often each of 0 to ``bins - 1`` occurs in ``values``, ``(bins,)``."""
-        assert (min, max) == (0, bins), "only whole numbers in bins of their own can be counted"
+        """Return the counts of 0 to ``bins - 1`` in ``values``, ``(bins,)``."""
+        assert (min, max) == (0, bins), "only integers in bins of width 1 can be counted"
         return torch.bincount(values, minlength=bins)
 
 
@@ -75,7 +75,8 @@ def build_balanced_optimizers(
 ) -> OptimizersContainer:
     """Return the optimizers of a mixture; each step first moves the biases that balance experts.
 
-    The biases choose experts and have no gradient (Wang et al. 2024, arXiv 2408.15664).
+    The biases take part in the choice of experts and have no gradient (Wang et al. 2024, arXiv
+    2408.15664).
     """
 
     def build(**_: object) -> OptimizersContainer:

@@ -1,4 +1,4 @@
-"""What the image recipe needs: its data, loss, and the shape that the data gives to the model."""
+"""Parts of the image recipe: data, loss, and the model's settings that follow from the data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,13 +33,13 @@ _TRAINING = "training.dataset"
 
 @dataclass
 class ImageModelArgs:
-    """A residual network as torchtitan wants to be told about models."""
+    """A residual network in the form of torchtitan's model arguments."""
 
     network: ResNetArgs
     image_size: int = 224
 
     def update_from_config(self, job_config: JobConfig, **_: object) -> None:
-        """Take the number of classes and the image size from the data."""
+        """Set the number of classes and the image size from the data."""
         wanted = job_config.images.num_classes
         self.network.num_classes = wanted or len(_classes(job_config))
         self.network.channels_last = job_config.images.channels_last
@@ -91,9 +91,9 @@ def image_validator(
     loss_fn: LossFunction,
     **trainer: Any,  # noqa: ANN401 (what torchtitan's trainer hands to a validator)
 ) -> Validator:
-    """Return what validates on the centres of the validation images, by plain cross entropy.
+    """Return the validator on the centres of the validation images, by plain cross entropy.
 
-    Files are in the order of classes: ``validation.steps`` batches take of each its share.
+    Files are ordered by class, so ``validation.steps`` batches take the same share of each class.
     """
     images = _validation_images(job_config)
     loader = evaluation_loader(images, job_config, dp_world_size, dp_rank, spread=True)
@@ -116,7 +116,7 @@ def class_loss(
 
     Args:
         scores: ``(n, num_classes)``.
-        labels: Classes ``(n,)``, of one image each or of a mixed pair.
+        labels: Classes ``(n,)``, of single images or of mixed pairs.
         label_smoothing: Share of each label that is spread over all classes.
     """
     entropy: Callable[..., Tensor] = partial(
@@ -150,7 +150,7 @@ def _validation_images(job_config: JobConfig) -> Digits | TransformedImages:
 
 
 def _size(job_config: JobConfig) -> int:
-    """Return the edge of the images that the network sees."""
+    """Return the edge of the network's input images."""
     is_small = job_config.training.dataset in ALL_DIGITS
     return job_config.images.size or (DIGITS_SIZE if is_small else DEFAULT_IMAGE_SIZE)
 
@@ -163,7 +163,7 @@ def _classes(job_config: JobConfig) -> list[str]:
 
 
 def _training_images(job_config: JobConfig) -> ImageFiles:
-    """Return the images to train on: all that there are, if others are named to validate on."""
+    """Return the images to train on: all of them, if ``validation.dataset`` names others."""
     return open_images(
         job_config.training.dataset,
         part="train",

@@ -1,11 +1,11 @@
-"""Initial weights that do not depend on how the model is sharded.
+"""Initial weights that do not depend on the sharding of the model.
 
 DTensor has no random number tracker on CPU meshes: every rank would draw the same numbers for its
-own shard. While a model initialises itself, each random in-place operation therefore draws the
-*whole* tensor, from a generator seeded by the run's seed, the parameter's name and the number of
-draws that parameter has had, and keeps the part that this rank stores. One rank, DDP, FSDP2, HSDP,
-tensor and pipeline parallel start from the same weights. Drawn on the CPU, so that GPUs agree too;
-the price is one CPU copy of the largest parameter at a time.
+own shard. Each random in-place operation of the initialization therefore draws the *whole* tensor
+and keeps the part that this rank stores. The generator is seeded by the run's seed, the parameter's
+name and the number of earlier draws for it. One rank, DDP, FSDP2, HSDP, tensor and pipeline
+parallel start from the same weights. The draws are made on the CPU, so GPUs agree too, at the price
+of one CPU copy of the largest parameter at a time.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-# What torch.compile, activation checkpointing and DistributedDataParallel put into a name.
+# Parts of names that torch.compile, activation checkpointing and DistributedDataParallel add.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "module"})
 
 
@@ -35,7 +35,7 @@ def initialize_alike(model: nn.Module, seed: int) -> None:
     """Make ``model.init_weights`` give the same weights on every mesh.
 
     Args:
-        model: Has ``init_weights``; sharded already, or a part of a pipeline.
+        model: A model with ``init_weights``; sharded already, or a part of a pipeline.
         seed: The run's seed, the same on all ranks.
     """
     init_weights = model.init_weights
@@ -53,13 +53,13 @@ class DrawWhole(TorchDispatchMode):
     """Random in-place operations draw the whole tensor and keep the part stored here.
 
     Args:
-        model: Whose parameters and buffers have names. Tensors without a name (temporaries) share
-            one sequence of draws.
+        model: The model with the names of parameters and buffers. Tensors without a name
+            (temporaries) share one sequence of draws.
         seed: The same on all ranks.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
-        """Know the tensors of ``model`` by name."""
+        """Map the tensors of ``model`` to their names."""
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._seed = seed
         self._names = WeakIdKeyDictionary()
@@ -74,13 +74,13 @@ class DrawWhole(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (whatever the operation returns)
-        """Replace random in-place operations; let everything else happen."""
+        """Replace random in-place operations; run all others unchanged."""
         kwargs = kwargs or {}
         if _is_random_in_place(func):
             return self._draw_(func, args, kwargs)
         result = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default and args[0] in self._names:
-            # Low-precision parameters are drawn in a float32 copy, which goes by their name.
+            # Low-precision parameters are drawn in a float32 copy, which gets their name.
             self._names[result] = self._names[args[0]]
         return result
 
@@ -104,7 +104,7 @@ class DrawWhole(TorchDispatchMode):
 
 
 def unwrapped_name(name: str) -> str:
-    """Return the parameter's name in the bare model, whatever wraps its modules."""
+    """Return the parameter's name in the bare model, without the parts of wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -116,7 +116,7 @@ def local_part(whole: Tensor, like: DTensor) -> Tensor:
         like: Placed by any mix of ``Replicate``, ``Shard`` and ``_StridedShard``.
 
     Raises:
-        ValueError: If the result has not the shape of ``like``'s local tensor.
+        ValueError: If the result does not have the shape of ``like``'s local tensor.
     """
     mesh, placements = like.device_mesh, like.placements
     coordinate = mesh.get_coordinate()
@@ -124,7 +124,7 @@ def local_part(whole: Tensor, like: DTensor) -> Tensor:
     strided = [i for i, p in enumerate(placements) if isinstance(p, _StridedShard)]
     plain = [i for i, p in enumerate(placements) if isinstance(p, Shard) and i not in strided]
     part = whole
-    # A strided shard cuts what the later axes left over (tensor parallel first, then FSDP).
+    # A strided shard cuts the rest that later axes leave (tensor parallel first, then FSDP).
     for axis in (*plain, *reversed(strided)):
         dim = placements[axis].dim  # type: ignore[attr-defined]
         start, length = _chunk(part.shape[dim], mesh.size(axis), coordinate[axis])
@@ -139,7 +139,7 @@ def local_part(whole: Tensor, like: DTensor) -> Tensor:
 
 
 def _chunk(size: int, num_chunks: int, index: int) -> tuple[int, int]:
-    """Return start and length of a chunk, as ``torch.chunk`` cuts; the last may be empty."""
+    """Return start and length of a chunk of ``torch.chunk``; the last may be empty."""
     length = -(-size // num_chunks)
     start = min(index * length, size)
     return start, min(length, size - start)

@@ -1,6 +1,6 @@
-"""What methods report of layers and blocks, and the few numbers of it that a person reads.
+"""Figures of layers and blocks from the optimizers, and their summary for people.
 
-Asked for in steps that are logged, and in no others: numbers leave the device then.
+They are computed in logged steps only, because the numbers leave the device.
 """
 
 import statistics
@@ -16,12 +16,12 @@ from titan_shampoo.plot import Record
 LayerNumbers = dict[str, dict[str, float]]
 """``name of a layer -> {"rho": ..., "cosine": ...}``."""
 BlockNumbers = dict[str, list[float]]
-"""``name of a parameter -> a number for each of its blocks``."""
+"""``name of a parameter -> one number per block``."""
 Numbers = TypeVar("Numbers")
 
 
 def on_host(layers: Mapping[str, Mapping[str, Tensor]]) -> LayerNumbers:
-    """The same as numbers, by one transfer.
+    """The tensors as numbers, by one transfer.
 
     Args:
         layers: 0-dim tensors by layer and kind.
@@ -44,7 +44,7 @@ def lists_on_host(blocks: Mapping[str, Tensor]) -> BlockNumbers:
 
 
 def of_all_stages(here: dict[str, Numbers], stages: dist.ProcessGroup | None) -> dict[str, Numbers]:
-    """Those of all stages of a pipeline, from ``stages``; every rank must ask."""
+    """Figures of all stages of a pipeline, from ``stages``; every rank must call it."""
     if stages is None:
         return here
     parts: list[dict[str, Numbers]] = [{} for _ in range(stages.size())]
@@ -53,10 +53,10 @@ def of_all_stages(here: dict[str, Numbers], stages: dist.ProcessGroup | None) ->
 
 
 def condition_numbers(blocks: BlockNumbers) -> Record:
-    """``condition_median`` and ``condition_max`` over all blocks, and which layer has the latter.
+    """``condition_median`` and ``condition_max`` over all blocks, and the layer of the maximum.
 
     Args:
-        blocks: As optimizers of blocks report them; 0 is none.
+        blocks: Condition numbers from optimizers of blocks; 0 for a block without one.
     """
     found = [number for numbers in blocks.values() for number in numbers if number > 0]
     if not found:
@@ -83,7 +83,7 @@ def extremes(layers: LayerNumbers) -> Record:
 
 
 def scalars(record: Record, kinds: Sequence[str] = ()) -> dict[str, float]:
-    """The numbers of a record by name, ``"layers/<name>/rho"`` for those of layers."""
+    """The numbers of a record by name, ``"layers/<name>/rho"`` for numbers of layers."""
     found: dict[str, float] = {}
     for key, value in record.items():
         name = "/".join((*kinds, key))

@@ -1,8 +1,8 @@
-"""Learning-rate schedules that are resumed by their step alone.
+"""Learning-rate schedules whose only saved state is the step.
 
-torchtitan saves the first scheduler's whole state, base learning rates included, and loads it into
-all: several optimizers would come back with the first one's rate, and a changed ``lr`` in the TOML
-file would be undone. Milestones are ours.
+torchtitan saves the whole state of the first scheduler, base learning rates included, and loads it
+into all. Several optimizers would get the rate of the first one after a resume, and a changed
+``lr`` in the TOML file would have no effect. Milestones are this project's addition.
 """
 
 import logging
@@ -19,10 +19,10 @@ _logger = logging.getLogger(__name__)
 
 
 class LearningRates(LRSchedulersContainer):
-    """torchtitan's schedules, one per optimizer, whose state is the number of steps done.
+    """torchtitan's schedules, one per optimizer; their state is the number of steps done.
 
     Args:
-        built: What torchtitan made of the job configuration.
+        built: Schedules that torchtitan made from the job configuration.
     """
 
     def __init__(self, built: LRSchedulersContainer) -> None:
@@ -34,7 +34,7 @@ class LearningRates(LRSchedulersContainer):
         return {"last_epoch": self.schedulers[0].last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set every learning rate to what the TOML file says for the step after."""
+        """Set every learning rate to the TOML file's value for the next step."""
         for scheduler in self.schedulers:
             last_epoch = scheduler.last_epoch = state_dict["last_epoch"]
             factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)

@@ -1,7 +1,7 @@
-"""Ranks that end with a mistake leave together, so that each has said its own.
+"""Common exit of ranks after an error, so that each of them has logged its own.
 
-Every rank finds the same mistake, but not at the same moment. Whoever leaves first takes the store
-of the process group along: the others would end with an error of the network.
+Every rank finds the same error, but not at the same moment. The first rank to leave closes the
+store of the process group, and the others would end with a network error instead.
 """
 
 import time
@@ -12,10 +12,10 @@ _PATIENCE = 20.0
 
 
 def wait_for_others(patience: float = _PATIENCE) -> None:
-    """Wait until every rank of the process group is about to leave, but no longer than this.
+    """Wait until every rank of the process group is about to leave, at most ``patience``.
 
     Args:
-        patience: Seconds; a rank may have a mistake of its own, of which the others never hear.
+        patience: Limit in seconds: a rank may fail alone, unnoticed by the others.
     """
     if not dist.is_initialized():
         return
@@ -24,11 +24,11 @@ def wait_for_others(patience: float = _PATIENCE) -> None:
         store = dist.distributed_c10d._get_default_store()
         store.add("ended", 1)
         _wait(store, "ended", dist.get_world_size(), deadline)
-        if dist.get_rank() == 0:  # whose process may hold the store
+        if dist.get_rank() == 0:  # its process may hold the store
             _wait(store, "left", dist.get_world_size() - 1, deadline)
         else:
             store.add("left", 1)
-    except RuntimeError:  # the store went with another rank
+    except RuntimeError:  # the store was closed with another rank
         return
 
 

@@ -1,7 +1,7 @@
-"""The loaders of a run, for any data set; epochs become steps here, where the data is known.
+"""Loaders of a run for any data set, and the conversion of epochs to steps.
 
 torchtitan builds the data before schedules, metrics and checkpoints, and reads ``training.steps``
-and ``[lr_scheduler]`` only then.
+and ``[lr_scheduler]`` only after that.
 """
 
 from torchtitan.config import JobConfig
@@ -28,9 +28,9 @@ def training_loader(
 
     Args:
         data: The training part.
-        job_config: Epochs in it are replaced by steps.
-        dp_world_size: How many ranks read different data.
-        dp_rank: Which of them this is.
+        job_config: Configuration, in which epochs are replaced by steps.
+        dp_world_size: Number of ranks that read different data.
+        dp_rank: Number of this rank among them.
         augment: Random change of each sample.
         mixup: Parameter of the weights by which neighbours are mixed.
     """
@@ -63,10 +63,10 @@ def evaluation_loader(
 
     Args:
         data: The validation part.
-        job_config: Says how many batches.
-        dp_world_size: How many ranks read different data.
-        dp_rank: Which of them this is.
-        spread: Whether so many batches are spread over ``data``, and not the first.
+        job_config: Configuration with the number of batches.
+        dp_world_size: Number of ranks that read different data.
+        dp_rank: Number of this rank among them.
+        spread: True to spread the batches over ``data``; False to take the first ones.
     """
     validation = job_config.validation
     num_batches = None if validation.steps == -1 else validation.steps
@@ -83,7 +83,7 @@ def evaluation_loader(
 
 
 def resolve_epochs(job_config: JobConfig, num_samples: int, dp_world_size: int) -> None:
-    """Write the steps that ``training.epochs`` and the like mean into ``job_config``."""
+    """Write the steps for ``training.epochs`` and other epochs into ``job_config``."""
     training, schedule = job_config.training, job_config.lr_scheduler
     batch = training.global_batch_size
     if batch == -1:

@@ -1,7 +1,7 @@
-"""What a run reports: a line per interval, a bar on a terminal, TensorBoard, ``metrics.jsonl``.
+"""Reports of a run: a line per interval, a progress bar, TensorBoard, ``metrics.jsonl``.
 
-Rates are over all ranks together, and leave validation out. There is no "model FLOPS utilisation":
-torchtitan relates it to the peak of an A100 when it does not know the device.
+Rates are over all ranks together, without the time of validation. There is no "model FLOPS
+utilisation": torchtitan relates it to the peak of an A100 if it does not know the device.
 """
 
 import logging
@@ -29,12 +29,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress(MetricsProcessor):
-    """Reports a run on the one rank that knows its loss.
+    """Reports a run on the one rank that has the loss.
 
     Args:
-        job_config: Intervals and folders.
-        parallel_dims: Which rank knows the loss, how many read data.
-        unit: What is counted: "tokens" or "images".
+        job_config: Configuration with intervals and folders.
+        parallel_dims: Degrees, for the rank with the loss and the number of data readers.
+        unit: Unit of the data: "tokens" or "images".
     """
 
     ntokens_since_last_log: int
@@ -64,7 +64,7 @@ class Progress(MetricsProcessor):
         self._start = time.perf_counter()
 
     def begin(self, step: int) -> None:
-        """Count from ``step``, the last one that is done; called when the checkpoint is loaded.
+        """Count from ``step``, the last one done; called after the checkpoint is loaded.
 
         Raises:
             ConfigError: On every rank, if another run writes its records into the same folder.
@@ -103,13 +103,13 @@ class Progress(MetricsProcessor):
             )
 
     def close(self) -> None:
-        """Write what is left, as far as that is possible; let other runs write records here."""
+        """Write the rest, as far as possible, and release the folder for other runs."""
         with self._records.complaining():
             super().close()
         self._records.close()
 
     def advance(self) -> None:
-        """Count a step that is done."""
+        """Count a finished step."""
         if self._bar is not None:
             self._bar.update()
 
@@ -126,8 +126,8 @@ class Progress(MetricsProcessor):
         Args:
             step: Counted from 1.
             global_avg_loss: Mean over all labels of the step, before the update.
-            global_max_loss: The largest mean of any rank; not reported.
-            grad_norm: Of the mean loss, before clipping.
+            global_max_loss: Largest mean of any rank; not reported.
+            grad_norm: Norm of the gradient of the mean loss, before clipping.
             extra_metrics: ``lr`` and ``n_tokens_seen``.
         """
         seconds = time.perf_counter() - self.time_last_log
@@ -165,8 +165,8 @@ class Progress(MetricsProcessor):
         Args:
             loss: Mean over all validation labels.
             step: The last step done.
-            extra_metrics: ``accuracy`` and ``top5`` (0 to 1) or ``perplexity``; ``seconds`` it
-                took; ``of_average`` if it was of the averaged weights.
+            extra_metrics: ``accuracy`` and ``top5`` (0 to 1) or ``perplexity``; ``seconds``, the
+                time it took; ``of_average`` for averaged weights.
         """
         extra = dict(extra_metrics or {})
         self.time_last_log += extra.pop("seconds", 0.0)
@@ -190,7 +190,7 @@ class Progress(MetricsProcessor):
         )
 
     def finish(self, checkpoints: Path | None) -> None:
-        """Draw the loss and say where everything lies.
+        """Draw the loss, and print the folders of all files.
 
         Args:
             checkpoints: Folder of the checkpoints, if the run saves any.
@@ -214,7 +214,7 @@ class Progress(MetricsProcessor):
                 self.say(f"  {name:<12} {place}")
 
     def close_bar(self) -> None:
-        """Leave the terminal to whatever is written next."""
+        """Close the bar, so that other output can follow."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -226,11 +226,11 @@ class Progress(MetricsProcessor):
         if self._bar is None:
             _logger.info(line)
         else:
-            with tqdm.external_write_mode():  # the bar makes room, and comes back below
+            with tqdm.external_write_mode():  # moves the bar below the line
                 _logger.info(line)
 
     def _all_skipped(self) -> int:
-        """Samples that could not be read, on all ranks together; every rank must ask."""
+        """Samples that could not be read, on all ranks together; every rank must call it."""
         count = torch.tensor(self.count_skipped(), device=device_type)
         if self._batch_mesh is not None:
             dist.all_reduce(count, group=self._batch_mesh.get_group())
@@ -273,7 +273,7 @@ class Progress(MetricsProcessor):
 
 
 def _is_guest(job_config: JobConfig) -> bool:
-    """Tell a run that only reads checkpoints, which another run saves in the same dump folder."""
+    """Return whether the run only reads checkpoints of another run in the same dump folder."""
     checkpoint, folder = job_config.checkpoint, Path(job_config.job.dump_folder).resolve()
     reads_only = checkpoint.enable and checkpoint.load_only
     return reads_only and (folder / checkpoint.folder).resolve().is_relative_to(folder)

@@ -1,4 +1,4 @@
-"""Settings whose values others know by name; asked before anything is built."""
+"""Checks of settings that name something; made before anything is built."""
 
 from importlib.util import find_spec
 
@@ -10,16 +10,16 @@ from titan_shampoo.config.errors import ConfigError, nearest
 
 
 def check_names(job_config: JobConfig) -> None:
-    """Refuse a converter, a compiler or a package that there is none of.
+    """Refuse unknown names of converters, compilers and packages.
 
     Raises:
-        ConfigError: Naming the key and what there is.
+        ConfigError: With the key and the known names.
     """
     for name in job_config.model.converters:
         _check("model.converters", name, sorted(_registry_model_converter_cls))
     if job_config.compile.enable:
         _check("compile.backend", job_config.compile.backend, list_backends(exclude_tags=()))
-    # torchtitan would say so in its log, and train without.
+    # torchtitan would only log it, and train without.
     if job_config.metrics.enable_wandb and find_spec("wandb") is None:
         raise ConfigError(
             "metrics.enable_wandb = true: the package wandb is not installed; pip install wandb, "

@@ -1,4 +1,4 @@
-"""A call in a process of its own, which leaves nothing behind."""
+"""Function calls in a separate process, which leave no state behind."""
 
 import multiprocessing
 import traceback
@@ -13,23 +13,23 @@ from titan_shampoo.stopping import end_with_parent
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401 (any function)
-    """Return what ``function(*args)`` returns in a fork of this process.
+    """Return the result of ``function(*args)`` in a fork of this process.
 
-    DTensor caches results together with the meshes that they were found on, and cannot be told that
-    a process group is gone: a second one in the same process finds groups that no longer exist.
+    DTensor caches results together with their meshes, and keeps them after a process group is
+    destroyed: a second one in the same process would find groups that no longer exist.
 
     Args:
-        function: Its result and its exceptions must be picklable; what it warns of is not shown.
-        args: Passed on as they are.
+        function: Its result and its exceptions must be picklable; its warnings are not shown.
+        args: Arguments of the function.
 
     Raises:
-        RuntimeError: If the process died without a word.
+        RuntimeError: If the process died without an exception.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, function, args))
     with warnings.catch_warnings():
-        # Python warns of forks beside threads; the fork starts none and waits for none.
+        # Python warns of forks in a process with threads; the fork starts none and waits for none.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()
@@ -46,12 +46,12 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:  # noqa: AN
 
 def _call(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     end_with_parent()
-    torch.set_num_threads(1)  # threads of the parent do not exist here
+    torch.set_num_threads(1)  # the parent's threads do not exist here
     warnings.simplefilter("ignore")
     result: tuple[Any, Exception | None]
     try:
         result = (function(*args), None)
-    except Exception as error:  # handed to the parent, whatever it is
+    except Exception as error:  # raised again in the parent
         error.add_note(traceback.format_exc())
         result = (None, error)
     sender.send(result)

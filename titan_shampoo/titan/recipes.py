@@ -1,7 +1,7 @@
-"""The recipes: for each, a table of what torchtitan's trainer needs to train it.
+"""The recipes: for each, a table of the parts that torchtitan's trainer needs.
 
-How a model is sharded is handed in (``parallel/``). Flavours without a vocabulary of their own
-("byte_...") read text as bytes; all others need the tokenizer they were made for.
+The functions that shard a model are arguments (``parallel/``). Flavours without a vocabulary
+("byte_...") read text as bytes; all others need the tokenizer of their vocabulary.
 """
 
 import copy
@@ -56,7 +56,7 @@ TRANSFORMERS: Mapping[str, TransformerModelArgs] = {
     ),
     "27M": TransformerModelArgs(dim=512, n_layers=6, n_heads=8, vocab_size=8192),
     "160M": TransformerModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
-    # As Llama 3.2 1B, but for its tied embeddings.
+    # Llama 3.2 1B without tied embeddings.
     "1B": TransformerModelArgs(
         dim=2048,
         n_layers=16,
@@ -81,10 +81,10 @@ def text_recipe(
     Args:
         model_cls: Makes the model of one of ``flavors``: ``(batch, length)`` tokens to
             ``(batch, length, vocab_size)`` logits; has ``init_weights``.
-        flavors: By ``model.flavor``; each has a ``vocab_size``, and torchtitan's
+        flavors: Model arguments by ``model.flavor``; each has a ``vocab_size``, and torchtitan's
             ``update_from_config`` and ``get_nparams_and_flops``.
         parallelize: Shards a model, or a part of a pipeline.
-        pipeline: Cuts a model into the parts of a pipeline; None if it is never cut.
+        pipeline: Cuts a model into the parts of a pipeline; None if it cannot be cut.
     """
     return TrainSpec(
         model_cls=model_cls,
@@ -106,7 +106,7 @@ def transformer(parallelize: ParallelizeFunction, pipeline: PipeliningFunction |
 
     Args:
         parallelize: Shards a model, or a part of a pipeline.
-        pipeline: Cuts a model into the parts of a pipeline; None if it is never cut.
+        pipeline: Cuts a model into the parts of a pipeline; None if it cannot be cut.
     """
     recipe = text_recipe(Transformer, TRANSFORMERS, parallelize, pipeline)
     return replace(recipe, state_dict_adapter=Llama3StateDictAdapter)
@@ -155,8 +155,8 @@ def build_tokenizer(job_config: JobConfig, flavors: Mapping[str, Any] = TRANSFOR
     """Return the tokenizer in ``model.hf_assets_path``, or the byte-level one if that is empty.
 
     Args:
-        job_config: Names the folder and the flavour, and says whether documents are marked.
-        flavors: Those of the model, each with its ``vocab_size``.
+        job_config: Configuration with folder, flavour and ``document_separators``.
+        flavors: Flavours of the model, each with its ``vocab_size``.
 
     Raises:
         ConfigError: If the folder has no tokenizer, or one that does not fit the model.

@@ -2,8 +2,8 @@
 
 ``{"step": 20, "seconds": 61.2, "loss": 3.1, "grad_norm": 1.2, ...}`` per interval and
 ``{"step": 20, "seconds": 62.0, "validation_loss": 3.2}`` per validation. The file survives
-restarts: a resumed run drops what lies after the step it resumes from, and appends; its seconds go
-on from the last record that is kept. One run at a time writes there, and never through a link.
+restarts: a resumed run drops the records after its first step and appends; its seconds continue
+from the last record that is kept. One run at a time writes there, and never through a link.
 """
 
 import json
@@ -25,15 +25,15 @@ _LOCK = ".metrics.lock"
 
 
 class RunRecords:
-    """Appends to ``metrics.jsonl`` in a folder; a file that cannot be written ends no run.
+    """Appends to ``metrics.jsonl`` in a folder; a write error does not end the run.
 
     Args:
-        folder: The run's dump folder; made when the run begins.
+        folder: The run's dump folder; created when the run begins.
         enabled: False writes nothing.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True) -> None:
-        """Name the files."""
+        """Set the paths of the files."""
         self.file = folder / METRICS_FILE
         self.plot = folder / PLOT_FILE
         self.enabled = enabled
@@ -43,7 +43,7 @@ class RunRecords:
         self._is_failing = False
 
     def resume(self, step: int) -> None:
-        """Drop every record after ``step``, and a line that a dying process left unfinished.
+        """Drop all records after ``step``, and an unfinished last line.
 
         Raises:
             ConfigError: If another run writes here, or the file cannot be written to.
@@ -62,7 +62,7 @@ class RunRecords:
             raise _not_written(self.file, error) from error
 
     def _take_folder(self) -> None:
-        """Keep other runs out, and look at what is there before it is read."""
+        """Lock the folder, and check its files before they are read."""
         if self._lock is None:
             self._lock = FolderLock(self.file.parent, name=_LOCK)
         if os.path.lexists(self.file):
@@ -72,7 +72,7 @@ class RunRecords:
                 raise _not_written(self.file, error) from error
 
     def append(self, record: Record) -> None:
-        """Write one record, at once, with the seconds spent until now."""
+        """Write one record immediately, with the seconds spent so far."""
         if not self.enabled:
             return
         seconds = round(self._seconds_before + time.perf_counter() - self._start, 3)
@@ -93,14 +93,14 @@ class RunRecords:
                 draw({"this run": self.read()}, self.plot, title=title)
 
     def close(self) -> None:
-        """Let other runs write here; the second call does nothing."""
+        """Release the folder for other runs; the second call does nothing."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     @contextmanager
     def complaining(self) -> Iterator[None]:
-        """Say once, and not for every record, that files cannot be written; they are left out."""
+        """Warn once, not for every record, that files cannot be written, and go on without them."""
         try:
             yield
         except OSError as error:

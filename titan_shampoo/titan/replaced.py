@@ -1,4 +1,4 @@
-"""A name in a module of torchtitan's that stands for something of ours while a block runs."""
+"""Temporary replacement of a name in one of torchtitan's modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from types import ModuleType
 
 @contextmanager
 def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """Let ``module.name`` be ``value`` in this block."""
+    """Set ``module.name`` to ``value`` inside this block."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

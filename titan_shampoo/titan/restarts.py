@@ -1,8 +1,8 @@
 """Process groups of runs that torchrun restarts.
 
-All attempts of a job share the key-value store of torchrun's agent, and torch keeps them apart no
-longer: workers of the second attempt read the addresses of the first one's dead. Here each
-attempt has keys of its own.
+All attempts of a job share the key-value store of torchrun's agent, and torch no longer separates
+them: workers of the second attempt read the addresses of dead workers of the first one. Here each
+attempt has its own keys.
 """
 
 import os
@@ -16,7 +16,7 @@ _original = dist.init_process_group
 
 
 def init_process_group(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (torch's)
-    """``torch.distributed.init_process_group`` that a restart can rely on."""
+    """``torch.distributed.init_process_group`` with separate keys for each restart."""
     uses_agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if uses_agents_store and not {"store", "init_method", "rank"} & kwargs.keys():
         kwargs |= {

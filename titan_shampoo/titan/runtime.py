@@ -1,9 +1,9 @@
-"""The CPU runtime of torchtitan: what its device module must offer where there is no accelerator.
+"""The CPU runtime of torchtitan: the functions of a device module for CPUs.
 
-torchtitan 0.2.2 asks once, while ``torchtitan.tools.utils`` is imported, which accelerator there
-is, and then calls memory and device functions that ``torch.cpu`` lacks. Here the answer to that one
-question is a module of our own; torch itself is as before when the import is over. With an
-accelerator nothing happens at all.
+torchtitan 0.2.2 asks once for the accelerator, while ``torchtitan.tools.utils`` is imported, and
+then calls memory and device functions that ``torch.cpu`` lacks. The answer to that one question is
+replaced by our module; torch itself is unchanged after the import. With an accelerator nothing is
+replaced.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def install_cpu_runtime() -> None:
     """Make torchtitan run on CPU if there is no accelerator; the second call does nothing.
 
     Raises:
-        RuntimeError: If torchtitan was imported before, and settled on a device that is not there.
+        RuntimeError: If torchtitan was imported before, with a device that does not exist here.
     """
     if torch._utils._get_available_device_type() is not None:
         return
@@ -36,7 +36,7 @@ def install_cpu_runtime() -> None:
     settled = sys.modules[_ASKED_AT_IMPORT].device_type
     if settled != "cpu":
         raise RuntimeError(
-            f"torchtitan was imported first and settled on {settled!r}, which this machine lacks; "
+            f"torchtitan was imported first and chose {settled!r}, which this machine lacks; "
             "import titan_shampoo.titan before torchtitan"
         )
 
@@ -60,15 +60,15 @@ class CpuDevice(ModuleType):
     """``torch.cpu`` with the functions that torchtitan expects of ``torch.cuda``."""
 
     def __init__(self) -> None:
-        """Make the module."""
+        """Create the module."""
         super().__init__("cpu_device", CpuDevice.__doc__)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever torch.cpu has)
-        """Return what ``torch.cpu`` has under this name."""
+        """Return the attribute of ``torch.cpu``."""
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
-        """Return 0: torchtitan uses it as an index, and ``torch.cpu`` answers with a string."""
+        """Return 0: torchtitan uses it as an index, and ``torch.cpu`` returns a string."""
         return 0
 
     def get_device_name(self, device: object = None) -> str:
@@ -80,7 +80,7 @@ class CpuDevice(ModuleType):
         return "CPU"
 
     def get_device_properties(self, device: object = None) -> SimpleNamespace:
-        """Return ``total_memory``, this machine's, in bytes."""
+        """Return this machine's ``total_memory`` in bytes."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return SimpleNamespace(name=self.get_device_name(), total_memory=total)
 
@@ -95,8 +95,8 @@ class CpuDevice(ModuleType):
         }
 
     def reset_peak_memory_stats(self, device: object = None) -> None:
-        """Let the peak start again from what is resident now."""
-        with suppress(OSError):  # Some containers forbid it: then the peak is the whole run's.
+        """Restart the peak from the present resident memory."""
+        with suppress(OSError):  # Some containers forbid it: the peak is then the whole run's.
             Path("/proc/self/clear_refs").write_text("5")
 
     def empty_cache(self) -> None:

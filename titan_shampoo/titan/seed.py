@@ -1,4 +1,4 @@
-"""The one seed from which weights, data order and the generators of every library follow."""
+"""The one seed of weights, data order and the generators of all libraries."""
 
 import random
 from typing import Any
@@ -14,7 +14,7 @@ _set_determinism = dist_utils.set_determinism
 
 
 def run_seed(job_config: JobConfig) -> int:
-    """Return ``debug.seed``, or 0: an unset seed too must be the same on every rank."""
+    """Return ``debug.seed``, or 0, so that an unset seed is equal on every rank too."""
     seed = job_config.debug.seed
     return DEFAULT_SEED if seed is None else int(seed)
 
@@ -22,8 +22,8 @@ def run_seed(job_config: JobConfig) -> int:
 def set_determinism(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (torchtitan's)
     """Seed Python's and numpy's generators as torchtitan seeds torch's.
 
-    The seed is the same on all ranks but those of other stages of a pipeline. A resumed run then
-    takes the states of its checkpoint, all of them.
+    The seed is equal on all ranks except those of other stages of a pipeline. A resumed run then
+    loads all states from its checkpoint.
     """
     _set_determinism(*args, **kwargs)
     seed = torch.initial_seed()

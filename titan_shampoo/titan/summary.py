@@ -1,4 +1,4 @@
-"""What a run is, in a few aligned lines before it starts."""
+"""Description of a run in a few aligned lines, before it starts."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ from titan_shampoo.titan.optimizers import OptimizersContainer, Preconditioner
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 _DIAGONAL = {"adamw": "AdamW", "sgd": "SGD"}
 _MOST_DECAY = 0.01
-"""Of the weights per step, before a person is warned."""
+"""Share of the weights lost per step from which a warning is shown."""
 
 
 def summary_lines(
@@ -32,15 +32,15 @@ def summary_lines(
     num_samples: int | None,
     unit: str,
 ) -> list[str]:
-    """Return the lines, of this rank.
+    """Return the lines for this rank.
 
     Args:
-        job_config: With epochs resolved.
-        parallel_dims: The degrees.
-        model_parts: Of this rank, sharded.
-        optimizers: With their state.
-        num_samples: In the training data; None of a stream.
-        unit: What a sample is: "windows" or "images".
+        job_config: Configuration with epochs replaced by steps.
+        parallel_dims: Degrees of parallelism.
+        model_parts: Sharded parts of the model on this rank.
+        optimizers: Optimizers with their state.
+        num_samples: Number of samples in the training data; None for a stream.
+        unit: Unit of the samples: "windows" or "images".
     """
     rows = [
         ("model", _model(job_config, model_parts)),
@@ -73,7 +73,7 @@ def _mesh(dims: ParallelDims) -> str:
 
 
 def optimizer_line(optimizer: Optimizer) -> str:
-    """Method, learning rates, and what they step; after schedules were made."""
+    """Method, learning rates and number of parameters; call it after schedules are made."""
     tensors: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     rates: dict[bool, set[float]] = {False: set(), True: set()}
@@ -91,10 +91,10 @@ def optimizer_line(optimizer: Optimizer) -> str:
 
 
 def decay_warnings(optimizers: Iterable[Optimizer]) -> Iterator[str]:
-    """A line for each optimizer whose weight decay leaves little of the weights after some steps.
+    """A line for each optimizer whose weight decay removes most of the weights in some steps.
 
-    Decay that is usual for AdamW is ruinous at the learning rates of methods for layers, whose
-    momentum multiplies it once more.
+    Decay that is usual for AdamW is harmful at the learning rates of methods for layers, whose
+    momentum multiplies it again.
     """
     for optimizer in optimizers:
         shares = [
@@ -110,7 +110,7 @@ def decay_warnings(optimizers: Iterable[Optimizer]) -> Iterator[str]:
 
 
 def _fallback(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) -> str | None:
-    """The diagonal method that steps a parameter in place of the optimizer's own, if one does."""
+    """The diagonal method that steps a parameter instead of the optimizer's own; None without."""
     if isinstance(optimizer, Preconditioner) and not optimizer.preconditions(param):
         return _DIAGONAL[group["fallback"]]
     return None

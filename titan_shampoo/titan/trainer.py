@@ -1,9 +1,9 @@
 """torchtitan's trainer, with the gradient of the mean loss on every mesh.
 
 torchtitan 0.2.2 divides the summed loss by the global number of labels and expects gradients to be
-*summed* over the ranks. Two layouts break that silently: pure DDP averages (too small by the number
-of replicas), and a pipeline differentiates the sum that was never divided (too large by the number
-of labels). AdamW with clipping hides both; damped methods are ruined by them.
+*summed* over the ranks. Two layouts break that silently. Pure DDP averages, so gradients are too
+small by the number of replicas. A pipeline differentiates the undivided sum, so they are too large
+by the number of labels. AdamW with clipping hides both; damped methods fail.
 """
 
 import time
@@ -46,13 +46,13 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 
 class Trainer(torchtitan.train.Trainer):
-    """Trains a recipe; what a run does is torchtitan's, how gradients are scaled is ours.
+    """Trains a recipe with torchtitan's loop and this project's scaling of gradients.
 
     Args:
-        job_config: Checked; ``model.name`` names the recipe.
-        recipe: What is trained: model, data, loss, how it is sharded.
-        checkpoint_manager: Makes what saves and resumes the run, of torchtitan's arguments and
-            ``job_config``.
+        job_config: Checked configuration; ``model.name`` names the recipe.
+        recipe: Model, data, loss and sharding.
+        checkpoint_manager: Makes the object that saves and resumes the run, from torchtitan's
+            arguments and ``job_config``.
 
     Raises:
         ConfigError: If the recipe has no flavour of the wanted name.
@@ -79,7 +79,7 @@ class Trainer(torchtitan.train.Trainer):
         check_context_parallel(job_config.parallelism.context_parallel_degree)
         check_names(job_config)
         if device_type != "cuda":
-            job_config.comm.trace_buf_size = 0  # of nccl alone; its folder would be made first
+            job_config.comm.trace_buf_size = 0  # for nccl only, but its folder would be created
         self._pipeline_loss: DividedLoss | None = None
         self._whole_model: Members | None = None
         _register(job_config.model.name, self._adapted(recipe))
@@ -95,10 +95,10 @@ class Trainer(torchtitan.train.Trainer):
         self._introduce()
 
     def init_distributed(self) -> ParallelDims:
-        """Meet the other ranks, and see that all fit together."""
+        """Connect to the other ranks, and check that all fit together."""
         with (
             rendezvous_explained(self.job_config.comm.init_timeout_seconds),
-            # Apart from what an earlier attempt of torchrun left behind.
+            # Separate from the keys of an earlier attempt of torchrun.
             replaced(dist, "init_process_group", init_process_group),
         ):
             dims = super().init_distributed()
@@ -106,7 +106,7 @@ class Trainer(torchtitan.train.Trainer):
         return dims
 
     def _introduce(self) -> None:
-        """Say what is about to be trained."""
+        """Print a summary of the run."""
         lines = summary_lines(
             self.job_config,
             self.parallel_dims,
@@ -119,7 +119,7 @@ class Trainer(torchtitan.train.Trainer):
             self.metrics_processor.say(line)
 
     def _adapted(self, recipe: TrainSpec) -> TrainSpec:
-        """Give the pipeline a loss that can be divided, the validator this trainer's batches."""
+        """Adapt the recipe: a loss that a pipeline can divide, and a validator with our batches."""
         validator = recipe.build_validator_fn
         if validator is not None:
             validator = partial(validator, prepare=self.post_dataloading_process)
@@ -132,7 +132,7 @@ class Trainer(torchtitan.train.Trainer):
         )
 
     def _pipeline(self, pipelining: Any, model: nn.Module, *args: Any) -> Any:  # noqa: ANN401 (torchtitan's)
-        self._whole_model = members(model)  # on the meta device
+        self._whole_model = members(model)  # before it moves from the meta device
         *others, loss_fn = args
         self._pipeline_loss = DividedLoss(loss_fn)
         try:
@@ -144,7 +144,7 @@ class Trainer(torchtitan.train.Trainer):
             ) from error
 
     def _build_optimizers(self, build: Any, *args: Any) -> Any:  # noqa: ANN401 (torchtitan's)
-        """Tell the optimizers of a pipeline stage of the other stages' parameters."""
+        """Pass the parameters of all stages to the optimizers of a pipeline stage."""
         return build(*args, self._whole_model)
 
     def forward_backward_step(
@@ -159,7 +159,7 @@ class Trainer(torchtitan.train.Trainer):
         """
         step = partial(super().forward_backward_step, input_dict=input_dict, labels=labels)
         if self._pipeline_loss is not None:
-            # The schedule differentiates what the loss returns: it must be divided in there.
+            # The schedule differentiates the result of the loss, so the loss itself must divide.
             with self._pipeline_loss.divided_by(global_valid_tokens):
                 return step(global_valid_tokens=1.0)
         num_replicas = self._num_averaged_replicas()
@@ -168,60 +168,60 @@ class Trainer(torchtitan.train.Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor | MixedLabels, dict[str, Tensor], dict[str, Any]]:
-        """Return the model's input, the loss's labels, and what else the model takes."""
+        """Return the model's input, the loss's labels, and further arguments of the model."""
         weight = input_dict.pop("label_weight", None)
         inputs, labels, *others = super().post_dataloading_process(input_dict, labels)
         return inputs, labels if weight is None else MixedLabels(labels, weight), *others
 
     def train_step(self, data_iterator: Iterable[Batch]) -> None:
-        """Take one step, and average the weights if the run does so."""
+        """Take one step, and update the average of the weights if the run keeps one."""
         super().train_step(data_iterator)
         if self.optimizers.average is not None:
             self.optimizers.average.update(self.step)
         self.metrics_processor.advance()
 
     def should_continue_training(self) -> bool:
-        """Return whether there is a step left, and nobody asked to stop; a dry run takes one."""
+        """Return whether a step is left and no stop was requested; a dry run takes one step."""
         if self.job_config.job.dry_run:
             return self.step < 1
         return super().should_continue_training() and not self.checkpointer.stopped
 
     def _num_averaged_replicas(self) -> int:
-        """Over how many ranks gradients are averaged instead of summed: DDP's replicas."""
+        """Number of ranks over which gradients are averaged instead of summed: DDP's replicas."""
         dims = self.parallel_dims
         return 1 if dims.fsdp_enabled else int(dims.dp_replicate)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
-        """Return the batches; torchtitan asks once, as soon as the checkpoint is loaded."""
+        """Return the batches; torchtitan calls it once, right after the checkpoint is loaded."""
         self.metrics_processor.begin(self.step)
         return super().batch_generator(data_iterable)
 
     def train(self) -> None:
-        """Train to the last step, and say where everything lies; or until asked to stop."""
-        # torchtitan's rank 0 sleeps two seconds "for other ranks"; close() waits for them properly.
+        """Train to the last step or to a requested stop, and print where the files are."""
+        # torchtitan's rank 0 sleeps two seconds "for other ranks"; close() waits for them.
         awake = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
         with replaced(torchtitan.train, "time", awake):
             super().train()
         if self.checkpointer.stopped:
-            self.metrics_processor.close_bar()  # the rest has been said, and time may be short
+            self.metrics_processor.close_bar()  # the run was asked to stop: skip the report
             return
         self.metrics_processor.finish(
             Path(self.checkpointer.folder) if self.checkpointer.enable else None
         )
 
     def run(self) -> None:
-        """Train, finish what is being written, and leave the process group with all other ranks."""
+        """Train, finish all writing, and leave the process group together with all other ranks."""
         try:
             self.train()
-            ignore()  # whoever asks to stop now gets it
+            ignore()  # training is over: a request to stop has nothing left to stop
         finally:
             self.close()
-        # Without a barrier some ranks tear gloo down while others still talk to them, and abort.
+        # Without a barrier some ranks close gloo while others still use it, and those abort.
         dist.barrier()
         dist.destroy_process_group()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return step and number of labels seen by all ranks together, for any other world."""
+        """Return step and number of labels seen by all ranks together, valid on any mesh."""
         return {"step": self.step, "num_labels_seen": self.ntokens_seen * self._batch_degree()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -234,7 +234,7 @@ class Trainer(torchtitan.train.Trainer):
 
 
 class DividedLoss:
-    """A summed loss, divided by a number that changes from step to step; by 1 outside of steps."""
+    """A summed loss divided by a number that changes between steps; by 1 outside of steps."""
 
     def __init__(self, summed: LossFunction) -> None:
         """Divide ``summed`` by 1."""
@@ -247,7 +247,7 @@ class DividedLoss:
 
     @contextmanager
     def divided_by(self, divisor: Tensor | float) -> Iterator[None]:
-        """Divide by ``divisor`` in this block."""
+        """Divide by ``divisor`` inside this block."""
         self._divisor = divisor
         try:
             yield
@@ -256,7 +256,7 @@ class DividedLoss:
 
 
 def _autocast(dims: ParallelDims, precision: str, device: str) -> AbstractContextManager[Any]:
-    """Mixed precision without FSDP2; torchtitan asks autocast for float32, which warns."""
+    """Mixed precision without FSDP2; for float32 a null context, as torch's autocast would warn."""
     return nullcontext() if precision == "float32" else maybe_enable_amp(dims, precision, device)
 
 
@@ -265,17 +265,17 @@ def _first_line(error: Exception) -> str:
 
 
 def write_nothing(job_config: JobConfig) -> None:
-    """Switch off everything in ``job_config`` that leaves a file or a record elsewhere."""
+    """Switch off every setting in ``job_config`` that writes files or records."""
     job_config.checkpoint.enable = False
     job_config.metrics.enable_tensorboard = False
     job_config.metrics.enable_wandb = False
     job_config.profiling.enable_profiling = False
     job_config.profiling.enable_memory_snapshot = False
     job_config.job.save_config_file = None
-    job_config.comm.trace_buf_size = 0  # else a folder for the traces is made
+    job_config.comm.trace_buf_size = 0  # otherwise a folder for the traces is created
 
 
 def _register(name: str, recipe: TrainSpec) -> None:
-    """Make ``recipe`` the one that torchtitan finds under ``name``; its own is never used."""
+    """Register ``recipe`` with torchtitan under ``name``, in place of its own."""
     train_spec._extra_train_specs.pop(name, None)
     train_spec.register_train_spec(name, recipe)

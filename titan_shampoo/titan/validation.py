@@ -1,6 +1,6 @@
 """Loss, and perplexity or accuracy, over a whole validation set.
 
-The mean is over all labels of all ranks: the sums are added up first and divided once, so that it
+The mean is over all labels of all ranks: sums are added up first and divided once. It therefore
 does not depend on batch size, padding or the number of ranks.
 """
 
@@ -35,19 +35,19 @@ class Validator(BaseValidator):
     """Validates a model on every batch of a loader.
 
     Args:
-        loader: One pass over the data, the same number of batches on every rank.
-        job_config: How often.
-        parallel_dims: Over which ranks the sums are added up.
+        loader: One pass over the data, with equally many batches on every rank.
+        job_config: Configuration with the interval.
+        parallel_dims: Degrees, for the ranks over which sums are added up.
         loss_fn: Sum over the labels of a batch.
-        validation_context: Of the trainer: loss parallel.
-        maybe_enable_amp: Of the trainer: autocast.
+        validation_context: The trainer's context for loss parallel.
+        maybe_enable_amp: The trainer's context for autocast.
         metrics_processor: Receives the result.
         prepare: The trainer's ``post_dataloading_process``.
-        reports: What beside the loss: with "accuracy", predictions are ``(batch, classes)`` and the
-            right ones are counted, first and among the first five.
-        pp_schedule: If the model is a pipeline.
-        pp_has_first_stage: This rank takes the inputs.
-        pp_has_last_stage: This rank has the loss.
+        reports: Metric beside the loss. With "accuracy", predictions are ``(batch, classes)``, and
+            right answers are counted, as the first and among the first five.
+        pp_schedule: Schedule of a pipeline; None without one.
+        pp_has_first_stage: True if this rank takes the inputs.
+        pp_has_last_stage: True if this rank has the loss.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Validator(BaseValidator):
         pp_has_first_stage: bool | None = None,
         pp_has_last_stage: bool | None = None,
     ) -> None:
-        """Keep what is needed to evaluate a batch."""
+        """Keep all arguments."""
         super().__init__(job_config)
         self._loader = loader
         self._loss_mesh = parallel_dims.get_optional_mesh("loss")
@@ -97,7 +97,7 @@ class Validator(BaseValidator):
         start = time.perf_counter()
         for model in model_parts:
             model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)  # loss, labels, right answers, nearly right
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, labels, right answers, top five
         for inputs, labels in self._loader:
             sums += self._evaluate(model_parts, inputs, labels)
         for model in model_parts:
@@ -119,7 +119,7 @@ class Validator(BaseValidator):
     def _evaluate(
         self, model_parts: list[nn.Module], input_dict: dict[str, Tensor], labels: Tensor
     ) -> Tensor:
-        """Return loss, labels, right and nearly right answers of this rank's batch, ``(4,)``."""
+        """Return loss, labels, right answers and top five of this rank's batch, ``(4,)``."""
         input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
         inputs, labels, extra_inputs, extra_kwargs = self._prepare(
             input_dict, labels.to(device_type)

@@ -1,4 +1,4 @@
-"""How a model's weights are called, and ordered, in other people's programs."""
+"""Names and order of a model's weights in other programs."""
 
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
@@ -7,7 +7,7 @@ from titan_shampoo.titan.recipes import TRANSFORMERS
 
 
 def weights_adapter(name: str | None, flavor: str | None) -> Llama3StateDictAdapter | None:
-    """Torchtitan's adapter to Hugging Face's weights; None if names are the same over there.
+    """Torchtitan's adapter to Hugging Face's weights; None if their names are the same.
 
     Args:
         name: ``model.name``.
