@@ -86,7 +86,10 @@ STRANGE: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow) if m in ("SOAP", "KLShampoo") else m for m in METHODS],
+)
 def test_every_option_is_refused_in_one_line_or_trained_with(method: str) -> None:
     options = [key for key in made(method, model()).defaults if key != "method"]
     refusals = [

@@ -253,7 +253,9 @@ def _trained_on_ranks(mesh: str) -> dict[tuple[str, str], list[Tensor]]:
     return {(method, kind): trained(method, kind, mesh) for method in METHODS for kind in KINDS}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", ["FSDP2", *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m != "FSDP2")]
+)
 def test_all_meshes_give_the_iterates_of_one_process(mesh: str) -> None:
     start = list(network().parameters())
     for found in run_on_ranks(2, _trained_on_ranks, mesh, timeout=240):

@@ -108,7 +108,7 @@ def test_a_repetition_that_is_finite_in_float64_alone_is_not_taken(
 
 
 @pytest.mark.parametrize("method", ["newton", "newton_schulz", "qr", "eigh"])
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_of_few_directions_end_no_run(rank: int, method: str) -> None:
     """Rounding of a thousand steps leaves negative eigenvalues of up to three of its units."""
     generator = torch.Generator().manual_seed(0)
