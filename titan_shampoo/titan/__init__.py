@@ -6,6 +6,10 @@ move to another version touches this package alone.
 """
 
 # ruff: noqa: E402  (nothing of torchtitan may be imported before the CPU runtime is there)
+from titan_shampoo.extras import require
+
+require("titan_shampoo.titan")
+
 from titan_shampoo.titan.runtime import install_cpu_runtime
 
 install_cpu_runtime()
