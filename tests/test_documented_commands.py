@@ -7,6 +7,7 @@ settings checked as the run itself would; what is short is run. A command withou
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -131,6 +132,12 @@ def check_reference(words: list[str], folder: Path) -> None:
     assert python(*words[1:4]) == (ROOT / "docs/reference.md").read_text()
 
 
+def check_api(words: list[str], folder: Path) -> None:
+    """The page is what the docstrings say now."""
+    page = runpy.run_path(str(ROOT / words[1]))["page"]()
+    assert page == (ROOT / "docs/api.md").read_text(), "run python docs/make_api.py > docs/api.md"
+
+
 def check_nothing(words: list[str], folder: Path) -> None:
     """A command with dots for what is up to the reader, or one that a test of its own runs."""
 
@@ -147,6 +154,12 @@ RULES = [
     (r"(\.venv/bin/)?python -m titan_shampoo\.plot ", check_plot),
     (r"(\.venv/bin/)?python -m checkpoint \w+", check_checkpoint),
     (r"python -m titan_shampoo\.config --reference", check_reference),
+    (r"python docs/make_api\.py", check_api),
+    (
+        r"(\.venv/bin/)?python -m (build|twine|pip|venv) ?",
+        check_nothing,
+    ),  # tests/test_installation.py
+    (r"(\.venv/bin/)?python examples/\w+\.py", check_nothing),  # tests/test_examples.py
     (r"pytest ", check_tests),
 ]
 
