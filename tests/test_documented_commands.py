@@ -1,4 +1,4 @@
-"""Every command that README.md and docs/ show is one that works: each is matched by a rule here.
+"""Every command that README.md, CONTRIBUTING.md and docs/ show works: each is matched by a rule here.
 
 A rule says how a command is tried: what needs a cluster, a GPU, a download or hours has its
 settings checked as the run itself would; what is short is run. A command without a rule fails.
@@ -29,7 +29,12 @@ from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.plot import main as plot
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python|pytest)\b|make\b|srun\b"
 
 
