@@ -1,4 +1,4 @@
-"""Every command that README.md, CONTRIBUTING.md and docs/ show works: each is matched by a rule here.
+"""Every command that README.md, CONTRIBUTING.md and docs/ show works: each has a rule here.
 
 A rule says how a command is tried: what needs a cluster, a GPU, a download or hours has its
 settings checked as the run itself would; what is short is run. A command without a rule fails.
