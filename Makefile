@@ -1,7 +1,7 @@
 # make train   install into .venv, then run the main job (ARGS="--training.steps 100" overrides any key)
 # make test    install into .venv, then run the tests
 # make quick   the same for mathematics, one layout, protocol and configuration alone, in under two minutes
-# All re-use .venv; it is brought up to date when pyproject.toml changes.
+# All re-use .venv; it is brought up to date when pyproject.toml or constraints.txt changes.
 
 PYTHON ?= python3
 CONFIG ?= configs/transformer_debug.toml
@@ -68,7 +68,7 @@ format: $(VENV)/installed
 
 # Other libraries' optimizers are timed beside ours; they are installed for this only.
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[bench]"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python -m benchmarks.optimizer_step --threads $(CORES) --peers --steps 10
 	$(BIN)/python -m benchmarks.training_step transformer --tokens 1024 --threads $(CORES) \
 		--bases SGD AdamW --methods Eva EvaF EvaS FOOF KFAC Shampoo SOAP
@@ -79,7 +79,7 @@ clean:
 
 # torch is resolved together with everything else, so that pip cannot install it twice; build/ is removed
 # because setuptools would package modules that are long deleted.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
 		'titan-shampoo needs Python 3.11 or newer; $(PYTHON) is ' + sys.version.split()[0] + '; set PYTHON=python3.11')"
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
@@ -87,5 +87,6 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	rm -rf build
 	$(BIN)/python -m pip install --disable-pip-version-check \
-		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable ".[dev]"
+		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+		--constraint constraints.txt --editable ".[dev]"
 	@touch $@

@@ -26,6 +26,7 @@ from titan_shampoo.config import (
 )
 from titan_shampoo.config.errors import one_line
 from titan_shampoo.data import DataError
+from titan_shampoo.extras import end_without
 from titan_shampoo.stopping import end_at_once
 
 _ONE_RANK = {
@@ -123,6 +124,7 @@ def _say(message: object) -> None:
 
 if __name__ == "__main__":
     end_at_once()
+    end_without("train.py")
     given = dict(os.environ)
     for name, value in _ONE_RANK.items():
         os.environ.setdefault(name, value)

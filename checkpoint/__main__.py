@@ -3,7 +3,12 @@
 ``inspect``, ``verify`` and ``diff`` need neither torch nor a GPU.
 """
 
+# ruff: noqa: E402  (a missing package is one line, not a traceback)
 import sys
+
+from titan_shampoo.extras import end_without
+
+end_without("python -m checkpoint", "safetensors", "xxhash", "tqdm")
 
 from checkpoint.command_line import main
 

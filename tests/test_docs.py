@@ -14,7 +14,7 @@ SOURCES = [ROOT / "train.py"] + [
 ]
 REFERENCE = re.compile(r"`([\w/]+\.py): ([\w., ]+)`")
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def references():

@@ -1,4 +1,4 @@
-"""Every command that README.md and docs/ show is one that works: each is matched by a rule here.
+"""Every command that README.md, CONTRIBUTING.md and docs/ show works: each has a rule here.
 
 A rule says how a command is tried: what needs a cluster, a GPU, a download or hours has its
 settings checked as the run itself would; what is short is run. A command without a rule fails.
@@ -7,6 +7,7 @@ settings checked as the run itself would; what is short is run. A command withou
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,12 @@ from titan_shampoo.config.command_line import read_command_line
 from titan_shampoo.plot import main as plot
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PROGRAM = r"(?:\.venv/bin/)?(?:torchrun|python|pytest)\b|make\b|srun\b"
 
 
@@ -131,6 +137,12 @@ def check_reference(words: list[str], folder: Path) -> None:
     assert python(*words[1:4]) == (ROOT / "docs/reference.md").read_text()
 
 
+def check_api(words: list[str], folder: Path) -> None:
+    """The page is what the docstrings say now."""
+    page = runpy.run_path(str(ROOT / words[1]))["page"]()
+    assert page == (ROOT / "docs/api.md").read_text(), "run python docs/make_api.py > docs/api.md"
+
+
 def check_nothing(words: list[str], folder: Path) -> None:
     """A command with dots for what is up to the reader, or one that a test of its own runs."""
 
@@ -147,6 +159,12 @@ RULES = [
     (r"(\.venv/bin/)?python -m titan_shampoo\.plot ", check_plot),
     (r"(\.venv/bin/)?python -m checkpoint \w+", check_checkpoint),
     (r"python -m titan_shampoo\.config --reference", check_reference),
+    (r"python docs/make_api\.py", check_api),
+    (
+        r"(\.venv/bin/)?python -m (build|twine|pip|venv) ?",
+        check_nothing,
+    ),  # tests/test_installation.py
+    (r"(\.venv/bin/)?python examples/\w+\.py", check_nothing),  # tests/test_examples.py
     (r"pytest ", check_tests),
 ]
 

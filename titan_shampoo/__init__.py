@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from titan_shampoo.blocks.methods import SOAP, KLShampoo, Shampoo
     from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 
+__version__ = "0.1.0"
+
 __all__ = ["FOOF", "KFAC", "SOAP", "Eva", "EvaF", "EvaS", "KLShampoo", "Shampoo"]
 
 _LAYER_METHODS = ("FOOF", "KFAC", "Eva", "EvaF", "EvaS")

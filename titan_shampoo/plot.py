@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from titan_shampoo.extras import MissingExtraError, require
 from titan_shampoo.own_files import replacing
 
 __all__ = ["METRICS_FILE", "PLOT_FILE", "Record", "draw", "limits", "main", "read_records"]
@@ -47,7 +48,11 @@ def draw(runs: Mapping[str, Sequence[Record]], output: Path, *, title: str = "")
         runs: Records by their name in the legend.
         output: A PNG file, replaced if present.
         title: Title of the figure.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
     """
+    require("a plot", "matplotlib")
     # Imported here: it takes a second, and readers of records do not need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -104,6 +109,8 @@ def main(args: Sequence[str]) -> None:
         draw(runs, chosen.output)
     except OSError as error:
         parser.error(f"--output {chosen.output}: {error}")
+    except MissingExtraError as missing:
+        parser.exit(2, f"{missing}\n")
     sys.stdout.write(f"{chosen.output}\n")
 
 

@@ -19,6 +19,7 @@ from titan_shampoo.config.precedence import merged
 from titan_shampoo.config.settings import Settings
 from titan_shampoo.config.toml_file import read_toml
 from titan_shampoo.config.world import check_world
+from titan_shampoo.extras import require
 
 __all__ = [
     "ConfigError",
@@ -42,8 +43,10 @@ def read_config(args: Sequence[str]) -> Settings:
 
     Raises:
         ConfigError: If anything is unknown, of the wrong type, out of range or contradictory.
+        MissingExtraError: If the packages of the extra ``train`` that it needs are not installed.
         SystemExit: With 0 after ``--help``, which the first rank prints.
     """
+    require("a configuration", "tomli", "torchtitan")
     if "--help" in args or "-h" in args:
         if os.environ.get("RANK", "0") == "0":
             sys.stdout.write(help_text() + "\n")

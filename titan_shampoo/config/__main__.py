@@ -16,10 +16,12 @@ from titan_shampoo.config import (
     started_ranks,
 )
 from titan_shampoo.config.reference import reference_page
+from titan_shampoo.extras import end_without
 from titan_shampoo.stopping import end_at_once
 
 if __name__ == "__main__":
     end_at_once()
+    end_without("python -m titan_shampoo.config", "tomli", "torchtitan")
     if sys.argv[1:] == ["--reference"]:
         sys.stdout.write(reference_page())
         sys.exit(0)

@@ -63,7 +63,8 @@ def _torchtitan_source() -> Path:
         source = Path(location) / "config" / "job_config.py"
         if source.is_file():
             return source
-    raise ConfigError("torchtitan 0.2 is not installed; run `make train`, or pip install -e .")
+    remedy = "run `make train`, or pip install -e '.[train]'"
+    raise ConfigError(f"torchtitan 0.2 is not installed; {remedy}")
 
 
 def _merge(base: Table, extension: Table) -> Table:

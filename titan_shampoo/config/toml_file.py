@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from titan_shampoo.config.checks import checked_value, unknown_key, wrong_kind
 from titan_shampoo.config.errors import ConfigError
 from titan_shampoo.config.schema import REQUIRED, Table, job_schema
@@ -38,6 +36,8 @@ def read_toml(path: str) -> dict[str, Setting]:
     Raises:
         ConfigError: If the file cannot be read or parsed, or has an unknown key or a wrong value.
     """
+    import tomli  # noqa: PLC0415  (of the extra: without it the package imports, too)
+
     text = _read_text(path)
     try:
         data = tomli.loads(text)

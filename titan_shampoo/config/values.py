@@ -9,8 +9,6 @@ import math
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import tomli
-
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "an integer",
@@ -113,6 +111,8 @@ def _toml_value(text: str) -> Any:  # noqa: ANN401
     """The value of a bracketed TOML array; the text itself if it is none."""
     if not text.startswith("["):
         return text
+    import tomli  # noqa: PLC0415  (of the extra: without it the package imports, too)
+
     try:
         return tomli.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # no TOML, thousands of digits or brackets

@@ -6,6 +6,10 @@ another version changes this package alone.
 """
 
 # ruff: noqa: E402  (the CPU runtime must be installed before torchtitan is imported)
+from titan_shampoo.extras import require
+
+require("titan_shampoo.titan")
+
 from titan_shampoo.titan.runtime import install_cpu_runtime
 
 install_cpu_runtime()
