@@ -142,6 +142,13 @@ def distance(
     return max(float((trained(seed) - trained(None)).abs().max()) for seed in (1, 2))
 
 
+FEW_KINDS = ("full rank", "rank 2", "equal rows")
+kinds_but_few_are_slow = pytest.mark.parametrize(
+    "kind",
+    [k if k in FEW_KINDS else pytest.param(k, marks=pytest.mark.slow) for k in GRADIENTS],
+)
+
+
 @pytest.mark.parametrize("kind", GRADIENTS)
 @pytest.mark.parametrize("basis_method", ["eigh", "qr"])
 def test_iterates_of_soap_do_not_depend_on_rounding(basis_method: str, kind: str) -> None:
@@ -159,14 +166,14 @@ def test_with_an_arbitrary_basis_they_do() -> None:
         assert found > LR / 10
 
 
-@pytest.mark.parametrize("kind", GRADIENTS)
+@kinds_but_few_are_slow
 def test_iterates_of_kl_shampoo_do_not_depend_on_rounding(kind: str) -> None:
     """Its eigenvalues are floored at a millionth of the largest."""
     for size, period in itertools.product(SIZES, (1, 3)):
         assert distance(KLShampoo, kind, size, precondition_frequency=period) < 1e-13
 
 
-@pytest.mark.parametrize("kind", GRADIENTS)
+@kinds_but_few_are_slow
 @pytest.mark.parametrize("root_method", ["eigh", "qr"])
 def test_damping_above_rounding_keeps_shampoo_from_amplifying_it(
     root_method: Any, kind: str

@@ -75,7 +75,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if "one element" in c else c for c in CASES]
+)
 def test_iterates_equal_the_reference(case: str) -> None:
     assert_follows(KLShampoo, Reference, SHAPES, BASE | CASES[case])
 
