@@ -88,8 +88,8 @@ class Repairs:
             if not len(failing):
                 continue
             names = {self._name_of(number, position): None for position in failing.tolist()}
-            said += [f"{name}: a refresh failed and is repeated in float64; the last good one stays in "
-                     "use" for name in names if name not in self._named]  # fmt: skip
+            said += [f"{name}: a refresh failed and is repeated in float64; the last good one "
+                     "stays in use" for name in names if name not in self._named]  # fmt: skip
             self._named.update(names)
             wide = {name: value[failing].double() for name, value in state.items()}
             new = self._refresh(number, wide, failing)
