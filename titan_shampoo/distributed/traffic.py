@@ -43,7 +43,7 @@ class Bucket:
     """Elements sent to each shard of this replica."""
     inbox_splits: list[int] = field(default_factory=list)
     """Elements received from each shard of this replica."""
-    shelf_width: int = 0
+    gather_width: int = 0
     """Elements that each replica contributes to the all-gather, padding included."""
     travels: bool = False
     """True if any rank of the placement group sends or receives gradient pieces."""
@@ -105,14 +105,14 @@ class Traffic:
         if team.num_replicas == 1:
             bucket.scatter = [copy.reversed() for copy in bucket.gather + local]
         else:
-            bucket.share = [Copy(*self.place(b, p), ("shelf", team.replica), view)
+            bucket.share = [Copy(*self.place(b, p), ("gathered", team.replica), view)
                             for b, p, view in resident]  # fmt: skip
-            shelves = [[*box, *rest] for (box, _), rest in zip(outboxes, residents, strict=True)]
-            bucket.shelf_width = max(sum(p.numel for _, p, _ in shelf) for shelf in shelves)
+            buffers = [[*box, *rest] for (box, _), rest in zip(outboxes, residents, strict=True)]
+            bucket.gather_width = max(sum(p.numel for _, p, _ in buffer) for buffer in buffers)
             bucket.scatter = [
-                Copy(("shelf", replica), view, self.shard(b), p.in_shard)
-                for replica, shelf in enumerate(shelves)
-                for b, p, view in shelf
+                Copy(("gathered", replica), view, self.shard(b), p.in_shard)
+                for replica, buffer in enumerate(buffers)
+                for b, p, view in buffer
             ]
         bucket.gather += local
         for name in ("gather", "unpack", "share", "scatter"):
