@@ -2,8 +2,8 @@
 
 The main number of a step is a maximum over all ranks: infinity if a gradient is not finite, else
 the number of failed refreshes in a row of the worst block. Flags travel beside it: for gradients
-that differ from the last agreement (see ``distributed.presence``), and for directions of the step
-before that exceeded the range of their dtype. A CPU reads the numbers at once. An accelerator would
+that differ from the last agreement (see ``distributed.gradient_pattern``), and for directions of
+the step before that exceeded the range of their dtype. A CPU reads the numbers at once. An accelerator would
 idle while its host waits. There the step decides on the device whether it changes anything, and the
 host reads the numbers of the step before.
 """

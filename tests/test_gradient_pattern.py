@@ -19,8 +19,8 @@ from torch.distributed.tensor import (
 
 from tests.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
+from titan_shampoo.distributed.gradient_pattern import GradientPattern, judges
 from titan_shampoo.distributed.layout import Team
-from titan_shampoo.distributed.presence import Presence, judges
 
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (12, 10), "other": (8, 6), "vector": (9,)}
 STEPS = 12
@@ -373,12 +373,14 @@ def test_replicas_stay_equal_where_the_host_reads_late() -> None:
 
 def test_one_process_needs_no_collective_to_know() -> None:
     params = [torch.nn.Parameter(torch.ones(2)) for _ in "ab"]
-    presence = Presence(params, [Team(((0,),), 0, 0, None, None)] * 2, torch.device("cpu"))
+    gradient_pattern = GradientPattern(
+        params, [Team(((0,),), 0, 0, None, None)] * 2, torch.device("cpu")
+    )
     params[0].grad = torch.full((2,), 3.0)
-    assert presence.codes() == [1, 0]
-    assert not presence.is_news([1, 1])
-    assert presence.is_news([1, 0])
-    presence.agree([1, 0])
-    assert not presence.is_news([1, 0])
-    assert [*presence.completed(presence.codes())] == params[:1]
-    assert presence.completed(presence.codes())[params[0]].tolist() == [3.0, 3.0]
+    assert gradient_pattern.codes() == [1, 0]
+    assert not gradient_pattern.is_news([1, 1])
+    assert gradient_pattern.is_news([1, 0])
+    gradient_pattern.agree([1, 0])
+    assert not gradient_pattern.is_news([1, 0])
+    assert [*gradient_pattern.completed(gradient_pattern.codes())] == params[:1]
+    assert gradient_pattern.completed(gradient_pattern.codes())[params[0]].tolist() == [3.0, 3.0]

@@ -25,7 +25,7 @@ from titan_shampoo.distributed.gradients import ABSENT, IN_PLACE, gradient_in_pl
 from titan_shampoo.distributed.layout import Team
 
 
-class Presence:
+class GradientPattern:
     """The pattern on which the ranks last agreed; at first, all gradients are present and in place.
 
     Args:
