@@ -14,7 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_shampoo.distributed.agreement import Circle, Facts, Known, check_agreement
+from titan_shampoo.distributed.agreement import (
+    CheckedParameter,
+    CheckedValues,
+    ConsistencyCheck,
+    check_agreement,
+)
 from titan_shampoo.distributed.gradient_pattern import GradientPattern, judges
 from titan_shampoo.distributed.gradients import Grads, gradient_here, num_terms
 from titan_shampoo.distributed.layout import layout_of
@@ -521,7 +526,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         )
         self._judges = judges(teams, self._process_group, self._pipeline_group)
 
-    def _check_agreement(self, facts: Callable[[], Mapping[Tensor, Facts]]) -> None:
+    def _check_agreement(self, facts: Callable[[], Mapping[Tensor, CheckedValues]]) -> None:
         """Raise ValueError on all ranks alike, if they know different things of what they share.
 
         Args:
@@ -531,7 +536,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             return
         found = facts()
         known = {
-            param: Known(name, param, number, {
+            param: CheckedParameter(name, param, number, {
                 "method that steps it": group["method" if param in found else "fallback"],
                 **found.get(param, {}),
             })
@@ -541,7 +546,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         ordered = [known[param] for param in {**found, **known}]
         check_agreement(ordered, self._replicas(), self._stages())
 
-    def _given_facts(self) -> dict[Tensor, Facts]:
+    def _given_facts(self) -> dict[Tensor, CheckedValues]:
         """All that messages and iterates follow from: parameters, placements and options."""
         stages = 1 if self._pipeline_group is None else self._pipeline_group.size()
         keys = [*self.defaults, "peak_lr"]  # a group may have more, of others: schedules, users
@@ -557,7 +562,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             for param in group["params"]
         }
 
-    def _stages(self) -> Circle | None:
+    def _stages(self) -> ConsistencyCheck | None:
         """What the stages of a pipeline must all know, whatever parameters they have."""
         if self._pipeline_group is None or self._pipeline_group.size() == 1:
             return None
@@ -565,7 +570,9 @@ class LibraryOptimizer(SavedStateOptimizer):
         keys = [key for key in ("method", *self.step_options) if key in group]
         facts = {key: _plain(group[key]) for key in keys}
         known = {"pipeline_group": facts}
-        return Circle([self._pipeline_group], self._device, "give all stages the same", known)
+        return ConsistencyCheck(
+            [self._pipeline_group], self._device, "give all stages the same", known
+        )
 
     @staticmethod
     def _check_names(params: Iterable[tuple[str, Tensor]]) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_shampoo.distributed.agreement import Facts
+from titan_shampoo.distributed.agreement import CheckedValues
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
@@ -226,7 +226,7 @@ class KroneckerStep(LayerStep):
 
     # What others ask for
 
-    def facts(self) -> list[Facts]:
+    def facts(self) -> list[CheckedValues]:
         """Of each layer, what its ranks must know alike."""
         planned = zip(super().facts(), self.plan.facts(), self.turns, strict=True)
         return [{**own, **plan, "turn of its moments": turn} for own, plan, turn in planned]
