@@ -98,7 +98,8 @@ class TextStream:
                 skipped = f" ({self.skipped.count} rows were skipped)" if self.skipped.count else ""
                 raise DataError(
                     f"{self._where}: stream shard {shard} of {self.num_shards} has no text to "
-                    f"train on{skipped}; lower training.stream_lanes, or set training.streaming = false"
+                    f"train on{skipped}; lower training.stream_lanes, or set "
+                    "training.streaming = false"
                 )
 
     def held_out(self, num_windows: int) -> Iterator[Window]:
