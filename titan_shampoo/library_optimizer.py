@@ -519,12 +519,15 @@ class LibraryOptimizer(SavedStateOptimizer):
         )
         self._without_momentum = [group for group in self.param_groups if not group["momentum"]]
         self._norms_before = {}
-        teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
-        self._speaks = not teams or (teams[0].replica, teams[0].shard) == (0, 0)
+        placement_groups = [layout_of(param, self._replicas(), name)[0] for name, param in params]
+        self._speaks = not placement_groups or (
+            placement_groups[0].replica,
+            placement_groups[0].shard,
+        ) == (0, 0)
         self._gradient_pattern = GradientPattern(
-            [param for _, param in params], teams, self._device
+            [param for _, param in params], placement_groups, self._device
         )
-        self._judges = judges(teams, self._process_group, self._pipeline_group)
+        self._judges = judges(placement_groups, self._process_group, self._pipeline_group)
 
     def _check_agreement(self, facts: Callable[[], Mapping[Tensor, CheckedValues]]) -> None:
         """Raise ValueError on all ranks alike, if they know different things of what they share.

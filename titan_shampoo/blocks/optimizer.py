@@ -217,7 +217,7 @@ class BlockOptimizer(LibraryOptimizer):
     def _planned(self, member: Member, group: int) -> Parameter:
         param, options = member.param, member.options
         grid = _grid(member.name, param, options)
-        team, sharding = layout_of(param, self._replicas(), member.name)
+        placement_group, sharding = layout_of(param, self._replicas(), member.name)
         if options["block_alignment"] == "shard":
             grid = grid.cut_at(sharding.edges(tuple(param.shape), grid))
         default = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -226,7 +226,7 @@ class BlockOptimizer(LibraryOptimizer):
             name=member.name,
             shape=tuple(param.shape),
             grid=grid,
-            team=team,
+            placement_group=placement_group,
             sharding=sharding,
             group=group,
             dtype=dtype,

@@ -21,7 +21,7 @@ from titan_shampoo.distributed.assignment import (
     spread_turns,
 )
 from titan_shampoo.distributed.geometry import Grid
-from titan_shampoo.distributed.layout import Region, Sharding, Team
+from titan_shampoo.distributed.layout import PlacementGroup, Region, Sharding
 from titan_shampoo.distributed.overlap import Counts, holders, overlap_table
 
 Alignment = Literal["global", "shard"]
@@ -51,7 +51,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     grid: Grid
-    team: Team
+    placement_group: PlacementGroup
     sharding: Sharding
     group: int
     """Number of the parameter group; a stack holds blocks of one group only."""
@@ -155,7 +155,7 @@ def assigned_blocks(
     ):
         places = {
             rank: (replica, shard)
-            for replica, row in enumerate(param.team.ranks)
+            for replica, row in enumerate(param.placement_group.ranks)
             for shard, rank in enumerate(row)
         }
         shapes, own, owners = param.block_shapes, turns[number], ranks.tolist()
@@ -190,7 +190,7 @@ def _job(param: Parameter, tables: Tables, turns: Sequence[int]) -> Job:
     spared = 2 * param.message_dtype.itemsize * table.max(axis=0, initial=0)
     pays: NDArray[np.bool_] = rates >= FLOPS_PER_BYTE * spared
     return Job(
-        ranks=np.array(param.team.ranks, np.int64),
+        ranks=np.array(param.placement_group.ranks, np.int64),
         holders=shards,
         rates=rates,
         refreshes=refreshes,

@@ -120,7 +120,7 @@ def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None
     buckets = []
     for members in bucket_members(params):
         first = params[members[0]]
-        bucket = Bucket(first.team, first.message_dtype, members, [])
+        bucket = Bucket(first.placement_group, first.message_dtype, members, [])
         its_blocks = [block for param in members for block in by_param[param]]
         add_stacks(bucket, stacks, params, its_blocks)
         Traffic(params, its_blocks, bucket, stacks).fill_in()
@@ -133,10 +133,10 @@ def bucket_members(params: Sequence[Parameter]) -> list[list[int]]:
     buckets: list[list[int]] = []
     latest: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for number, param in enumerate(params):
-        key = (param.team.ranks, param.message_dtype)
+        key = (param.placement_group.ranks, param.message_dtype)
         members, filled = latest.get(key, ([], 0))
         filled += math.prod(param.shape)
-        is_alone = len(param.team.ranks) * len(param.team.ranks[0]) == 1
+        is_alone = len(param.placement_group.ranks) * len(param.placement_group.ranks[0]) == 1
         if not members or not (is_alone or filled <= BUCKET_NUMEL):
             members, filled = [], math.prod(param.shape)
             buckets.append(members)

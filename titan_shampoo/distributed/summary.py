@@ -129,8 +129,10 @@ def summarize(
         blocks: Blocks of the plan.
         like_parameters: Bytes on each rank of state that is sharded like its parameter, by kind.
     """
-    teams = {param.team.ranks for param in params}
-    numbers = [rank for team in teams for row in team for rank in row]
+    placement_groups = {param.placement_group.ranks for param in params}
+    numbers = [
+        rank for placement_group in placement_groups for row in placement_group for rank in row
+    ]
     ranks = np.unique(numbers or [rank for held in like_parameters.values() for rank in held])
     sums = _Sums(ranks, params)
     by_param: list[list[Block]] = [[] for _ in params]
@@ -179,9 +181,9 @@ class _Sums:
 
     def add_bucket(self, members: Sequence[tuple[Parameter, list[Block]]]) -> None:
         """Add the work, the memory and the messages of one bucket."""
-        team, size = members[0][0].team, members[0][0].message_dtype.itemsize
-        columns = self.column[np.array(team.ranks)].reshape(-1)
-        traffic = _Traffic(len(team.ranks), len(team.ranks[0]))
+        placement_group, size = members[0][0].placement_group, members[0][0].message_dtype.itemsize
+        columns = self.column[np.array(placement_group.ranks)].reshape(-1)
+        traffic = _Traffic(len(placement_group.ranks), len(placement_group.ranks[0]))
         for param, blocks in members:
             self._add_work(param, blocks)
             held, owned = traffic.add(self.tables.of(param)[0], blocks)
@@ -209,7 +211,7 @@ class _Sums:
         self._current[:, columns] = buffers, buffers + shared
 
     def _add_work(self, param: Parameter, blocks: list[Block]) -> None:
-        ranks = np.array(param.team.ranks)
+        ranks = np.array(param.placement_group.ranks)
         owners = self.column[ranks[[b.replica for b in blocks], [b.shard for b in blocks]]]
         costs = np.array(param.block_costs, np.float64).reshape(-1, 2)
         np.add.at(self.blocks, owners, 1)

@@ -76,7 +76,7 @@ class KroneckerStep(LayerStep):
 
     def _planned(self, layer: Layer, group: int, replicas: dist.ProcessGroup | None) -> Parameter:
         """The joint matrix of weight and bias, cut like the weight."""
-        team, sharding = layout_of(layer.weight, replicas, layer.name)
+        placement_group, sharding = layout_of(layer.weight, replicas, layer.name)
         if layer.is_transposed:
             cuts = tuple((axis, 1 - dim) for axis, dim in sharding.cuts)
             sharding = Sharding(sharding.num_shards, cuts)
@@ -94,7 +94,7 @@ class KroneckerStep(LayerStep):
             name=layer.name,
             shape=shape,
             grid=grid,
-            team=team,
+            placement_group=placement_group,
             sharding=sharding if sharding.cuts else Sharding(sharding.num_shards, ()),
             group=group,
             dtype=layer.dtype,
