@@ -51,7 +51,7 @@ class Floor:
             )
             for state in engine.state.stacks
         ]
-        self.turns = [torch.tensor([b.turn for b in stack.blocks]) for stack in engine.plan.stacks]
+        self.turns = [torch.tensor([b.slot for b in stack.blocks]) for stack in engine.plan.stacks]
         self.time = 0
 
     @torch.no_grad()

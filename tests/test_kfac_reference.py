@@ -31,7 +31,7 @@ def turns_of(optimizer: Any) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {name: [] for name in LAYERS}
     plan = optimizer._step.plan
     for block in plan.blocks:
-        found[plan.params[block.param].name.removesuffix(".weight")].append(block.turn)
+        found[plan.params[block.param].name.removesuffix(".weight")].append(block.slot)
     return found
 
 

@@ -133,7 +133,7 @@ def test_what_is_no_layer_takes_no_turn_from_layers_of_other_stages(method: str)
         options = {"factor_frequency": 3, "precondition_frequency": 5, "refresh": "staggered"}
         optimizer = METHODS[method](params, model=network, all_params=whole, **options)
         plan = optimizer._step.plan
-        turns.append((optimizer._step.turns, [block.turn for block in plan.blocks]))
+        turns.append((optimizer._step.turns, [block.slot for block in plan.blocks]))
     assert turns[0] == turns[1]
 
 

@@ -98,8 +98,8 @@ def test_a_copy_of_a_stage_keeps_its_turns() -> None:
     optimizer = Shampoo(params, block_size=4, all_params=whole)
     again = pickle.loads(pickle.dumps(optimizer))
     assert optimizer._engine is not None
-    expected = [block.turn for block in optimizer._engine.plan.blocks]
-    assert [block.turn for block in again._engine.plan.blocks] == expected
+    expected = [block.slot for block in optimizer._engine.plan.blocks]
+    assert [block.slot for block in again._engine.plan.blocks] == expected
 
 
 def turns_of(args: list[str]) -> dict[tuple[str, int], int]:
@@ -109,7 +109,7 @@ def turns_of(args: list[str]) -> dict[tuple[str, int], int]:
         for optimizer in trainer.optimizers.optimizers:
             if optimizer._engine is not None:  # embedding and head have stages of their own
                 names = [member.name for member in optimizer._engine.members]
-                found |= {(names[b.param], b.index): b.turn for b in optimizer._engine.plan.blocks}
+                found |= {(names[b.param], b.index): b.slot for b in optimizer._engine.plan.blocks}
     return found
 
 

@@ -206,7 +206,7 @@ def library_iterates(
     engine = optimizer._engine
     assert engine is not None
     names = list(params)
-    return iterates, {(names[b.param], b.index): b.turn for b in engine.plan.blocks}
+    return iterates, {(names[b.param], b.index): b.slot for b in engine.plan.blocks}
 
 
 def reference_iterates(

@@ -71,5 +71,5 @@ def loads(params: Sequence[Parameter], blocks: Sequence[Block]) -> torch.Tensor:
         owner = placement_group.ranks[block.replica][block.shard]
         cost = shampoo_cost(block.shape)
         found[:, owner] += cost.step
-        found[block.turn, owner] += cost.refresh
+        found[block.slot, owner] += cost.refresh
     return found

@@ -27,7 +27,7 @@ from titan_shampoo.library_optimizer import LibraryOptimizer, Params
 from titan_shampoo.options import check_options, check_order
 from titan_shampoo.recognition import Model, parts_of, warn_without_names, with_names
 from titan_shampoo.saved_state import GlobalState
-from titan_shampoo.whole_model import Described, turns_in_model
+from titan_shampoo.whole_model import Described, slots_in_model
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class BlockOptimizer(LibraryOptimizer):
             if order not in orders:
                 orders[order] = (member.name, self._state_names(order, member.options))
         claims = [param.claim for param in planned]
-        plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
+        plan = make_plan(planned, slots_in_model(claims, self._whole_model, self._claim))
         params = [member.param for member in members]
         self._check_agreement(lambda: dict(zip(params, plan.facts(), strict=True)))
         if members:

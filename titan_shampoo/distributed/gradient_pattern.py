@@ -229,7 +229,7 @@ def judges(
     exact = [group for ranks, group in groups.items() if set(ranks) == everyone]
     if exact:
         return exact[:1] + stages
-    turns = [
+    in_order = [
         tuple(dist.get_process_group_ranks(group)) for group in of_placements if group is not None
     ]
-    return [groups[ranks] for ranks in dict.fromkeys(turns)] + stages
+    return [groups[ranks] for ranks in dict.fromkeys(in_order)] + stages

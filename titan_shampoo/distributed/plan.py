@@ -99,20 +99,24 @@ class Plan:
             for param in self.params
         ]
         for b in self.blocks:
-            found[b.param][f"turn and owner of block {b.index}"] = (b.turn, b.replica, b.shard)
+            found[b.param][f"refresh slot and owner of block {b.index}"] = (
+                b.slot,
+                b.replica,
+                b.shard,
+            )
         return found
 
 
-def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None = None) -> Plan:
+def make_plan(params: Sequence[Parameter], slots: Sequence[Sequence[int]] | None = None) -> Plan:
     """Plan of this rank for ``params``; only the rank's own part differs between ranks.
 
     Args:
         params: All parameters of this rank.
-        turns: Refresh slot of every block of each parameter; None if no other rank has parameters
+        slots: Refresh slot of every block of each parameter; None if no other rank has parameters
             that share the period.
     """
     params = list(params)
-    blocks = assigned_blocks(params, turns)
+    blocks = assigned_blocks(params, slots)
     by_param: list[list[Block]] = [[] for _ in params]
     for block in blocks:
         by_param[block.param].append(block)

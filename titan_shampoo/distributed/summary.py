@@ -56,7 +56,7 @@ class Summary:
     def mean_flops(self) -> Figures:
         """Operations per step, averaged over the period."""
         return self.step_flops + sum(
-            (turns.mean(axis=0) for turns in self.refresh_flops.values()),
+            (slots.mean(axis=0) for slots in self.refresh_flops.values()),
             np.zeros_like(self.step_flops),
         )
 
@@ -69,16 +69,16 @@ class Summary:
     def worst_imbalance(self) -> float:
         """Largest over mean work of a rank, in the worst single step of a period."""
         worst = self.imbalance
-        for turns in self.refresh_flops.values():
-            rest = self.mean_flops - turns.mean(axis=0)
-            worst = max([worst, *(_imbalance(rest + turn) for turn in turns)])
+        for slots in self.refresh_flops.values():
+            rest = self.mean_flops - slots.mean(axis=0)
+            worst = max([worst, *(_imbalance(rest + slot) for slot in slots)])
         return worst
 
     @property
     def largest_refresh(self) -> Figures:
         """Operations of the refreshes in the most expensive step of the period."""
         zeros = np.zeros_like(self.step_flops)
-        return sum((turns.max(axis=0) for turns in self.refresh_flops.values()), zeros)
+        return sum((slots.max(axis=0) for slots in self.refresh_flops.values()), zeros)
 
     def rows(self) -> list[tuple[str, Figures, str]]:
         """Triples (label, figures, unit) for a table."""
@@ -216,8 +216,8 @@ class _Sums:
         costs = np.array(param.block_costs, np.float64).reshape(-1, 2)
         np.add.at(self.blocks, owners, 1)
         np.add.at(self.step_flops, owners, costs[:, 0])
-        turns = [block.turn for block in blocks]
-        np.add.at(self.refresh_flops[param.period], (turns, owners), costs[:, 1])
+        slots = [block.slot for block in blocks]
+        np.add.at(self.refresh_flops[param.period], (slots, owners), costs[:, 1])
         by_shape = {shape: param.state(shape) for shape in set(param.block_shapes)}
         for kind in dict.fromkeys(kind for state in by_shape.values() for kind in state):
             figures = self.state.setdefault(kind, np.zeros(self.num_ranks))
