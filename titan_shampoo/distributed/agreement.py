@@ -160,7 +160,7 @@ class _OneRank(NamedTuple):
 
     rank: int
     known: dict[str, dict[str, str]]
-    """As in :class:`ConsistencyCheck`, with each value as its ``repr``."""
+    """Descriptions as in :class:`ConsistencyCheck`, with each value as its ``repr``."""
 
 
 def _difference(by_rank: Sequence[_OneRank]) -> str:

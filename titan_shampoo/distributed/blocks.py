@@ -31,9 +31,9 @@ class Cost(NamedTuple):
     """Floating-point operations for one block."""
 
     step: float
-    """Of every step: factors and direction."""
+    """Operations in every step, for factors and direction."""
     refresh: float
-    """Of one refresh of the block."""
+    """Operations of one refresh."""
 
     def per_step(self, period: int) -> float:
         """Operations per step, averaged over the steps between two refreshes."""
