@@ -10,7 +10,7 @@ from torch import Tensor
 from titan_shampoo.distributed.plan import Plan
 
 
-def told_by_owners(values: Tensor, plan: Plan) -> Tensor:
+def values_of_owners(values: Tensor, plan: Plan) -> Tensor:
     """One number for each block of the plan, on every rank, ``(blocks,)``; a collective.
 
     Args:
