@@ -51,7 +51,7 @@ class Floor:
             for state in stacks_of(optimizer)
         ]
         self.turns = [
-            torch.tensor([b.turn for b in stack.blocks]) for stack in plan_of(optimizer).stacks
+            torch.tensor([b.slot for b in stack.blocks]) for stack in plan_of(optimizer).stacks
         ]
         self.time = 0
 

@@ -351,10 +351,10 @@ class CheckpointManager:
     # ---- the rest
 
     def maybe_wait_for_staging(self) -> None:
-        """Return at once: later changes of the state are enqueued behind the copies.
+        """Handle signals from now on, without a wait: later changes come behind the copies.
 
-        torchtitan calls it between the backward pass and the optimizers, a moment at which slow
-        work of the first step that can be interrupted is done.
+        torchtitan calls it between the backward pass and the optimizers. The slow part of a first
+        step, which a signal may interrupt without a loss, is then over.
         """
         self._listen()
 

@@ -153,7 +153,7 @@ def _table(
     return rule_of_table
 
 
-# ---- what the record of a manifest is
+# ---- record of a manifest
 
 
 _COUNT, _POSITIVE = _whole(0), _whole(1)
@@ -225,7 +225,7 @@ _RECORD = _table(
 )
 
 
-# ---- which values must agree
+# ---- agreement of values
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any, ClassVar
 
-from titan_shampoo.stopping import heeded
+from titan_shampoo.stopping import handled_signals
 
 
 class StopRequest:
@@ -26,7 +26,9 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in heeded()}
+            self._before = {
+                number: signal.signal(number, self._remember) for number in handled_signals()
+            }
 
     def release(self) -> None:
         """Restore the handlers, except where another one was installed since."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from titan_shampoo.stopping import STOP_SIGNALS, heeded
+from titan_shampoo.stopping import STOP_SIGNALS, handled_signals
 
 
 class Stop:
@@ -26,7 +26,7 @@ class Stop:
         self.received: signal.Signals | None = None
         """The first signal."""
         self._ranks: Sequence[int] | None = None
-        self._ignored = {*STOP_SIGNALS} - {*heeded()}
+        self._ignored = {*STOP_SIGNALS} - {*handled_signals()}
 
     def listen(self) -> None:
         """Install the handlers, and install them again after torchrun has replaced them."""

@@ -274,7 +274,9 @@ def of_a_whole_model(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["Shampoo", "FOOF"])
 def test_ranks_that_know_another_whole_model_are_refused(method: str) -> None:
-    sentence = "0.weight: turn and owner of block 0 is (0, 0, 0) on rank 0 and (1, 0, 0) on rank 1"
+    sentence = (
+        "0.weight: refresh slot and owner of block 0 is (0, 0, 0) on rank 0 and (1, 0, 0) on rank 1"
+    )
     assert run_on_ranks(2, refusal, of_a_whole_model, method) == [sentence + PLAIN] * 2
 
 

@@ -25,7 +25,7 @@ from titan_shampoo.distributed.assignment import (
     Claim,
     Job,
     assign_owners,
-    spread_turns,
+    spread_slots,
 )
 from titan_shampoo.distributed.blocks import Block, Parameter, assigned_blocks
 
@@ -72,13 +72,13 @@ def test_blocks_travel_only_as_far_as_balance_needs() -> None:
 
 @given(st.permutations([Claim(f"layers.{n}", n % 2, 3, (1.0, 2.0, 3.0)) for n in range(11)]))
 def test_turns_do_not_depend_on_the_order_of_parameters(claims: list[Claim]) -> None:
-    expected = dict(zip(sorted(claims), spread_turns(sorted(claims)), strict=True))
-    assert dict(zip(claims, spread_turns(claims), strict=True)) == expected
+    expected = dict(zip(sorted(claims), spread_slots(sorted(claims)), strict=True))
+    assert dict(zip(claims, spread_slots(claims), strict=True)) == expected
 
 
 def test_a_later_group_does_not_move_turns() -> None:
     first = [Claim("b", 0, 4, (3.0, 2.0)), Claim("c", 0, 4, (5.0,))]
-    assert spread_turns([Claim("a", 1, 4, (9.0,)), *first])[1:] == spread_turns(first)
+    assert spread_slots([Claim("a", 1, 4, (9.0,)), *first])[1:] == spread_slots(first)
 
 
 MESHES = [(1, 8), (1, 64), (1, 512), (8, 8), (64, 8), (8, 64)]

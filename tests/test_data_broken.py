@@ -43,10 +43,10 @@ def in_memory(source, max_bad_fraction=0.0):
 
 def streamed(source, max_bad_fraction=0.0):
     stream = TextStream(
-        str(source), tokenizer=ByteTokenizer(), seq_len=8, lanes=2, hold_out=False,
+        str(source), tokenizer=ByteTokenizer(), seq_len=8, num_shards=2, hold_out=False,
         max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
-    return [text for lane in range(2) for text in stream._texts(lane)]
+    return [text for shard in range(2) for text in stream._texts(shard)]
 
 
 both = pytest.mark.parametrize("read", [in_memory, streamed])
@@ -210,7 +210,7 @@ def test_a_column_of_another_type_is_named(tmp_path, column, instead):
     folder = parquet(tmp_path / "rows", column)
     assert refusal(in_memory, folder, max_bad_fraction=0.5).endswith(instead)
     stream = TextStream(
-        str(folder), tokenizer=ByteTokenizer(), seq_len=8, lanes=1, max_bad_fraction=0.5
+        str(folder), tokenizer=ByteTokenizer(), seq_len=8, num_shards=1, max_bad_fraction=0.5
     )
     message = refusal(next, stream.windows(0))
     assert "stream shard 0 of 1 has no text to train on (60 rows were skipped)" in message

@@ -42,13 +42,15 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def stream(folder, lanes=4):
-    return TextStream(str(folder), tokenizer=ByteTokenizer(), seq_len=SEQ_LEN, lanes=lanes)
+def stream(folder, num_shards=4):
+    return TextStream(
+        str(folder), tokenizer=ByteTokenizer(), seq_len=SEQ_LEN, num_shards=num_shards
+    )
 
 
-def loader(folder, rank, num_ranks, *, lanes=4, batch=8):
+def loader(folder, rank, num_ranks, *, num_shards=4, batch=8):
     return StreamLoader(
-        stream(folder, lanes),
+        stream(folder, num_shards),
         local_batch_size=batch // num_ranks,
         dp_rank=rank,
         dp_world_size=num_ranks,
@@ -70,11 +72,11 @@ def ranks_of(folder, num_ranks, **options):
     return [loader(folder, rank, num_ranks, **options) for rank in range(num_ranks)]
 
 
-@pytest.mark.parametrize("lanes", [4, 6, 16])
-def test_any_number_of_ranks_reads_the_same_sequence(folder, lanes):
-    one = taken(ranks_of(folder, 1, lanes=lanes), 12)
-    assert taken(ranks_of(folder, 2, lanes=lanes), 12) == one
-    assert taken(ranks_of(folder, 8, lanes=lanes), 12) == one
+@pytest.mark.parametrize("num_shards", [4, 6, 16])
+def test_any_number_of_ranks_reads_the_same_sequence(folder, num_shards):
+    one = taken(ranks_of(folder, 1, num_shards=num_shards), 12)
+    assert taken(ranks_of(folder, 2, num_shards=num_shards), 12) == one
+    assert taken(ranks_of(folder, 8, num_shards=num_shards), 12) == one
 
 
 @pytest.mark.parametrize("num_ranks_later", [1, 4])
@@ -90,18 +92,18 @@ def test_a_position_resumes_exactly_on_any_number_of_ranks(folder, num_ranks_lat
     assert first + taken(after, 13) == whole
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 6, 16])
-def test_a_pass_reads_every_document_once_and_none_that_is_held_out(folder, lanes):
-    stream_ = stream(folder, lanes)
-    seen = sorted(text for lane in range(lanes) for text in stream_._texts(lane))
+@pytest.mark.parametrize("num_shards", [1, 3, 6, 16])
+def test_a_pass_reads_every_document_once_and_none_that_is_held_out(folder, num_shards):
+    stream_ = stream(folder, num_shards)
+    seen = sorted(text for shard in range(num_shards) for text in stream_._texts(shard))
     assert seen == sorted(text for text in documents() if not is_held_out(text))
 
 
 def test_with_other_text_to_validate_on_nothing_is_held_out(folder):
     whole = TextStream(
-        str(folder), tokenizer=ByteTokenizer(), seq_len=SEQ_LEN, lanes=4, hold_out=False
+        str(folder), tokenizer=ByteTokenizer(), seq_len=SEQ_LEN, num_shards=4, hold_out=False
     )
-    read = [text for lane in range(4) for text in whole._texts(lane)]
+    read = [text for shard in range(4) for text in whole._texts(shard)]
     assert sorted(read) == sorted(documents())
 
 
@@ -114,22 +116,22 @@ def test_what_is_held_out_is_validated_on(folder):
         assert all(part in held_out for part in bytes(tokens.tolist()).decode().split("\0"))
 
 
-def test_a_rank_reads_only_the_lanes_of_its_own_rows(folder, monkeypatch):
+def test_a_rank_reads_only_the_shards_of_its_own_rows(folder, monkeypatch):
     opened: list[int] = []
     original = TextStream.windows
 
-    def windows(self, lane):
-        opened.append(lane)
-        return original(self, lane)
+    def windows(self, shard):
+        opened.append(shard)
+        return original(self, shard)
 
     monkeypatch.setattr(TextStream, "windows", windows)
-    taken([loader(folder, 1, 4, lanes=16, batch=8)], 9)
+    taken([loader(folder, 1, 4, num_shards=16, batch=8)], 9)
     assert sorted(opened) == [2, 3, 10, 11]
 
 
-def test_more_lanes_than_documents_are_refused(folder):
+def test_more_shards_than_documents_are_refused(folder):
     with pytest.raises(DataError, match=r"shard 10 of 4000 has no text .*training.stream_lanes"):
-        taken([loader(folder, 0, 1, lanes=4000, batch=4000)], 1)
+        taken([loader(folder, 0, 1, num_shards=4000, batch=4000)], 1)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +154,11 @@ def test_broken_rows_are_counted_and_too_many_refused(tmp_path):
     (tmp_path / "rows" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = str(tmp_path / "rows")
     counted = TextStream(
-        source, tokenizer=ByteTokenizer(), seq_len=8, lanes=1, max_bad_fraction=0.01
+        source, tokenizer=ByteTokenizer(), seq_len=8, num_shards=1, max_bad_fraction=0.01
     )
     assert list(counted._texts(0)) == texts
     assert counted.skipped.count == 1
-    strict = TextStream(source, tokenizer=ByteTokenizer(), seq_len=8, lanes=1)
+    strict = TextStream(source, tokenizer=ByteTokenizer(), seq_len=8, num_shards=1)
     with pytest.raises(
         DataError, match=r"training.max_bad_fraction = 0 allows, such as .*a.jsonl:51: "
     ):

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from tests.reference.blocks import blocks_of, merged_shape
 from titan_shampoo.block_memory import as_blocks
-from titan_shampoo.distributed.assignment import refresh_turns
+from titan_shampoo.distributed.assignment import pack_slots
 from titan_shampoo.distributed.copies import Copy, View, coalesce, pieces
 from titan_shampoo.distributed.geometry import Grid, Merge, make_grid
 from titan_shampoo.distributed.layout import Sharding, cut_order
@@ -332,6 +332,6 @@ def test_no_turn_costs_more_than_the_mean_by_more_than_one_block(
     some: list[int], period: int
 ) -> None:
     loads = [0] * period
-    for cost, turn in zip(some, refresh_turns(some, [0.0] * period), strict=True):
+    for cost, turn in zip(some, pack_slots(some, [0.0] * period), strict=True):
         loads[turn] += cost
     assert max(loads) <= sum(some) / period + max(some, default=0)

@@ -32,8 +32,8 @@ def test_figures_of_every_rank_are_those_of_its_own_plan(
         )
         owned = [block for stack in plan.stacks for block in stack.blocks]
         (bucket,) = plan.buckets
-        shelf = replicas * max(bucket.shelf_width, sum(bucket.outbox_splits))
-        messages = sum(bucket.inbox_splits) + shelf + (bucket.shelf_width if replicas > 1 else 0)
+        buffer = replicas * max(bucket.gather_width, sum(bucket.outbox_splits))
+        messages = sum(bucket.inbox_splits) + buffer + (bucket.gather_width if replicas > 1 else 0)
         assert summary.blocks[rank] == len(owned)
         assert summary.working["blocks in stacks"][rank] == 4 * sum(b.numel for b in owned)
         assert summary.working["messages"][rank] == 4 * messages

@@ -147,7 +147,7 @@ def test_the_tokens_are_those_of_torchtitans_data_set(tmp_path, monkeypatch, fil
     ours = tokens_of(TextDataset(str(texts), tokenizer=tokenizer, seq_len=1, part="all"))
     assert ours[: len(theirs)] == theirs
     assert len(ours) - len(theirs) < 2
-    stream = TextStream(str(texts), tokenizer=tokenizer, seq_len=1, lanes=1, hold_out=False)
+    stream = TextStream(str(texts), tokenizer=tokenizer, seq_len=1, num_shards=1, hold_out=False)
     windows = stream.windows(0)
     assert [next(windows).tolist()[0] for _ in ours] == ours
 
@@ -167,7 +167,7 @@ def test_validation_has_the_same_marks(tmp_path, separators):
     ]
     held_out = TextDataset(str(texts), tokenizer=tokenizer, seq_len=1, part="validation")
     assert tokens_of(held_out) == wanted
-    stream = TextStream(str(texts), tokenizer=tokenizer, seq_len=1, lanes=1)
+    stream = TextStream(str(texts), tokenizer=tokenizer, seq_len=1, num_shards=1)
     assert [window.tolist()[0] for window in stream.held_out(10**6)] == wanted[:-1]
 
 

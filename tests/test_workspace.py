@@ -10,7 +10,7 @@ from tests.support.internals import kept_tensors, stacks_of
 from tests.support.layer_methods import advance, make
 from tests.support.layer_models import Mixed, made, normal
 from titan_shampoo import Shampoo
-from titan_shampoo.distributed import presence
+from titan_shampoo.distributed import gradient_pattern
 from titan_shampoo.distributed.gradients import placement_code
 from titan_shampoo.functional.rule import State
 from titan_shampoo.functional.shampoo import ShampooRule
@@ -48,7 +48,7 @@ def test_a_step_asks_once_how_each_gradient_is_placed(monkeypatch: pytest.Monkey
         asked.append(param)
         return placement_code(param)
 
-    monkeypatch.setattr(presence, "placement_code", counted)
+    monkeypatch.setattr(gradient_pattern, "placement_code", counted)
     model = made(Mixed)
     optimizer = make("EvaS", model)
     advance(optimizer, model, range(3))

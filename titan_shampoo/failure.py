@@ -1,11 +1,11 @@
 """Step status: one decision of all ranks whether a step is taken, skipped, or ends the run.
 
 The main number of a step is a maximum over all ranks: infinity if a gradient is not finite, else
-the number of failed refreshes in a row of the worst block. Flags travel beside it: for gradients
-that differ from the last agreement (see ``distributed.presence``), and for directions of the step
-before that exceeded the range of their dtype. A CPU reads the numbers at once. An accelerator would
-idle while its host waits. There the step decides on the device whether it changes anything, and the
-host reads the numbers of the step before.
+the number of failed refreshes in a row of the worst block. Flags travel beside it: for a gradient
+pattern that differs from the last agreement (see ``distributed.gradient_pattern``), and for
+directions of the step before that exceeded the range of their dtype. A CPU reads the numbers at
+once. An accelerator would idle while its host waits. There the step decides on the device whether
+it changes anything, and the host reads the numbers of the step before.
 """
 
 import logging

@@ -14,10 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_shampoo.distributed.agreement import Circle, Facts, Known, check_agreement
+from titan_shampoo.distributed.agreement import (
+    CheckedParameter,
+    CheckedValues,
+    ConsistencyCheck,
+    check_agreement,
+)
+from titan_shampoo.distributed.gradient_pattern import GradientPattern, judges
 from titan_shampoo.distributed.gradients import Grads, gradient_here, num_terms
 from titan_shampoo.distributed.layout import layout_of
-from titan_shampoo.distributed.presence import Presence, judges
 from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
 from titan_shampoo.parameter_groups import (
@@ -298,24 +303,24 @@ class LibraryOptimizer(SavedStateOptimizer):
 
     def _advance(self) -> None:
         """Take a step that this rank has nothing against, skip it, or end the run."""
-        here = self._presence.codes()
+        here = self._gradient_pattern.codes()
         norms = self._norms(here)
         verdict = verdict_of(
             [*norms.values(), *self._norms_beside()], self._worst_failure().float(), self._judges,
-            is_news=self._presence.is_news(here),
-            parts_replicas=self._presence.parts_replicas(here), beyond=self._beyond(),
+            is_news=self._gradient_pattern.is_news(here),
+            parts_replicas=self._gradient_pattern.parts_replicas(here), beyond=self._beyond(),
         )  # fmt: skip
         worst, *flags, _, beyond = self._watch.read(verdict)
         self._name_bad(worst, norms)
         self._watch.count(worst, beyond, self.param_groups[0]["max_skipped"])
         self._see_to_failures(worst)
         now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
-        is_agreed = self._presence.follow(here, flags, now)
-        grads = self._presence.completed(here)
+        is_agreed = self._gradient_pattern.follow(here, flags, now)
+        grads = self._gradient_pattern.completed(here)
         if is_agreed:
             self._check_trained(grads)
         self._idleness.count(len(grads), self._as_made.names)
-        own = {param: norms[param] for param in self._presence.untouched(here)}
+        own = {param: norms[param] for param in self._gradient_pattern.untouched(here)}
         if self._watch.late:
             self._take_step(grads, own, may_be_taken(verdict, is_agreed=is_agreed))
         elif worst < math.inf:
@@ -514,12 +519,17 @@ class LibraryOptimizer(SavedStateOptimizer):
         )
         self._without_momentum = [group for group in self.param_groups if not group["momentum"]]
         self._norms_before = {}
-        teams = [layout_of(param, self._replicas(), name)[0] for name, param in params]
-        self._speaks = not teams or (teams[0].replica, teams[0].shard) == (0, 0)
-        self._presence = Presence([param for _, param in params], teams, self._device)
-        self._judges = judges(teams, self._process_group, self._pipeline_group)
+        placement_groups = [layout_of(param, self._replicas(), name)[0] for name, param in params]
+        self._speaks = not placement_groups or (
+            placement_groups[0].replica,
+            placement_groups[0].shard,
+        ) == (0, 0)
+        self._gradient_pattern = GradientPattern(
+            [param for _, param in params], placement_groups, self._device
+        )
+        self._judges = judges(placement_groups, self._process_group, self._pipeline_group)
 
-    def _check_agreement(self, facts: Callable[[], Mapping[Tensor, Facts]]) -> None:
+    def _check_agreement(self, facts: Callable[[], Mapping[Tensor, CheckedValues]]) -> None:
         """Raise ValueError on all ranks alike, if they know different things of what they share.
 
         Args:
@@ -529,7 +539,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             return
         found = facts()
         known = {
-            param: Known(name, param, number, {
+            param: CheckedParameter(name, param, number, {
                 "method that steps it": group["method" if param in found else "fallback"],
                 **found.get(param, {}),
             })
@@ -539,7 +549,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         ordered = [known[param] for param in {**found, **known}]
         check_agreement(ordered, self._replicas(), self._stages())
 
-    def _given_facts(self) -> dict[Tensor, Facts]:
+    def _given_facts(self) -> dict[Tensor, CheckedValues]:
         """All that messages and iterates follow from: parameters, placements and options."""
         stages = 1 if self._pipeline_group is None else self._pipeline_group.size()
         keys = [*self.defaults, "peak_lr"]  # a group may have more, of others: schedules, users
@@ -555,7 +565,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             for param in group["params"]
         }
 
-    def _stages(self) -> Circle | None:
+    def _stages(self) -> ConsistencyCheck | None:
         """What the stages of a pipeline must all know, whatever parameters they have."""
         if self._pipeline_group is None or self._pipeline_group.size() == 1:
             return None
@@ -563,7 +573,9 @@ class LibraryOptimizer(SavedStateOptimizer):
         keys = [key for key in ("method", *self.step_options) if key in group]
         facts = {key: _plain(group[key]) for key in keys}
         known = {"pipeline_group": facts}
-        return Circle([self._pipeline_group], self._device, "give all stages the same", known)
+        return ConsistencyCheck(
+            [self._pipeline_group], self._device, "give all stages the same", known
+        )
 
     @staticmethod
     def _check_names(params: Iterable[tuple[str, Tensor]]) -> None:

@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
-def heeded() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """The signals that this process does not ignore (``nohup`` makes it ignore one)."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
@@ -26,7 +26,7 @@ def end_at_once() -> None:
 
     Otherwise the ranks of a killed agent would train on unnoticed.
     """
-    for number in heeded():
+    for number in handled_signals():
         signal.signal(number, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a program may outlive its shell on purpose
         end_with_parent()
@@ -40,5 +40,5 @@ def end_with_parent() -> None:
 
 def ignore() -> None:
     """Ignore the signals: the work is done, or the parent decides."""
-    for number in heeded():
+    for number in handled_signals():
         signal.signal(number, signal.SIG_IGN)

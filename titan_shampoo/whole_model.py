@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.distributed.assignment import Claim, spread_slots
 from titan_shampoo.recognition import Kind, kinds_of
 
 
@@ -82,7 +82,7 @@ def claims_of_model(
     return claims
 
 
-def turns_in_model(
+def slots_in_model(
     here: Sequence[Claim],
     whole_model: Sequence[Described] | None,
     claim_elsewhere: Callable[[Described], Claim | None],
@@ -92,7 +92,7 @@ def turns_in_model(
     Arguments and errors as for :func:`claims_of_model`.
     """
     if whole_model is None:  # parameters may then be without names
-        return spread_turns(here)
+        return spread_slots(here)
     claims = claims_of_model(here, whole_model, claim_elsewhere)
-    turns = dict(zip((claim.name for claim in claims), spread_turns(claims), strict=True))
-    return [turns[claim.name] for claim in here]
+    slots = dict(zip((claim.name for claim in claims), spread_slots(claims), strict=True))
+    return [slots[claim.name] for claim in here]

@@ -39,7 +39,7 @@ def turns_of(optimizer: Any) -> dict[tuple[str, int], int]:
     if _inside(optimizer) is None:
         return {}
     plan = plan_of(optimizer)
-    return {(plan.params[b.param].name, b.index): b.turn for b in plan.blocks}
+    return {(plan.params[b.param].name, b.index): b.slot for b in plan.blocks}
 
 
 def is_compiled(optimizer: BlockOptimizer) -> bool:

@@ -24,7 +24,7 @@ class Buffers:
 
         def init(own: exchange.Exchange, *args: Any) -> None:
             made(own, *args)
-            self.add(own, own._inbox, own._shelf)
+            self.add(own, own._inbox, own._gather_buffer)
 
         def scattered(own: exchange.Exchange, *args: Any) -> None:
             scattering[:] = [own]

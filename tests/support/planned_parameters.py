@@ -8,7 +8,7 @@ import torch
 
 from titan_shampoo.distributed.blocks import Alignment, Block, Cost, Parameter
 from titan_shampoo.distributed.geometry import make_grid
-from titan_shampoo.distributed.layout import Sharding, Team
+from titan_shampoo.distributed.layout import PlacementGroup, Sharding
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.models.resnet import ResNet, ResNetArgs
 
@@ -47,7 +47,7 @@ def fsdp_parameters(
 ) -> list[Parameter]:
     """Parameters cut along their rows; ``me`` is this rank's (replica, shard)."""
     ranks = torch.arange(num_replicas * num_shards).view(num_replicas, num_shards)
-    team = Team(tuple(map(tuple, ranks.tolist())), *me, None, None)
+    placement_group = PlacementGroup(tuple(map(tuple, ranks.tolist())), *me, None, None)
     sharding = Sharding((num_shards,), ((0, 0),))
     params = []
     for number, shape in enumerate(shapes):
@@ -55,7 +55,7 @@ def fsdp_parameters(
         if alignment == "shard":
             grid = grid.cut_at(sharding.edges(shape, grid))
         params.append(
-            Parameter(str(number), shape, grid, team, sharding, 0, torch.float32, PERIOD,
+            Parameter(str(number), shape, grid, placement_group, sharding, 0, torch.float32, PERIOD,
                       shampoo_cost, alignment)
         )  # fmt: skip
     return params
@@ -63,11 +63,13 @@ def fsdp_parameters(
 
 def loads(params: Sequence[Parameter], blocks: Sequence[Block]) -> torch.Tensor:
     """Operations of every rank in each step of the period, ``(period, ranks)``, float64."""
-    team = params[0].team
-    found = torch.zeros(PERIOD, len(team.ranks) * len(team.ranks[0]), dtype=torch.float64)
+    placement_group = params[0].placement_group
+    found = torch.zeros(
+        PERIOD, len(placement_group.ranks) * len(placement_group.ranks[0]), dtype=torch.float64
+    )
     for block in blocks:
-        owner = team.ranks[block.replica][block.shard]
+        owner = placement_group.ranks[block.replica][block.shard]
         cost = shampoo_cost(block.shape)
         found[:, owner] += cost.step
-        found[block.turn, owner] += cost.refresh
+        found[block.slot, owner] += cost.refresh
     return found

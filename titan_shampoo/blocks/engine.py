@@ -72,7 +72,7 @@ class Engine:
         self._members_of = [
             np.array([block.param for block in stack.blocks]) for stack in plan.stacks
         ]
-        self._turns_of = [np.array([block.turn for block in stack.blocks]) for stack in plan.stacks]
+        self._turns_of = [np.array([block.slot for block in stack.blocks]) for stack in plan.stacks]
 
     @torch.no_grad()
     def step(self, grads: Mapping[int, Tensor], taken: Tensor | None = None) -> None:

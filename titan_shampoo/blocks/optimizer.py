@@ -27,7 +27,7 @@ from titan_shampoo.library_optimizer import LibraryOptimizer, Params
 from titan_shampoo.options import check_options, check_order
 from titan_shampoo.recognition import Model, parts_of, warn_without_names, with_names
 from titan_shampoo.saved_state import GlobalState
-from titan_shampoo.whole_model import Described, turns_in_model
+from titan_shampoo.whole_model import Described, slots_in_model
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class BlockOptimizer(LibraryOptimizer):
             if order not in orders:
                 orders[order] = (member.name, self._state_names(order, member.options))
         claims = [param.claim for param in planned]
-        plan = make_plan(planned, turns_in_model(claims, self._whole_model, self._claim))
+        plan = make_plan(planned, slots_in_model(claims, self._whole_model, self._claim))
         params = [member.param for member in members]
         self._check_agreement(lambda: dict(zip(params, plan.facts(), strict=True)))
         if members:
@@ -218,7 +218,7 @@ class BlockOptimizer(LibraryOptimizer):
     def _planned(self, member: Member, group: int) -> Parameter:
         param, options = member.param, member.options
         grid = _grid(member.name, param, options)
-        team, sharding = layout_of(param, self._replicas(), member.name)
+        placement_group, sharding = layout_of(param, self._replicas(), member.name)
         if options["block_alignment"] == "shard":
             grid = grid.cut_at(sharding.edges(tuple(param.shape), grid))
         default = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -227,7 +227,7 @@ class BlockOptimizer(LibraryOptimizer):
             name=member.name,
             shape=tuple(param.shape),
             grid=grid,
-            team=team,
+            placement_group=placement_group,
             sharding=sharding,
             group=group,
             dtype=dtype,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from titan_shampoo.block_memory import as_blocks
 from titan_shampoo.distributed.plan import Block, Plan
-from titan_shampoo.distributed.reports import told_by_owners
+from titan_shampoo.distributed.reports import values_of_owners
 from titan_shampoo.distributed.state import BlockTensor
 from titan_shampoo.functional.rule import BEYOND, CONDITION, Rule, State, StateShape
 from titan_shampoo.functional.symmetric import pack
@@ -117,7 +117,7 @@ class BlockState:
         for stack, state in zip(self._plan.stacks, self.stacks, strict=True):
             places = [starts[block.param] + block.index for block in stack.blocks]
             owned[torch.tensor(places, device=self._device)] = state[CONDITION].flatten().double()
-        parts = told_by_owners(owned, self._plan).split(counts)
+        parts = values_of_owners(owned, self._plan).split(counts)
         return {member.name: part for member, part in zip(self._members, parts, strict=True)}
 
     def _grid_mark(self, number: int) -> str:

@@ -42,7 +42,7 @@ class TextStream:
         source: A hub data set as "name", "name:config" or "name:config:split", or a local folder.
         tokenizer: Called once per document.
         seq_len: Predictions per window.
-        lanes: Number of stream shards, at least one.
+        num_shards: Number of stream shards, at least one.
         key: The TOML key that holds ``source``, for messages.
         hold_out: True to leave 5% of the documents out of all shards.
         max_bad_fraction: Largest share of unreadable rows.
@@ -54,7 +54,7 @@ class TextStream:
         *,
         tokenizer: Tokenizer,
         seq_len: int,
-        lanes: int,
+        num_shards: int,
         key: str = "training.dataset",
         hold_out: bool = True,
         max_bad_fraction: float = 0.0,
@@ -75,10 +75,10 @@ class TextStream:
         self._seq_len = seq_len
         self._hold_out = hold_out
         self._where = f'{key} = "{source}"'
-        self.lanes = lanes
+        self.num_shards = num_shards
         self.skipped = SkippedSamples(max_bad_fraction)
 
-    def windows(self, lane: int) -> Iterator[Window]:
+    def windows(self, shard: int) -> Iterator[Window]:
         """The windows ``(seq_len + 1,)`` of a stream shard, pass after pass, without end.
 
         Raises:
@@ -87,7 +87,7 @@ class TextStream:
         left = np.empty(0, dtype=np.int64)
         while True:
             size = -1
-            for text in self._texts(lane):
+            for text in self._texts(shard):
                 tokens = np.asarray(self._tokenizer.encode(text), dtype=np.int64)
                 left = np.concatenate([left, tokens])
                 size = max(size, len(left))
@@ -97,8 +97,9 @@ class TextStream:
             if size <= 1:
                 skipped = f" ({self.skipped.count} rows were skipped)" if self.skipped.count else ""
                 raise DataError(
-                    f"{self._where}: stream shard {lane} of {self.lanes} has no text to train on"
-                    f"{skipped}; lower training.stream_lanes, or set training.streaming = false"
+                    f"{self._where}: stream shard {shard} of {self.num_shards} has no text to "
+                    f"train on{skipped}; lower training.stream_lanes, or set "
+                    "training.streaming = false"
                 )
 
     def held_out(self, num_windows: int) -> Iterator[Window]:
@@ -115,9 +116,9 @@ class TextStream:
             if not num_windows:
                 return
 
-    def _texts(self, lane: int) -> Iterator[str]:
+    def _texts(self, shard: int) -> Iterator[str]:
         """One pass over the documents of a stream shard, without held-out ones."""
-        for document in self._documents(self._lane_rows(lane)):
+        for document in self._documents(self._shard_rows(shard)):
             if not (self._hold_out and document["held_out"]):
                 yield document["text"]
 
@@ -129,14 +130,14 @@ class TextStream:
                 self.skipped.add([], num_read=1)
                 yield row
 
-    def _lane_rows(self, lane: int) -> Iterator[Iterator[Row]]:
+    def _shard_rows(self, shard: int) -> Iterator[Iterator[Row]]:
         """Rows of a stream shard by file: of its own files, or its part of a common file."""
-        if self._num_files >= self.lanes:
-            files = range(lane, self._num_files, self.lanes)
+        if self._num_files >= self.num_shards:
+            files = range(shard, self._num_files, self.num_shards)
             return (self._rows_of(file) for file in files)
-        file = lane % self._num_files
-        sharing = len(range(file, self.lanes, self._num_files))
-        return iter([self._rows_of(file, part=lane // self._num_files, parts=sharing)])
+        file = shard % self._num_files
+        sharing = len(range(file, self.num_shards, self._num_files))
+        return iter([self._rows_of(file, part=shard // self._num_files, parts=sharing)])
 
     def _rows_of(self, file: int, *, part: int = 0, parts: int = 1) -> Iterator[Row]:
         """Rows ``part``, ``part + parts``, ... of a file."""
@@ -183,10 +184,10 @@ class StreamLoader:
             DataError: If a stream shard has no text, or too many rows are unreadable.
         """
         position = self._num_consumed
-        lanes = _Lanes(self._stream)
+        shards = _StreamShards(self._stream)
         while True:
             first = position + self._first_row
-            rows = [lanes.window(row) for row in range(first, first + self._local_batch_size)]
+            rows = [shards.window(row) for row in range(first, first + self._local_batch_size)]
             if self._num_consumed != position:
                 raise RuntimeError(
                     f"the data position is {self._num_consumed}, this iterator is at {position}; "
@@ -199,7 +200,7 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, int]:
         """The position, equal on all ranks and valid on any number of them."""
-        return {"samples": self._num_consumed, "lanes": self._stream.lanes}
+        return {"samples": self._num_consumed, "lanes": self._stream.num_shards}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue after ``samples`` samples, consumed by any number of ranks.
@@ -207,16 +208,16 @@ class StreamLoader:
         Raises:
             DataError: If they are samples of another sequence.
         """
-        lanes = state_dict.get("lanes")
-        if lanes != self._stream.lanes:
+        saved = state_dict.get("lanes")
+        if saved != self._stream.num_shards:
             raise DataError(
-                f"training.stream_lanes = {self._stream.lanes}: the checkpoint is of a run "
-                + (f"with {lanes}; set it to that" if lanes else "with training.streaming = false")
+                f"training.stream_lanes = {self._stream.num_shards}: the checkpoint is of a run "
+                + (f"with {saved}; set it to that" if saved else "with training.streaming = false")
             )
         self._num_consumed = int(state_dict["samples"])
 
 
-class _Lanes:
+class _StreamShards:
     """The stream shards that a rank reads, each opened at its first window."""
 
     def __init__(self, stream: TextStream) -> None:
@@ -225,12 +226,12 @@ class _Lanes:
 
     def window(self, position: int) -> Window:
         """Sample ``position`` of the endless sequence; positions in a shard must ascend."""
-        number, lane = divmod(position, self._stream.lanes)
-        windows, num_read = self._open.get(lane) or (self._stream.windows(lane), 0)
+        number, shard = divmod(position, self._stream.num_shards)
+        windows, num_read = self._open.get(shard) or (self._stream.windows(shard), 0)
         for _ in range(number - num_read):
             next(windows)
         window = next(windows)
-        self._open[lane] = (windows, number + 1)
+        self._open[shard] = (windows, number + 1)
         return window
 
 

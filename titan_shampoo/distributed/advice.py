@@ -49,12 +49,14 @@ def suggestions(params: Sequence[Parameter], blocks: Sequence[Block]) -> list[st
 
 def imbalance(params: Sequence[Parameter], blocks: Sequence[Block]) -> float:
     """Largest over mean work per rank, averaged over the period."""
-    work = np.zeros(1 + max((r for p in params for row in p.team.ranks for r in row), default=0))
+    work = np.zeros(
+        1 + max((r for p in params for row in p.placement_group.ranks for r in row), default=0)
+    )
     for block in blocks:
         param = params[block.param]
-        owner = param.team.ranks[block.replica][block.shard]
+        owner = param.placement_group.ranks[block.replica][block.shard]
         work[owner] += param.block_costs[block.index].per_step(param.period)
-    here = work[sorted({r for p in params for row in p.team.ranks for r in row})]
+    here = work[sorted({r for p in params for row in p.placement_group.ranks for r in row})]
     return float(here.max() / here.mean()) if here.any() else 1.0
 
 

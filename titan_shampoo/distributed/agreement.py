@@ -15,24 +15,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Facts = Mapping[str, object]
+CheckedValues = Mapping[str, object]
 """Values by name; equal values have the same ``repr`` on all ranks."""
 
-_TOLD_ELSEWHERE = "parameters or options of other ranks differ; see the errors of those ranks"
+_FOUND_ELSEWHERE = "parameters or options of other ranks differ; see the errors of those ranks"
 
 
-class Known(NamedTuple):
+class CheckedParameter(NamedTuple):
     """The description of a parameter on this rank."""
 
     name: str
     param: Tensor
     group: int
     """Number of its parameter group on this rank; the numbering may differ on other ranks."""
-    facts: Facts
+    facts: CheckedValues
 
 
 @dataclass(slots=True)
-class Circle:
+class ConsistencyCheck:
     """A comparison between ranks that must have equal descriptions."""
 
     groups: Sequence[dist.ProcessGroup]
@@ -44,7 +44,7 @@ class Circle:
     """Descriptions by name of the parameter, in the order of messages."""
     _numbers: dict[int, int] = field(default_factory=dict)
 
-    def add(self, one: Known) -> None:
+    def add(self, one: CheckedParameter) -> None:
         """Add a parameter; its group is numbered among the groups that these ranks share."""
         number = self._numbers.setdefault(one.group, len(self._numbers))
         self.known[one.name] = {**one.facts, "number of its parameter group": number}
@@ -65,22 +65,24 @@ class Circle:
             return bool(wrong), ""
         return True, f"{_difference(self._of_all_ranks())}; {self.advice}"
 
-    def _of_all_ranks(self) -> list["_Told"]:
+    def _of_all_ranks(self) -> list["_OneRank"]:
         """Descriptions on all ranks, by rank."""
         values = {
             name: {what: repr(value) for what, value in facts.items()}
             for name, facts in self.known.items()
         }
-        told = [_Told(dist.get_rank(), values)]
+        by_rank = [_OneRank(dist.get_rank(), values)]
         for group in self.groups:
             parts: list[Any] = [None] * group.size()
-            dist.all_gather_object(parts, told, group=group)
-            told = [one for part in parts for one in part]
-        return sorted(told, key=lambda one: one.rank)
+            dist.all_gather_object(parts, by_rank, group=group)
+            by_rank = [one for part in parts for one in part]
+        return sorted(by_rank, key=lambda one: one.rank)
 
 
 def check_agreement(
-    known: Iterable[Known], replicas: dist.ProcessGroup | None, stages: Circle | None
+    known: Iterable[CheckedParameter],
+    replicas: dist.ProcessGroup | None,
+    stages: ConsistencyCheck | None,
 ) -> None:
     """Compare the descriptions of parameters between the ranks that hold them.
 
@@ -97,32 +99,34 @@ def check_agreement(
     """
     if not dist.is_initialized():
         return
-    circles = _circles(known, replicas)
+    checks = _checks(known, replicas)
     if stages is not None:
-        circles.append(stages)
+        checks.append(stages)
     is_wrong, sentences = False, []
-    for circle in circles:  # do not stop at the first error: other ranks wait in the next ones
-        is_wrong, sentence = circle.compare(is_wrong=is_wrong)
+    for check in checks:  # do not stop at the first error: other ranks wait in the next ones
+        is_wrong, sentence = check.compare(is_wrong=is_wrong)
         sentences += [sentence] if sentence else []
     if is_wrong:
-        raise ValueError(sentences[0] if sentences else _TOLD_ELSEWHERE)
+        raise ValueError(sentences[0] if sentences else _FOUND_ELSEWHERE)
 
 
-def _circles(known: Iterable[Known], replicas: dist.ProcessGroup | None) -> list[Circle]:
+def _checks(
+    known: Iterable[CheckedParameter], replicas: dist.ProcessGroup | None
+) -> list[ConsistencyCheck]:
     """One comparison per set of ranks, the smallest set first, in the same order everywhere."""
-    circles: dict[tuple[int, ...], Circle] = {}
+    checks: dict[tuple[int, ...], ConsistencyCheck] = {}
     for one in known:
         if one.param.device.type == "meta":  # a plan without ranks
             continue
         ranks, groups = _holders(one.param, replicas)
         if not groups:
             continue
-        circle = circles.setdefault(ranks, Circle(groups, _device(one.param)))
-        circle.add(one)
+        check = checks.setdefault(ranks, ConsistencyCheck(groups, _device(one.param)))
+        check.add(one)
         if not isinstance(one.param, DTensor):
-            circle.advice = ("give all ranks the same, or pass process_group: the ranks that hold "
+            check.advice = ("give all ranks the same, or pass process_group: the ranks that hold "
                              "plain tensors as replicas")  # fmt: skip
-    return [circles[ranks] for ranks in sorted(circles, key=lambda ranks: (len(ranks), ranks))]
+    return [checks[ranks] for ranks in sorted(checks, key=lambda ranks: (len(ranks), ranks))]
 
 
 def _holders(
@@ -151,18 +155,18 @@ def _device(param: Tensor) -> torch.device:
     return param.device
 
 
-class _Told(NamedTuple):
+class _OneRank(NamedTuple):
     """The descriptions on one rank, as exchanged."""
 
     rank: int
     known: dict[str, dict[str, str]]
-    """As in :class:`Circle`, with each value as its ``repr``."""
+    """Descriptions as in :class:`ConsistencyCheck`, with each value as its ``repr``."""
 
 
-def _difference(told: Sequence[_Told]) -> str:
+def _difference(by_rank: Sequence[_OneRank]) -> str:
     """The first difference between the first rank and the first rank that disagrees with it."""
-    here = told[0]
-    there = next(one for one in told if list(one.known.items()) != list(here.known.items()))
+    here = by_rank[0]
+    there = next(one for one in by_rank if list(one.known.items()) != list(here.known.items()))
     for first, second in ((here, there), (there, here)):
         for name in first.known:
             if name not in second.known:

@@ -38,13 +38,13 @@ class Claim(NamedTuple):
     """Floating-point operations of one refresh of each of its blocks."""
 
 
-def spread_turns(claims: Sequence[Claim]) -> list[list[int]]:
+def spread_slots(claims: Sequence[Claim]) -> list[list[int]]:
     """Slots in ``[0, period)`` of the blocks of each parameter, such that slots cost the same.
 
     They do not depend on the order of ``claims``. Groups are packed one after the other, so that a
     group that is added later moves no earlier slot; the parameters of a group are sorted by name.
     """
-    turns: list[list[int]] = [[] for _ in claims]
+    slots: list[list[int]] = [[] for _ in claims]
     loads: dict[int, list[float]] = {}
     groups: dict[tuple[int, int], list[int]] = {}
     for number, claim in enumerate(claims):
@@ -52,10 +52,10 @@ def spread_turns(claims: Sequence[Claim]) -> list[list[int]]:
     for (period, _), members in sorted(groups.items()):
         members.sort(key=lambda number: _natural(claims[number].name))
         load = loads.setdefault(period, [0.0] * period)
-        spread = iter(refresh_turns([c for m in members for c in claims[m].costs], load))
+        spread = iter(pack_slots([c for m in members for c in claims[m].costs], load))
         for member in members:
-            turns[member] = [next(spread) for _ in claims[member].costs]
-    return turns
+            slots[member] = [next(spread) for _ in claims[member].costs]
+    return slots
 
 
 def _natural(name: str) -> list[str | int]:
@@ -63,23 +63,23 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
-def refresh_turns(costs: Sequence[float], loads: list[float]) -> list[int]:
+def pack_slots(costs: Sequence[float], loads: list[float]) -> list[int]:
     """Slot in ``[0, len(loads))`` of each block, such that all slots cost about the same.
 
     Args:
         costs: Cost of one refresh of each block.
         loads: Cost of each slot of the period so far; updated in place.
     """
-    turns = [0] * len(costs)
-    queue = [(load, turn) for turn, load in enumerate(loads)]
+    slots = [0] * len(costs)
+    queue = [(load, slot) for slot, load in enumerate(loads)]
     heapq.heapify(queue)
     for block in sorted(range(len(costs)), key=lambda block: (-costs[block], block)):
-        load, turn = queue[0]
-        turns[block] = turn
-        heapq.heapreplace(queue, (load + costs[block], turn))
-    for load, turn in queue:
-        loads[turn] = load
-    return turns
+        load, slot = queue[0]
+        slots[block] = slot
+        heapq.heapreplace(queue, (load + costs[block], slot))
+    for load, slot in queue:
+        loads[slot] = load
+    return slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Job:
     """Floating-point operations of each block per step, refreshes included at their rate."""
     refreshes: NDArray[np.float64]
     """Floating-point operations of one refresh of each block."""
-    turns: NDArray[np.int64]
+    slots: NDArray[np.int64]
     """Refresh slot of each block."""
     period: int
     """Number of slots."""
@@ -153,22 +153,22 @@ class _Ledger:
         """Triples (job, block, owner) of all blocks, the largest first."""
         entries = [(n, k) for n, job in enumerate(self.jobs) for k in range(len(job.rates))]
         rates = np.concatenate([job.rates for job in self.jobs])
-        turns = np.concatenate([job.turns for job in self.jobs])
+        slots = np.concatenate([job.slots for job in self.jobs])
         # lexsort's last key comes first; equal blocks stay in order.
-        for entry in np.lexsort((turns, -rates)).tolist():
+        for entry in np.lexsort((slots, -rates)).tolist():
             number, position = entries[entry]
             yield number, position, self.give(number, position)
 
     def give(self, number: int, position: int) -> int:
         """The rank that gets a block; its load is updated."""
         job = self.jobs[number]
-        rate, period, turn = job.rates[position], job.period, job.turns[position]
+        rate, period, slot = job.rates[position], job.period, job.slots[position]
         holders = self._holders(number, position)
         limit = self.level * (1 + TOLERANCE)
-        turn_loads = self.refreshes[period][turn]
+        slot_loads = self.refreshes[period][slot]
         fitting = holders[self.totals[holders] + rate <= limit]
         if len(fitting):
-            choice = np.lexsort((self.totals[fitting], turn_loads[fitting]))[0]
+            choice = np.lexsort((self.totals[fitting], slot_loads[fitting]))[0]
             owner = int(fitting[choice])
         else:
             owner = self._least_loaded(holders)
@@ -177,7 +177,7 @@ class _Ledger:
                 owner = other if self.totals[other] < self.totals[owner] else owner
         for totals, refreshes in ((self.totals, self.refreshes), (self.own, self.own_refreshes)):
             totals[owner] += rate
-            refreshes[period][turn, owner] += job.refreshes[position]
+            refreshes[period][slot, owner] += job.refreshes[position]
         return owner
 
     def _least_loaded(self, ranks: NDArray[np.int64]) -> int:

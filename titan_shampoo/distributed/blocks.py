@@ -18,10 +18,10 @@ from titan_shampoo.distributed.assignment import (
     Claim,
     Job,
     assign_owners,
-    spread_turns,
+    spread_slots,
 )
 from titan_shampoo.distributed.geometry import Grid
-from titan_shampoo.distributed.layout import Region, Sharding, Team
+from titan_shampoo.distributed.layout import PlacementGroup, Region, Sharding
 from titan_shampoo.distributed.overlap import Counts, holders, overlap_table
 
 Alignment = Literal["global", "shard"]
@@ -31,9 +31,9 @@ class Cost(NamedTuple):
     """Floating-point operations for one block."""
 
     step: float
-    """Of every step: factors and direction."""
+    """Operations in every step, for factors and direction."""
     refresh: float
-    """Of one refresh of the block."""
+    """Operations of one refresh."""
 
     def per_step(self, period: int) -> float:
         """Operations per step, averaged over the steps between two refreshes."""
@@ -51,7 +51,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     grid: Grid
-    team: Team
+    placement_group: PlacementGroup
     sharding: Sharding
     group: int
     """Number of the parameter group; a stack holds blocks of one group only."""
@@ -92,7 +92,7 @@ class Parameter:
 
     @property
     def claim(self) -> Claim:
-        """Cost of its refreshes, for :func:`assignment.spread_turns`."""
+        """Cost of its refreshes, for :func:`assignment.spread_slots`."""
         refreshes = tuple(cost.refresh for cost in self.block_costs)
         return Claim(self.name, self.group, self.period, refreshes)
 
@@ -111,7 +111,7 @@ class Block:
     """Extent along each merged dim, 1 along batch dims."""
     shape: tuple[int, ...]
     """Extent without batch dims: the shape of the matrix or tensor that is preconditioned."""
-    turn: int
+    slot: int
     """Step of the refresh period in which the block is due."""
     shards: tuple[int, ...]
     """Shards that hold a part of the block."""
@@ -132,33 +132,33 @@ class Block:
 
 
 def assigned_blocks(
-    params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None = None
+    params: Sequence[Parameter], slots: Sequence[Sequence[int]] | None = None
 ) -> list[Block]:
     """The blocks of all parameters, in order, with refresh slots and owners; equal on all ranks.
 
     Args:
         params: All parameters of this rank.
-        turns: Refresh slot of every block of each parameter; None if no other rank has parameters
+        slots: Refresh slot of every block of each parameter; None if no other rank has parameters
             that share the period.
     """
-    if turns is None:
-        turns = spread_turns([param.claim for param in params])
-    turns = [
+    if slots is None:
+        slots = spread_slots([param.claim for param in params])
+    slots = [
         own if param.is_staggered else [0] * len(own)
-        for param, own in zip(params, turns, strict=True)
+        for param, own in zip(params, slots, strict=True)
     ]
     tables = Tables()
-    jobs = [_job(param, tables, own) for param, own in zip(params, turns, strict=True)]
+    jobs = [_job(param, tables, own) for param, own in zip(params, slots, strict=True)]
     blocks = []
     for number, (param, job, ranks) in enumerate(
         zip(params, jobs, assign_owners(jobs), strict=True)
     ):
         places = {
             rank: (replica, shard)
-            for replica, row in enumerate(param.team.ranks)
+            for replica, row in enumerate(param.placement_group.ranks)
             for shard, rank in enumerate(row)
         }
-        shapes, own, owners = param.block_shapes, turns[number], ranks.tolist()
+        shapes, own, owners = param.block_shapes, slots[number], ranks.tolist()
         for index, position in enumerate(param.grid.positions()):
             start, extent = param.grid.block_start(position), param.grid.block_extent(position)
             blocks.append(Block(number, index, start, extent, shapes[index], own[index],
@@ -181,7 +181,7 @@ class Tables:
         return self._known[key]
 
 
-def _job(param: Parameter, tables: Tables, turns: Sequence[int]) -> Job:
+def _job(param: Parameter, tables: Tables, slots: Sequence[int]) -> Job:
     """The blocks of a parameter as work; FLOPS_PER_BYTE decides which blocks may travel."""
     table, shards = tables.of(param)
     steps, refreshes = np.array(param.block_costs, np.float64).reshape(-1, 2).T
@@ -190,11 +190,11 @@ def _job(param: Parameter, tables: Tables, turns: Sequence[int]) -> Job:
     spared = 2 * param.message_dtype.itemsize * table.max(axis=0, initial=0)
     pays: NDArray[np.bool_] = rates >= FLOPS_PER_BYTE * spared
     return Job(
-        ranks=np.array(param.team.ranks, np.int64),
+        ranks=np.array(param.placement_group.ranks, np.int64),
         holders=shards,
         rates=rates,
         refreshes=refreshes,
-        turns=np.array(turns, np.int64),
+        slots=np.array(slots, np.int64),
         period=param.period,
         may_travel=pays & (param.alignment == "global"),
     )

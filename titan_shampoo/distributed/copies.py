@@ -24,7 +24,7 @@ class View(NamedTuple):
     offset: int
 
     def shifted(self, distance: int) -> "View":
-        """The same view ``distance`` elements further on."""
+        """The view ``distance`` elements further on."""
         return View(self.size, self.stride, self.offset + distance)
 
 
@@ -37,7 +37,7 @@ class Copy(NamedTuple):
     target_view: View
 
     def reversed(self) -> "Copy":
-        """The same elements the other way."""
+        """The copy in the other direction."""
         return Copy(self.target, self.target_view, self.source, self.source_view)
 
 

@@ -68,14 +68,16 @@ class Exchange:
 
     def __init__(self, bucket: Bucket, device: torch.device) -> None:
         self.bucket = bucket
-        team, dtype = bucket.team, bucket.dtype
+        placement_group, dtype = bucket.placement_group, bucket.dtype
         self._inbox = torch.empty(sum(bucket.inbox_splits), dtype=dtype, device=device)
         sent = sum(bucket.outbox_splits)
         # This replica's row of the gather buffer starts with the outbox, so that the directions of
         # cut blocks return to their place in it.
-        width = max(bucket.shelf_width, sent)
-        self._shelf = torch.empty(team.num_replicas, width, dtype=dtype, device=device)
-        self._outbox = self._shelf[team.replica, :sent]
+        width = max(bucket.gather_width, sent)
+        self._gather_buffer = torch.empty(
+            placement_group.num_replicas, width, dtype=dtype, device=device
+        )
+        self._outbox = self._gather_buffer[placement_group.replica, :sent]
         self._work: dist.Work | None = None
 
     def gather(self, grads: Mapping[int, Tensor], stacks: Mapping[int, Tensor]) -> None:
@@ -94,11 +96,11 @@ class Exchange:
         run((copy.reversed() for copy in self.bucket.unpack), memory)
         run(self.bucket.share, memory)
         self._work = self._all_to_all(self._outbox, self._inbox, forth=False)
-        group = self.bucket.team.replica_group
-        if group is not None and self.bucket.shelf_width > 0:
+        group = self.bucket.placement_group.replica_group
+        if group is not None and self.bucket.gather_width > 0:
             self._wait()
-            mine = self._shelf[self.bucket.team.replica].clone()
-            self._work = all_gather(self._shelf.view(-1), mine, group=group, async_op=True)
+            mine = self._gather_buffer[self.bucket.placement_group.replica].clone()
+            self._work = all_gather(self._gather_buffer.view(-1), mine, group=group, async_op=True)
 
     def finish(self, directions: Mapping[int, Tensor], stacks: Mapping[int, Tensor]) -> None:
         """Wait, then write this rank's shards of the directions, flat, by parameter number."""
@@ -109,7 +111,7 @@ class Exchange:
         self, shards: Mapping[int, Tensor], stacks: Mapping[int, Tensor]
     ) -> dict[Memory, Tensor]:
         memory = {("inbox", 0): self._inbox, ("outbox", 0): self._outbox}
-        memory |= {("shelf", replica): part for replica, part in enumerate(self._shelf)}
+        memory |= {("gathered", replica): part for replica, part in enumerate(self._gather_buffer)}
         memory |= {("param", number): shard for number, shard in shards.items()}
         memory |= {("stack", number): stacks[number] for number in self.bucket.stacks}
         return memory
@@ -119,7 +121,7 @@ class Exchange:
             return None
         splits = [self.bucket.inbox_splits, self.bucket.outbox_splits]
         outputs, inputs = splits if forth else splits[::-1]
-        group = self.bucket.team.shard_group
+        group = self.bucket.placement_group.shard_group
         return dist.all_to_all_single(output, source, outputs, inputs, group=group, async_op=True)
 
     def _wait(self) -> None:

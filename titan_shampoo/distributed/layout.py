@@ -96,7 +96,7 @@ def _merged_intervals(
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class PlacementGroup:
     """Placement group: the ranks of a parameter, ``ranks[replica][shard]``, and their groups."""
 
     ranks: tuple[tuple[int, ...], ...]
@@ -122,7 +122,7 @@ class Team:
 
 def layout_of(
     param: Tensor, process_group: dist.ProcessGroup | None, name: str
-) -> tuple[Team, Sharding]:
+) -> tuple[PlacementGroup, Sharding]:
     """Placement group and sharding of ``param``.
 
     Args:
@@ -140,9 +140,9 @@ def layout_of(
     if process_group is None or process_group.size() == 1:
         # Its global rank, not 0: otherwise it would look like a rank of rank 0's placement group.
         me = dist.get_rank() if dist.is_initialized() else 0
-        return Team(((me,),), 0, 0, None, None), Sharding((), ())
+        return PlacementGroup(((me,),), 0, 0, None, None), Sharding((), ())
     ranks = tuple((rank,) for rank in dist.get_process_group_ranks(process_group))
-    return Team(ranks, process_group.rank(), 0, None, process_group), Sharding((), ())
+    return PlacementGroup(ranks, process_group.rank(), 0, None, process_group), Sharding((), ())
 
 
 def check_device(stored: str, mesh: str, name: str) -> None:
@@ -161,7 +161,7 @@ def check_device(stored: str, mesh: str, name: str) -> None:
                          f"wanted both on {mesh}; switch off CPU offload")  # fmt: skip
 
 
-def _dtensor_layout(param: DTensor, name: str) -> tuple[Team, Sharding]:
+def _dtensor_layout(param: DTensor, name: str) -> tuple[PlacementGroup, Sharding]:
     mesh, placements = param.device_mesh, param.placements
     for placement in placements:
         if not (placement.is_replicate() or _is_shard(placement)):
@@ -169,9 +169,9 @@ def _dtensor_layout(param: DTensor, name: str) -> tuple[Team, Sharding]:
     axes = [axis for axis, size in enumerate(mesh.shape) if size > 1]
     sharding_axes = [axis for axis in axes if not placements[axis].is_replicate()]
     replica_axes = [axis for axis in axes if placements[axis].is_replicate()]
-    team = _team(mesh, tuple(replica_axes), tuple(sharding_axes))
+    placement_group = _placement_group(mesh, tuple(replica_axes), tuple(sharding_axes))
     cuts = cut_order([(placements[axis], mesh.shape[axis]) for axis in sharding_axes])
-    return team, Sharding(tuple(mesh.shape[axis] for axis in sharding_axes), cuts)
+    return placement_group, Sharding(tuple(mesh.shape[axis] for axis in sharding_axes), cuts)
 
 
 def _is_shard(placement: Placement) -> bool:
@@ -195,7 +195,9 @@ def cut_order(shards: list[tuple[Placement, int]]) -> tuple[tuple[int, int], ...
     return tuple(order)
 
 
-def _team(mesh: DeviceMesh, replica_axes: tuple[int, ...], sharding_axes: tuple[int, ...]) -> Team:
+def _placement_group(
+    mesh: DeviceMesh, replica_axes: tuple[int, ...], sharding_axes: tuple[int, ...]
+) -> PlacementGroup:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a parameter is on a mesh without this rank"
     axes = replica_axes + sharding_axes
@@ -206,7 +208,7 @@ def _team(mesh: DeviceMesh, replica_axes: tuple[int, ...], sharding_axes: tuple[
     me = int(mesh.mesh[tuple(coordinate)])
     replica = next(r for r, row in enumerate(ranks) if me in row)
     shard_group, replica_group = axes_group(mesh, sharding_axes), axes_group(mesh, replica_axes)
-    return Team(ranks, replica, ranks[replica].index(me), shard_group, replica_group)
+    return PlacementGroup(ranks, replica, ranks[replica].index(me), shard_group, replica_group)
 
 
 def axes_group(mesh: DeviceMesh, axes: tuple[int, ...]) -> dist.ProcessGroup | None:

@@ -25,13 +25,13 @@ def bytes_by_rank(
     """
     held: Counter[int] = Counter()
     for tensor, param in tensors:
-        team, sharding = layout_of(param, replicas, "parameter")
+        placement_group, sharding = layout_of(param, replicas, "parameter")
         if isinstance(tensor, DTensor):
-            team, sharding = layout_of(tensor, replicas, "state")
+            placement_group, sharding = layout_of(tensor, replicas, "state")
             sizes = _shard_sizes(sharding, tuple(tensor.shape))
         else:
-            sizes = [tensor.numel()] * team.num_shards
-        for row in team.ranks:
+            sizes = [tensor.numel()] * placement_group.num_shards
+        for row in placement_group.ranks:
             for rank, size in zip(row, sizes, strict=True):
                 held[rank] += size * tensor.dtype.itemsize
     return held

@@ -99,20 +99,24 @@ class Plan:
             for param in self.params
         ]
         for b in self.blocks:
-            found[b.param][f"turn and owner of block {b.index}"] = (b.turn, b.replica, b.shard)
+            found[b.param][f"refresh slot and owner of block {b.index}"] = (
+                b.slot,
+                b.replica,
+                b.shard,
+            )
         return found
 
 
-def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None = None) -> Plan:
+def make_plan(params: Sequence[Parameter], slots: Sequence[Sequence[int]] | None = None) -> Plan:
     """Plan of this rank for ``params``; only the rank's own part differs between ranks.
 
     Args:
         params: All parameters of this rank.
-        turns: Refresh slot of every block of each parameter; None if no other rank has parameters
+        slots: Refresh slot of every block of each parameter; None if no other rank has parameters
             that share the period.
     """
     params = list(params)
-    blocks = assigned_blocks(params, turns)
+    blocks = assigned_blocks(params, slots)
     by_param: list[list[Block]] = [[] for _ in params]
     for block in blocks:
         by_param[block.param].append(block)
@@ -120,7 +124,7 @@ def make_plan(params: Sequence[Parameter], turns: Sequence[Sequence[int]] | None
     buckets = []
     for members in bucket_members(params):
         first = params[members[0]]
-        bucket = Bucket(first.team, first.message_dtype, members, [])
+        bucket = Bucket(first.placement_group, first.message_dtype, members, [])
         its_blocks = [block for param in members for block in by_param[param]]
         add_stacks(bucket, stacks, params, its_blocks)
         Traffic(params, its_blocks, bucket, stacks).fill_in()
@@ -133,10 +137,10 @@ def bucket_members(params: Sequence[Parameter]) -> list[list[int]]:
     buckets: list[list[int]] = []
     latest: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for number, param in enumerate(params):
-        key = (param.team.ranks, param.message_dtype)
+        key = (param.placement_group.ranks, param.message_dtype)
         members, filled = latest.get(key, ([], 0))
         filled += math.prod(param.shape)
-        is_alone = len(param.team.ranks) * len(param.team.ranks[0]) == 1
+        is_alone = len(param.placement_group.ranks) * len(param.placement_group.ranks[0]) == 1
         if not members or not (is_alone or filled <= BUCKET_NUMEL):
             members, filled = [], math.prod(param.shape)
             buckets.append(members)

@@ -10,7 +10,7 @@ from torch import Tensor
 from titan_shampoo.distributed.plan import Plan
 
 
-def told_by_owners(values: Tensor, plan: Plan) -> Tensor:
+def values_of_owners(values: Tensor, plan: Plan) -> Tensor:
     """One number for each block of the plan, on every rank, ``(blocks,)``; a collective.
 
     Args:
@@ -18,13 +18,18 @@ def told_by_owners(values: Tensor, plan: Plan) -> Tensor:
         plan: The plan of this rank.
     """
     shared_values = values.clone()
-    for team in {param.team.ranks: param.team for param in plan.params}.values():
+    for placement_group in {
+        param.placement_group.ranks: param.placement_group for param in plan.params
+    }.values():
         # Block numbers may differ between ranks, as other placement groups add blocks in between;
         # their order does not.
-        shared = [plan.params[block.param].team.ranks == team.ranks for block in plan.blocks]
+        shared = [
+            plan.params[block.param].placement_group.ranks == placement_group.ranks
+            for block in plan.blocks
+        ]
         chosen = torch.tensor(shared, device=values.device)
         part = shared_values[chosen]
-        for group in (team.shard_group, team.replica_group):
+        for group in (placement_group.shard_group, placement_group.replica_group):
             if group is not None:
                 dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
         shared_values[chosen] = part

@@ -56,7 +56,7 @@ class Summary:
     def mean_flops(self) -> Figures:
         """Operations per step, averaged over the period."""
         return self.step_flops + sum(
-            (turns.mean(axis=0) for turns in self.refresh_flops.values()),
+            (slots.mean(axis=0) for slots in self.refresh_flops.values()),
             np.zeros_like(self.step_flops),
         )
 
@@ -69,16 +69,16 @@ class Summary:
     def worst_imbalance(self) -> float:
         """Largest over mean work of a rank, in the worst single step of a period."""
         worst = self.imbalance
-        for turns in self.refresh_flops.values():
-            rest = self.mean_flops - turns.mean(axis=0)
-            worst = max([worst, *(_imbalance(rest + turn) for turn in turns)])
+        for slots in self.refresh_flops.values():
+            rest = self.mean_flops - slots.mean(axis=0)
+            worst = max([worst, *(_imbalance(rest + slot) for slot in slots)])
         return worst
 
     @property
     def largest_refresh(self) -> Figures:
         """Operations of the refreshes in the most expensive step of the period."""
         zeros = np.zeros_like(self.step_flops)
-        return sum((turns.max(axis=0) for turns in self.refresh_flops.values()), zeros)
+        return sum((slots.max(axis=0) for slots in self.refresh_flops.values()), zeros)
 
     def rows(self) -> list[tuple[str, Figures, str]]:
         """Triples (label, figures, unit) for a table."""
@@ -129,8 +129,10 @@ def summarize(
         blocks: Blocks of the plan.
         like_parameters: Bytes on each rank of state that is sharded like its parameter, by kind.
     """
-    teams = {param.team.ranks for param in params}
-    numbers = [rank for team in teams for row in team for rank in row]
+    placement_groups = {param.placement_group.ranks for param in params}
+    numbers = [
+        rank for placement_group in placement_groups for row in placement_group for rank in row
+    ]
     ranks = np.unique(numbers or [rank for held in like_parameters.values() for rank in held])
     sums = _Sums(ranks, params)
     by_param: list[list[Block]] = [[] for _ in params]
@@ -179,9 +181,9 @@ class _Sums:
 
     def add_bucket(self, members: Sequence[tuple[Parameter, list[Block]]]) -> None:
         """Add the work, the memory and the messages of one bucket."""
-        team, size = members[0][0].team, members[0][0].message_dtype.itemsize
-        columns = self.column[np.array(team.ranks)].reshape(-1)
-        traffic = _Traffic(len(team.ranks), len(team.ranks[0]))
+        placement_group, size = members[0][0].placement_group, members[0][0].message_dtype.itemsize
+        columns = self.column[np.array(placement_group.ranks)].reshape(-1)
+        traffic = _Traffic(len(placement_group.ranks), len(placement_group.ranks[0]))
         for param, blocks in members:
             self._add_work(param, blocks)
             held, owned = traffic.add(self.tables.of(param)[0], blocks)
@@ -209,13 +211,13 @@ class _Sums:
         self._current[:, columns] = buffers, buffers + shared
 
     def _add_work(self, param: Parameter, blocks: list[Block]) -> None:
-        ranks = np.array(param.team.ranks)
+        ranks = np.array(param.placement_group.ranks)
         owners = self.column[ranks[[b.replica for b in blocks], [b.shard for b in blocks]]]
         costs = np.array(param.block_costs, np.float64).reshape(-1, 2)
         np.add.at(self.blocks, owners, 1)
         np.add.at(self.step_flops, owners, costs[:, 0])
-        turns = [block.turn for block in blocks]
-        np.add.at(self.refresh_flops[param.period], (turns, owners), costs[:, 1])
+        slots = [block.slot for block in blocks]
+        np.add.at(self.refresh_flops[param.period], (slots, owners), costs[:, 1])
         by_shape = {shape: param.state(shape) for shape in set(param.block_shapes)}
         for kind in dict.fromkeys(kind for state in by_shape.values() for kind in state):
             figures = self.state.setdefault(kind, np.zeros(self.num_ranks))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_shampoo.distributed.layout import (
     Interval,
-    Team,
+    PlacementGroup,
     axes_group,
     chunk,
     cut_order,
@@ -41,7 +41,7 @@ class Tile:
     """
     cut_dims: frozenset[int]
     """Dims along which other ranks hold other ranges."""
-    team: Team
+    placement_group: PlacementGroup
     """Placement group of the parameter."""
     token_group: dist.ProcessGroup | None
     """Ranks that compute the same part of the layer on other tokens; None for this one alone."""
@@ -49,7 +49,7 @@ class Tile:
     @property
     def group(self) -> dist.ProcessGroup | None:
         """Ranks whose tiles make up one copy of the parameter; None if it is whole here."""
-        return self.team.shard_group
+        return self.placement_group.shard_group
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,10 +96,12 @@ def tile_of(
     Raises:
         ValueError: If a placement is neither Shard nor Replicate.
     """
-    team, _ = layout_of(param, replicas, name)
+    placement_group, _ = layout_of(param, replicas, name)
     whole = tuple((0, size) for size in param.shape)
     if not isinstance(param, DTensor):
-        return Tile(whole, whole, (True, True), frozenset(), team, team.replica_group)
+        return Tile(
+            whole, whole, (True, True), frozenset(), placement_group, placement_group.replica_group
+        )
     mesh = param.device_mesh
     cuts = _cuts(param)
     coordinate = mesh.get_coordinate()
@@ -117,7 +119,7 @@ def tile_of(
             all(coordinate[axis] == 0 for axis, dim in cuts if dim == batch_dims),
         ),
         cut_dims=frozenset(dim for _, dim in cuts),
-        team=team,
+        placement_group=placement_group,
         token_group=axes_group(mesh, tuple(axis for axis in row_axes if mesh.shape[axis] > 1)),
     )
 

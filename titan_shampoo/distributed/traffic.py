@@ -7,7 +7,7 @@ import torch
 
 from titan_shampoo.distributed.blocks import Block, Parameter
 from titan_shampoo.distributed.copies import Copy, Memory, Piece, View, coalesce, pieces
-from titan_shampoo.distributed.layout import Team
+from titan_shampoo.distributed.layout import PlacementGroup
 
 Packet = tuple[Block, Piece, View]
 """A piece of a block, and its place in a message."""
@@ -26,7 +26,7 @@ class Stack:
 class Bucket:
     """Parameters whose blocks travel together, with their copies and message sizes."""
 
-    team: Team
+    placement_group: PlacementGroup
     dtype: torch.dtype
     params: list[int]
     stacks: list[int]
@@ -43,7 +43,7 @@ class Bucket:
     """Elements sent to each shard of this replica."""
     inbox_splits: list[int] = field(default_factory=list)
     """Elements received from each shard of this replica."""
-    shelf_width: int = 0
+    gather_width: int = 0
     """Elements that each replica contributes to the all-gather, padding included."""
     travels: bool = False
     """True if any rank of the placement group sends or receives gradient pieces."""
@@ -53,7 +53,7 @@ def add_stacks(
     bucket: Bucket, stacks: list[Stack], params: Sequence[Parameter], blocks: list[Block]
 ) -> None:
     """One stack per group, block shape and dtype for the blocks that this rank owns."""
-    me = (bucket.team.replica, bucket.team.shard)
+    me = (bucket.placement_group.replica, bucket.placement_group.shard)
     numbers: dict[tuple[int, tuple[int, ...], torch.dtype], int] = {}
     for block in blocks:
         if (block.replica, block.shard) != me:
@@ -73,12 +73,16 @@ class Traffic:
     def __init__(
         self, params: Sequence[Parameter], blocks: list[Block], bucket: Bucket, stacks: list[Stack]
     ) -> None:
-        team = bucket.team
+        placement_group = bucket.placement_group
         self.params, self.bucket = params, bucket
         self.travels = any(block.is_cut for block in blocks)
-        self.here = [block for block in blocks if team.shard in block.shards]
+        self.here = [block for block in blocks if placement_group.shard in block.shards]
         """Blocks with a part on this rank."""
-        self.mine = [b for b in blocks if (b.replica, b.shard) == (team.replica, team.shard)]
+        self.mine = [
+            b
+            for b in blocks
+            if (b.replica, b.shard) == (placement_group.replica, placement_group.shard)
+        ]
         """Blocks that this rank owns."""
         self.places = {
             (block.param, block.index): (("stack", number), position * block.numel)
@@ -88,31 +92,31 @@ class Traffic:
 
     def fill_in(self) -> None:
         """Compute all fields of the bucket."""
-        bucket, team = self.bucket, self.bucket.team
+        bucket, placement_group = self.bucket, self.bucket.placement_group
         bucket.travels = self.travels
-        outboxes = [self.outbox(replica) for replica in range(team.num_replicas)]
+        outboxes = [self.outbox(replica) for replica in range(placement_group.num_replicas)]
         residents = [
             self.resident(replica, sum(splits)) for replica, (_, splits) in enumerate(outboxes)
         ]
-        sent, bucket.outbox_splits = outboxes[team.replica]
+        sent, bucket.outbox_splits = outboxes[placement_group.replica]
         received, bucket.inbox_splits = self.inbox()
-        resident = residents[team.replica]
+        resident = residents[placement_group.replica]
         bucket.gather = [
             Copy(self.shard(b), p.in_shard, ("outbox", 0), view) for b, p, view in sent
         ]
         bucket.unpack = [Copy(("inbox", 0), view, *self.place(b, p)) for b, p, view in received]
         local = [Copy(self.shard(b), p.in_shard, *self.place(b, p)) for b, p, _ in resident]
-        if team.num_replicas == 1:
+        if placement_group.num_replicas == 1:
             bucket.scatter = [copy.reversed() for copy in bucket.gather + local]
         else:
-            bucket.share = [Copy(*self.place(b, p), ("shelf", team.replica), view)
+            bucket.share = [Copy(*self.place(b, p), ("gathered", placement_group.replica), view)
                             for b, p, view in resident]  # fmt: skip
-            shelves = [[*box, *rest] for (box, _), rest in zip(outboxes, residents, strict=True)]
-            bucket.shelf_width = max(sum(p.numel for _, p, _ in shelf) for shelf in shelves)
+            buffers = [[*box, *rest] for (box, _), rest in zip(outboxes, residents, strict=True)]
+            bucket.gather_width = max(sum(p.numel for _, p, _ in buffer) for buffer in buffers)
             bucket.scatter = [
-                Copy(("shelf", replica), view, self.shard(b), p.in_shard)
-                for replica, shelf in enumerate(shelves)
-                for b, p, view in shelf
+                Copy(("gathered", replica), view, self.shard(b), p.in_shard)
+                for replica, buffer in enumerate(buffers)
+                for b, p, view in buffer
             ]
         bucket.gather += local
         for name in ("gather", "unpack", "share", "scatter"):
@@ -129,13 +133,13 @@ class Traffic:
 
     def outbox(self, replica: int) -> tuple[list[Packet], list[int]]:
         """Pieces of this shard that travel to owners in ``replica``; elements for each owner."""
-        team = self.bucket.team
+        placement_group = self.bucket.placement_group
         cut = [block for block in self.here if block.is_cut and block.replica == replica]
-        splits = [0] * team.num_shards
+        splits = [0] * placement_group.num_shards
         packets: list[Packet] = []
         filled = 0
         for block in sorted(cut, key=lambda block: block.shard):
-            for piece in self._pieces(block, team.shard):
+            for piece in self._pieces(block, placement_group.shard):
                 packets.append((block, piece, piece.packed(filled)))
                 splits[block.shard] += piece.numel
                 filled += piece.numel
@@ -143,7 +147,7 @@ class Traffic:
 
     def inbox(self) -> tuple[list[Packet], list[int]]:
         """Pieces of blocks that come to this rank, by shard; elements from each shard."""
-        splits = [0] * self.bucket.team.num_shards
+        splits = [0] * self.bucket.placement_group.num_shards
         packets: list[Packet] = []
         filled = 0
         arriving = [(shard, b) for b in self.mine if b.is_cut for shard in b.shards]
@@ -159,7 +163,7 @@ class Traffic:
         packets: list[Packet] = []
         for block in self.here:
             if not block.is_cut and block.replica == replica:
-                for piece in self._pieces(block, self.bucket.team.shard):
+                for piece in self._pieces(block, self.bucket.placement_group.shard):
                     packets.append((block, piece, piece.packed(offset)))
                     offset += piece.numel
         return packets

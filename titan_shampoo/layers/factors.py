@@ -196,7 +196,7 @@ class Factors:
         turn = cursor % period
         if options["refresh"] == "together":
             return list(range(len(stack.blocks))) if turn == 0 else []
-        return [place for place, block in enumerate(stack.blocks) if block.turn % period == turn]
+        return [place for place, block in enumerate(stack.blocks) if block.slot % period == turn]
 
     def state(self, number: int) -> State:
         """State of this rank's blocks of one layer: views, ``(blocks of that shape, ...)``.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_shampoo.distributed.agreement import Facts
+from titan_shampoo.distributed.agreement import CheckedValues
 from titan_shampoo.distributed.exchange import exchange_in_turn
 from titan_shampoo.distributed.geometry import Grid
 from titan_shampoo.distributed.gradients import Grads
@@ -76,7 +76,7 @@ class KroneckerStep(LayerStep):
 
     def _planned(self, layer: Layer, group: int, replicas: dist.ProcessGroup | None) -> Parameter:
         """The joint matrix of weight and bias, cut like the weight."""
-        team, sharding = layout_of(layer.weight, replicas, layer.name)
+        placement_group, sharding = layout_of(layer.weight, replicas, layer.name)
         if layer.is_transposed:
             cuts = tuple((axis, 1 - dim) for axis, dim in sharding.cuts)
             sharding = Sharding(sharding.num_shards, cuts)
@@ -94,7 +94,7 @@ class KroneckerStep(LayerStep):
             name=layer.name,
             shape=shape,
             grid=grid,
-            team=team,
+            placement_group=placement_group,
             sharding=sharding if sharding.cuts else Sharding(sharding.num_shards, ()),
             group=group,
             dtype=layer.dtype,
@@ -226,7 +226,7 @@ class KroneckerStep(LayerStep):
 
     # What others ask for
 
-    def facts(self) -> list[Facts]:
+    def facts(self) -> list[CheckedValues]:
         """Of each layer, what its ranks must know alike."""
         planned = zip(super().facts(), self.plan.facts(), self.turns, strict=True)
         return [{**own, **plan, "turn of its moments": turn} for own, plan, turn in planned]

@@ -111,12 +111,12 @@ class Moments:
 
     def _owner(self, block: Block) -> int:
         """The rank that owns a block."""
-        return self.layers[block.param].tile.team.ranks[block.replica][block.shard]
+        return self.layers[block.param].tile.placement_group.ranks[block.replica][block.shard]
 
     def _is_mine(self, block: Block) -> bool:
         """Whether this rank owns a block."""
-        team = self.layers[block.param].tile.team
-        return (block.replica, block.shard) == (team.replica, team.shard)
+        placement_group = self.layers[block.param].tile.placement_group
+        return (block.replica, block.shard) == (placement_group.replica, placement_group.shard)
 
     def _summed(
         self, group: dist.ProcessGroup | None, owner: int, blocks: Sequence[Block]

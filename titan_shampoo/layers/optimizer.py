@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titan_shampoo.distributed.agreement import Facts
+from titan_shampoo.distributed.agreement import CheckedValues
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
@@ -329,7 +329,7 @@ class LayerOptimizer(LibraryOptimizer):
     def _has_momentum(self, name: str, param: Tensor, group: Mapping[str, Any]) -> bool:
         return param in self._joined or group["fallback"] == "sgd"
 
-    def _layer_facts(self) -> dict[Tensor, Facts]:
+    def _layer_facts(self) -> dict[Tensor, CheckedValues]:
         if self._step is None:
             return {}
         weights = (layer.weight for layer in self._step.layers)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_shampoo.distributed.agreement import Facts
+from titan_shampoo.distributed.agreement import CheckedValues
 from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
@@ -88,7 +88,7 @@ class LayerStep:
         """Repeat failed refreshes in float64; returns what is to be said, each block once."""
         return []
 
-    def facts(self) -> list[Facts]:
+    def facts(self) -> list[CheckedValues]:
         """Of each layer, what its ranks must know alike."""
         return [
             {

@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from titan_shampoo.distributed.assignment import Claim, spread_turns
+from titan_shampoo.distributed.assignment import Claim, spread_slots
 from titan_shampoo.distributed.plan import Parameter
 from titan_shampoo.recognition import reason_not_multiplied
-from titan_shampoo.whole_model import Described, claims_of_model, turns_in_model
+from titan_shampoo.whole_model import Described, claims_of_model, slots_in_model
 
 NUMBERED_PART = re.compile(r"(?:.*?\.)?[0-9]+(?=\.)")
 
@@ -43,7 +43,7 @@ def inversion_turns(
         costs = tuple(inversion_cost(extent) for extent in itertools.product(*extents))
         return Claim(param.name, param.group, param.options["precondition_frequency"], costs)
 
-    return turns_in_model([param.claim for param in planned], whole_model, claim)
+    return slots_in_model([param.claim for param in planned], whole_model, claim)
 
 
 def moment_turns(
@@ -83,7 +83,7 @@ def moment_turns(
     parts: dict[Claim, float] = defaultdict(float)
     for one in claims:
         parts[_part(one)] += sum(one.costs)
-    spread = spread_turns([part._replace(costs=(total,)) for part, total in parts.items()])
+    spread = spread_slots([part._replace(costs=(total,)) for part, total in parts.items()])
     turns = dict(zip(parts, (turn for (turn,) in spread), strict=True))
     by_name = {one.name: turns[_part(one)] for one in claims}
     return [by_name[param.name] for param in planned]

@@ -18,7 +18,6 @@ from titan_shampoo.statistics.layers import (
 SPLIT_BACKWARD_SCHEDULES = frozenset({"interleavedzerobubble", "zbvzerobubble", "dualpipev"})
 """Pipeline schedules with separate backward passes for weights, which skip the leaves of taps."""
 
-
 TAPPED = "nn.Linear, nn.Conv2d and the Conv1D of transformers"
 """Layers that can be tapped, for messages."""
 

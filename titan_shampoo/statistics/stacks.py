@@ -233,7 +233,7 @@ def _are_alike(tensor: Tensor, like: Tensor) -> bool:
 
 
 class _InputTap(torch.autograd.Function):
-    """As for a linear layer: keeps the input, which the product keeps as well."""
+    """Keeps the input, like the tap of a linear layer; the product keeps it as well."""
 
     @staticmethod
     def forward(input: Tensor, rows: RowsOfExperts, zeros: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ def _stream(source: str, job_config: JobConfig, tokenizer: Tokenizer, seq_len: i
         source,
         tokenizer=tokenizer,
         seq_len=seq_len,
-        lanes=training.stream_lanes,
+        num_shards=training.stream_lanes,
         hold_out=not job_config.validation.dataset,
         max_bad_fraction=training.max_bad_fraction,
     )

@@ -22,23 +22,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_shampoo.distributed.gradients import ABSENT, IN_PLACE, gradient_in_place, placement_code
-from titan_shampoo.distributed.layout import Team
+from titan_shampoo.distributed.layout import PlacementGroup
 
 
-class Presence:
+class GradientPattern:
     """The pattern on which the ranks last agreed; at first, all gradients are present and in place.
 
     Args:
         params: The parameters, in the same order on all ranks of a placement group.
-        teams: Placement group of each parameter.
+        placement_groups: Placement group of each parameter.
         device: Device of the messages.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], teams: Sequence[Team], device: torch.device
+        self,
+        params: Sequence[Tensor],
+        placement_groups: Sequence[PlacementGroup],
+        device: torch.device,
     ) -> None:
-        self._params, self._teams, self._device = params, teams, device
-        self._here = self._anywhere = [IN_PLACE] * len(teams)
+        self._params, self._placement_groups, self._device = params, placement_groups, device
+        self._here = self._anywhere = [IN_PLACE] * len(placement_groups)
         self._givers: dict[int, int] = {}
         """Replica that sends a gradient to the replicas without it, by number of the parameter."""
 
@@ -52,8 +55,12 @@ class Presence:
 
     def parts_replicas(self, here: Sequence[int]) -> bool:
         """True if the gradient of a replicated parameter differs here: replicas would diverge."""
-        changes = zip(self._teams, here, self._here, strict=True)
-        return any(now != before for team, now, before in changes if team.num_replicas > 1)
+        changes = zip(self._placement_groups, here, self._here, strict=True)
+        return any(
+            now != before
+            for placement_group, now, before in changes
+            if placement_group.num_replicas > 1
+        )
 
     def follow(
         self,
@@ -91,10 +98,10 @@ class Presence:
         found = torch.tensor(self._here, dtype=torch.int64, device=self._device)
         found = found.repeat(len(_Answers._fields), 1)
         members: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-        for number, team in enumerate(self._teams):
-            members.setdefault(team.ranks, []).append(number)
+        for number, placement_group in enumerate(self._placement_groups):
+            members.setdefault(placement_group.ranks, []).append(number)
         for numbers in members.values():
-            found[:, numbers] = _reduced(found[0, numbers], self._teams[numbers[0]])
+            found[:, numbers] = _reduced(found[0, numbers], self._placement_groups[numbers[0]])
         answers = _Answers(*found.tolist())
         codes = zip(self._params, answers.largest, answers.negative_smallest, strict=True)
         for param, code, negative in codes:
@@ -104,7 +111,7 @@ class Presence:
                                  "placement; redistribute them before step()")  # fmt: skip
         self._anywhere = answers.largest
         self._givers = {
-            number: self._teams[number].num_replicas - distance
+            number: self._placement_groups[number].num_replicas - distance
             for number, distance in enumerate(answers.first_giver)
             if distance and answers.is_missing[number]
         }
@@ -138,9 +145,11 @@ class Presence:
                 continue
             grads[param] = gradient_in_place(param, code, own)
             if number in self._givers:
-                team = self._teams[number]
+                placement_group = self._placement_groups[number]
                 shared = grads[param].contiguous().clone()
-                dist.broadcast(shared, group=team.replica_group, group_src=self._givers[number])
+                dist.broadcast(
+                    shared, group=placement_group.replica_group, group_src=self._givers[number]
+                )
                 grads[param] = shared
         return grads
 
@@ -158,29 +167,29 @@ class _Answers(NamedTuple):
     """1 if any replica lacks the gradient."""
 
 
-def _reduced(codes: Tensor, team: Team) -> Tensor:
+def _reduced(codes: Tensor, placement_group: PlacementGroup) -> Tensor:
     """The rows of ``_Answers`` for parameters of one placement group, ``(4, n)``.
 
     Args:
         codes: Codes of the gradients on this rank, ``(n,)``.
-        team: Placement group of the parameters.
+        placement_group: Placement group of the parameters.
     """
     is_here = codes != ABSENT
     negative = torch.where(is_here, -codes, torch.iinfo(codes.dtype).min)
-    first_giver = torch.where(is_here, team.num_replicas - team.replica, 0)
+    first_giver = torch.where(is_here, placement_group.num_replicas - placement_group.replica, 0)
     found = torch.stack([codes, negative, first_giver, (~is_here).to(codes.dtype)])
-    if team.replica_group is not None:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=team.replica_group)
-    if team.shard_group is not None:
+    if placement_group.replica_group is not None:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=placement_group.replica_group)
+    if placement_group.shard_group is not None:
         # Replicas of one shard share their gradient, so only the codes are compared over shards.
         both_codes = found[:2].clone()
-        dist.all_reduce(both_codes, op=dist.ReduceOp.MAX, group=team.shard_group)
+        dist.all_reduce(both_codes, op=dist.ReduceOp.MAX, group=placement_group.shard_group)
         found[:2] = both_codes
     return found
 
 
 def judges(
-    teams: Sequence[Team],
+    placement_groups: Sequence[PlacementGroup],
     process_group: dist.ProcessGroup | None,
     pipeline_group: dist.ProcessGroup | None = None,
 ) -> list[dist.ProcessGroup]:
@@ -191,25 +200,36 @@ def judges(
     placement groups, then the group of the stages.
 
     Args:
-        teams: Placement group of each parameter.
+        placement_groups: Placement group of each parameter.
         process_group: Ranks that hold plain tensors as replicas.
         pipeline_group: Ranks with the other stages of a pipeline; None without a pipeline.
     """
     if not dist.is_initialized():
         return []
-    everyone = {rank for team in teams for row in team.ranks for rank in row}
+    everyone = {
+        rank
+        for placement_group in placement_groups
+        for row in placement_group.ranks
+        for rank in row
+    }
     num_stages = 1 if pipeline_group is None else pipeline_group.size()
     if num_stages > 1 and len(everyone) * num_stages == dist.get_world_size():
         assert dist.group.WORLD is not None
         return [dist.group.WORLD]
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    of_teams = [group for team in teams for group in (team.shard_group, team.replica_group)]
-    for group in [*of_teams, process_group, dist.group.WORLD]:
+    of_placements = [
+        group
+        for placement_group in placement_groups
+        for group in (placement_group.shard_group, placement_group.replica_group)
+    ]
+    for group in [*of_placements, process_group, dist.group.WORLD]:
         if group is not None and group.size() > 1:
             groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
     stages = [] if pipeline_group is None or num_stages == 1 else [pipeline_group]
     exact = [group for ranks, group in groups.items() if set(ranks) == everyone]
     if exact:
         return exact[:1] + stages
-    turns = [tuple(dist.get_process_group_ranks(group)) for group in of_teams if group is not None]
-    return [groups[ranks] for ranks in dict.fromkeys(turns)] + stages
+    in_order = [
+        tuple(dist.get_process_group_ranks(group)) for group in of_placements if group is not None
+    ]
+    return [groups[ranks] for ranks in dict.fromkeys(in_order)] + stages

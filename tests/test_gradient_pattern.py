@@ -20,8 +20,8 @@ from torch.distributed.tensor import (
 from tests.support.internals import deciding_groups, read_late
 from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
-from titan_shampoo.distributed.layout import Team
-from titan_shampoo.distributed.presence import Presence, judges
+from titan_shampoo.distributed.gradient_pattern import GradientPattern, judges
+from titan_shampoo.distributed.layout import PlacementGroup
 
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (12, 10), "other": (8, 6), "vector": (9,)}
 STEPS = 12
@@ -194,14 +194,16 @@ def groups_of_one_stage() -> list[int]:
     mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "replicas", "shards"))
     shards, replicas = mesh["shards"].get_group(), mesh["replicas"].get_group()
     first = 4 * mesh.get_local_rank("pp")
-    team = Team(((first, first + 1), (first + 2, first + 3)), 0, 0, shards, replicas)
+    placement_group = PlacementGroup(
+        ((first, first + 1), (first + 2, first + 3)), 0, 0, shards, replicas
+    )
     stages = mesh["pp"].get_group()
-    whole_world = judges([team], None, stages)
+    whole_world = judges([placement_group], None, stages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_world_size", lambda: 99)  # as if other ranks did something else
-        in_turn = judges([team], None, stages)
+        in_turn = judges([placement_group], None, stages)
     found = []
-    for groups in (judges([team], None), whole_world, in_turn):
+    for groups in (judges([placement_group], None), whole_world, in_turn):
         value = torch.tensor(float(dist.get_rank()))
         for group in groups:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
@@ -374,12 +376,14 @@ def test_replicas_stay_equal_where_the_host_reads_late() -> None:
 
 def test_one_process_needs_no_collective_to_know() -> None:
     params = [torch.nn.Parameter(torch.ones(2)) for _ in "ab"]
-    presence = Presence(params, [Team(((0,),), 0, 0, None, None)] * 2, torch.device("cpu"))
+    gradient_pattern = GradientPattern(
+        params, [PlacementGroup(((0,),), 0, 0, None, None)] * 2, torch.device("cpu")
+    )
     params[0].grad = torch.full((2,), 3.0)
-    assert presence.codes() == [1, 0]
-    assert not presence.is_news([1, 1])
-    assert presence.is_news([1, 0])
-    presence.agree([1, 0])
-    assert not presence.is_news([1, 0])
-    assert [*presence.completed(presence.codes())] == params[:1]
-    assert presence.completed(presence.codes())[params[0]].tolist() == [3.0, 3.0]
+    assert gradient_pattern.codes() == [1, 0]
+    assert not gradient_pattern.is_news([1, 1])
+    assert gradient_pattern.is_news([1, 0])
+    gradient_pattern.agree([1, 0])
+    assert not gradient_pattern.is_news([1, 0])
+    assert [*gradient_pattern.completed(gradient_pattern.codes())] == params[:1]
+    assert gradient_pattern.completed(gradient_pattern.codes())[params[0]].tolist() == [3.0, 3.0]
