@@ -341,7 +341,7 @@ def test_dampening_counts_from_the_first_step_on(method: str) -> None:
     """Not so in torch.optim.SGD, whose buffer begins with the first gradient. SOAP rests first."""
     moves = []
     for dampening in (0.0, 0.75):
-        model = network()
+        model: Any = network()
         weight = model.backbone[0].weight
         before = weight.detach().clone()
         train(model, made(method, model, momentum=0.9, dampening=dampening), range(1))

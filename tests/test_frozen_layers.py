@@ -19,7 +19,7 @@ from tests.support.all_methods import (
     whole,
 )
 from tests.support.block_views import of_blocks
-from tests.support.internals import layers_of
+from tests.support.internals import taps_of
 from tests.support.ranks import run_on_ranks
 
 every_tapped_method = pytest.mark.parametrize("method", TAPPED)
@@ -123,8 +123,8 @@ def test_moments_and_inverses_of_frozen_layers_are_not_formed(method: str) -> No
     net[0].requires_grad_(False)
     optimizer: Any = made(method, net, precondition_frequency=1)
     advance(optimizer, net, range(3))
-    frozen, trained = layers_of(optimizer)
-    assert (frozen.tapped.collects_moments, trained.tapped.collects_moments) == (False, True)
+    frozen, trained = taps_of(optimizer)
+    assert (frozen.collects_moments, trained.collects_moments) == (False, True)
     assert of_blocks(optimizer.state[net[0].weight], "refreshes")[0] == 0
     assert of_blocks(optimizer.state[net[2].weight], "refreshes")[0] > 0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from tests.support.internals import layers_of, moment_turns_of, turns_of
+from tests.support.internals import layers_of, moment_turns_of, taps_of, turns_of
 from titan_shampoo import FOOF, KFAC
 from titan_shampoo.layers.optimizer import LayerOptimizer
 
@@ -143,8 +143,8 @@ def test_copies_measure_each_layer_in_its_turn(method: str) -> None:
     copied, twin = copy.deepcopy((optimizer, network))
     twin(torch.ones(3, 4)).sum().backward()
     network(torch.ones(3, 4)).sum().backward()
-    for mine, other in zip(layers_of(copied), layers_of(optimizer), strict=True):
-        assert (mine.tapped.input_moment is None) == (other.tapped.input_moment is None)
+    for mine, other in zip(taps_of(copied), taps_of(optimizer), strict=True):
+        assert (mine.input_moment is None) == (other.input_moment is None)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from titan_shampoo import SOAP
+from titan_shampoo.functional.roots import Degenerate
 
 LR, BETAS, EPS, PERIOD, STEPS = 3e-3, (0.95, 0.95), 1e-8, 10, 60
 
@@ -83,7 +84,7 @@ class Published:
         self.bases = new
 
 
-def ours(size: int, degenerate_basis: str = "arbitrary") -> Tensor:
+def ours(size: int, degenerate_basis: Degenerate = "arbitrary") -> Tensor:
     weight, generator = start(size)
     param = torch.nn.Parameter(weight.clone())
     optimizer = SOAP([("w", param)], lr=LR, betas=BETAS, eps=EPS, precondition_frequency=PERIOD,
