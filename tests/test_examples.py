@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import PATIENCE
+from tests.support.ranks import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

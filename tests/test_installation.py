@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import titan_shampoo
-from tests.ranks import PATIENCE
+from tests.support.ranks import PATIENCE
 from titan_shampoo.extras import TRAIN
 
 ROOT = Path(__file__).parents[1]

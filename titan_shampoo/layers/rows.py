@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from titan_shampoo.layers.bunches import Bunch
 from titan_shampoo.layers.layer import Layer
 
 
@@ -22,7 +23,7 @@ class RowsOfLayers:
     counts_here: Tensor
     """Which entries this rank contributes to sums over the ranks of a layer, ``(rows, 4)``."""
 
-    def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
+    def __init__(self, layers: Sequence[Layer | Bunch], device: torch.device) -> None:
         numbers = [layer.num_matrices for layer in layers]
         starts = [0, *itertools.accumulate(numbers)]
         self._size = starts[-1]
