@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.slow_cases import SLOW_CASES
+
 ROOT = Path(__file__).parents[1]
 SOURCES = [ROOT / "train.py"] + [
     file
@@ -102,3 +104,11 @@ def test_what_make_quick_runs_exists():
         file, _, test = target.partition("::")
         assert not test or test in names_in(ROOT / file), target
         assert (ROOT / file).is_file(), target
+
+
+@pytest.mark.parametrize("pattern", SLOW_CASES)
+def test_slow_cases_are_of_tests_that_exist(pattern: str) -> None:
+    file, _, rest = pattern.replace(r"\.py", ".py").partition("::")
+    beginning = re.split(r"\.\*|\\\[", rest)[0]
+    names = re.findall(r"def (test_\w+)", (ROOT / "tests" / file).read_text())
+    assert any(re.match(beginning, name) for name in names)
