@@ -5,7 +5,6 @@ All ranks check the whole state together before anything of the optimizer change
 
 import copy
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from titan_shampoo.distributed.gathered import await_ranks, gathered, load_, whole_tensor
 from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.options import check_alike
+from titan_shampoo.recognition import without_wrappers
 
 BLOCKS = "blocks"
 """Key of the numbers of a rank's blocks; in saved state, each with the step of its block.
@@ -30,9 +30,6 @@ _FIXED_KEYS = ("params", "param_names", "method", "compile", "precondition")
 _SCHEDULED = ("lr", "weight_decay")
 """Options that schedules change, and that nothing is built from."""
 
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
-)
 
 Groups = Sequence[Mapping[str, Any]]
 GlobalState = dict[Tensor, dict[str, Tensor]]
@@ -321,7 +318,7 @@ def bare_names(names: Sequence[str]) -> list[str]:
     >>> bare_names(["module._orig_mod.0.weight", "module._orig_mod.0.bias"])
     ['0.weight', '0.bias']
     """
-    bare = [_WRAPPERS.sub("", name) for name in names]
+    bare = [without_wrappers(name) for name in names]
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
     return bare
