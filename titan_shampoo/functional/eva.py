@@ -8,7 +8,7 @@ the gradients at its output and ``v_j`` the mean of G over all dims but ``j``
     Eva-f    V = (G a) a^T           c = 1 / (y + |a|^2)
     Eva-s    V = v_1 x v_2 x ...     c = <G, V> / (y + |V|^2)
 
-so that three scalars of a layer give ``<y P, G>`` and ``|y P|^2`` without another pass over a matrix.
+so that three scalars of a layer give ``<y P, G>`` and ``|y P|^2`` without another pass over G.
 
 For gradients ``c`` times as large, ``|V|^2`` of Eva-s of order ``k`` is ``c^(2 k)`` times as large:
 float32 holds that of no gradient below 1e-5. Hence scalars are float64, and its vectors of columns
