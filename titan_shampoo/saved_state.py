@@ -44,7 +44,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
     step_options: ClassVar[tuple[str, ...]]
     """Options of the step, which all parameter groups share."""
 
-    _judges: list[dist.ProcessGroup]
+    _deciding_groups: list[dist.ProcessGroup]
 
     def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters of a group with their names."""
@@ -111,7 +111,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """
         self._follow_others()
         check_request(requested_by_torch(), is_stage=self._is_stage())
-        await_ranks(self._judges, "state_dict()")
+        await_ranks(self._deciding_groups, "state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         packed = self._packed(self._gathered_state())
@@ -203,7 +203,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self._follow_others()
-        await_ranks(self._judges, "load_state_dict()")
+        await_ranks(self._deciding_groups, "load_state_dict()")
         attributes, options = dict(self.__dict__), [dict(group) for group in self.param_groups]
         try:
             self._load(state_dict)
@@ -299,12 +299,12 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         found = torch.tensor([refusal is not None, *flags], device=device, dtype=torch.float32)
-        for group in self._judges:
+        for group in self._deciding_groups:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         is_refused, *are_set = map(bool, found.tolist())
         if is_refused:
             sentences = [refusal]
-            for group in self._judges:
+            for group in self._deciding_groups:
                 parts: list[Any] = [None] * group.size()
                 dist.all_gather_object(parts, sentences, group=group)
                 sentences = [one for part in parts for one in part]
