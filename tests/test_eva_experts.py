@@ -288,7 +288,7 @@ def test_methods_with_moments_leave_stacks_to_the_fallback(
     method: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = mixture()
-    with pytest.raises(ValueError, match=r"batch_dims: .* has no such option"):
+    with pytest.raises(ValueError, match=r"batch_dims: .* takes no stacks of matrices"):
         method(groups_of(model), model=model)
     with caplog.at_level(logging.WARNING):
         optimizer = method(model.named_parameters(), model=model)
