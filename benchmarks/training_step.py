@@ -32,7 +32,6 @@ from benchmarks.workloads import machine
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, Shampoo, library_optimizer
 from titan_shampoo.blocks.engine import Engine
 from titan_shampoo.distributed.exchange import Exchange
-from titan_shampoo.failure import Watch
 from titan_shampoo.functional.shampoo import ShampooRule
 from titan_shampoo.functional.soap import SOAPRule
 from titan_shampoo.host_memory import keep_freed_memory
@@ -41,6 +40,7 @@ from titan_shampoo.layers.moments import Moments
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.layers.rank_one import RankOneStep
 from titan_shampoo.library_optimizer import LibraryOptimizer
+from titan_shampoo.step_status import StatusReader
 
 TINY = 1e-9
 """Learning rate: the arithmetic of training, and weights that stay where they are."""
@@ -67,8 +67,8 @@ tap = importlib.import_module("titan_shampoo.statistics.tap")
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "finite check": (
         (LibraryOptimizer, "_norms"),
-        (library_optimizer, "verdict_of"),
-        (Watch, "read"),
+        (library_optimizer, "agreed_status"),
+        (StatusReader, "read"),
     ),
     "tap": ((tap, "input_sum"), (tap, "output_sum")),
     "statistics": ((RankOneStep, "observe"), (Moments, "of_owned_blocks"), (Factors, "average_")),

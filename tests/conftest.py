@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import re
+import signal
 
 import pytest
 from hypothesis import settings
@@ -9,6 +10,14 @@ from hypothesis import settings
 pytest.register_assert_rewrite("tests.support")
 
 from tests.support.slow_cases import SLOW_CASES  # noqa: E402 - rewritten, as said above
+
+# A shell without a terminal, and nohup, start tests that ignore these; runs in tests would, too.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # How long an example takes is no promise of ours, and torch's first calls are slow.
 settings.register_profile("untimed", deadline=None)

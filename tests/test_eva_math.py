@@ -8,13 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import eva as reference
+from tests.support.eva_directions import eva, eva_f, eva_s, marginal_means
 from titan_shampoo.functional.eva import (
     Curvature,
     Terms,
-    eva,
-    eva_f,
-    eva_s,
-    marginal_means,
     outer,
     running_average_,
     terms,
@@ -94,19 +91,20 @@ def test_three_scalars_give_lengths_and_angles(
     else:
         left, right = marginal_means(grad)
         direction = eva(grad, right, left, damping=damping)
+    direction = direction * damping
     inner, square = (direction * grad).sum(), direction.square().sum()
     # Relative to the sums that nearly cancel, where the gradient lies along the curvature.
-    tolerance = 1e-12 * float(grad.square().sum()) / damping
-    assert abs(scalars.inner() - inner) <= tolerance
-    assert abs(scalars.direction_square() - square) <= tolerance / damping
-    assert scalars.inner() >= 0
+    tolerance = 1e-12 * float(grad.square().sum())
+    assert abs(scalars.undamped_inner() - inner) <= tolerance
+    assert abs(scalars.undamped_square() - square) <= tolerance
+    assert scalars.undamped_inner() >= 0
 
 
 def test_a_layer_without_gradient_has_a_direction_of_zero_and_a_finite_cosine() -> None:
     scalars = found("input_output", torch.zeros(2, 3, dtype=torch.float64), normal(1, 2),
                     normal(2, 3), 0.3)  # fmt: skip
-    assert scalars.inner() == 0
-    assert scalars.direction_square() == 0
+    assert scalars.undamped_inner() == 0
+    assert scalars.undamped_square() == 0
     assert scalars.cosine() == 1
 
 

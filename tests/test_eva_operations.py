@@ -69,7 +69,7 @@ def test_a_layer_costs_five_operations_on_matrices(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_verdict_is_all_that_the_host_reads_however_many_layers_there_are(
+def test_the_step_status_is_all_that_the_host_reads_however_many_layers_there_are(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []

@@ -20,7 +20,7 @@ from torch.distributed.tensor import (
 from tests.support.internals import deciding_groups, read_late
 from tests.support.ranks import run_on_ranks
 from titan_shampoo import SOAP, Shampoo
-from titan_shampoo.distributed.gradient_pattern import GradientPattern, judges
+from titan_shampoo.distributed.gradient_pattern import GradientPattern, decision_groups
 from titan_shampoo.distributed.layout import PlacementGroup
 
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (12, 10), "other": (8, 6), "vector": (9,)}
@@ -187,7 +187,7 @@ def test_all_ranks_that_share_a_parameter_skip_a_step_together() -> None:
 
 
 def groups_of_one_stage() -> list[int]:
-    """Who judges under HSDP in a stage of a pipeline, alone and together with the other stage.
+    """Deciding groups under HSDP in a stage of a pipeline, alone and with the other stage.
 
     No group has exactly the four ranks of a stage.
     """
@@ -198,12 +198,12 @@ def groups_of_one_stage() -> list[int]:
         ((first, first + 1), (first + 2, first + 3)), 0, 0, shards, replicas
     )
     stages = mesh["pp"].get_group()
-    whole_world = judges([placement_group], None, stages)
+    whole_world = decision_groups([placement_group], None, stages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "get_world_size", lambda: 99)  # as if other ranks did something else
-        in_turn = judges([placement_group], None, stages)
+        in_turn = decision_groups([placement_group], None, stages)
     found = []
-    for groups in (judges([placement_group], None), whole_world, in_turn):
+    for groups in (decision_groups([placement_group], None), whole_world, in_turn):
         value = torch.tensor(float(dist.get_rank()))
         for group in groups:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tests.reference import kfac as reference
+from tests.support.eva_directions import eva, eva_f
 from tests.support.layer_models import normal
-from titan_shampoo.functional.eva import eva, eva_f
 from titan_shampoo.functional.kfac import Damping, direction, refreshed
 
 SHAPES = [(5, 7), (1, 1), (1, 6), (6, 1), (3, 20)]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.support.eva_directions import eva_s
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
-from titan_shampoo.functional.eva import eva_s
 from titan_shampoo.functional.roots import inverse_root
 
 EXTREMES = [2.0**power for power in (-40, -27, -13, 13, 27, 40)]

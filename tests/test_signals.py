@@ -35,14 +35,8 @@ LAUNCHERS = {
 
 
 def child(program, *, ignored=()):
-    """A Python process that has printed its first line; some signals are ignored in it.
-
-    No others are: a shell without a terminal starts tests that ignore SIGINT.
-    """
-    before = {
-        number: signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-        for number in {*ignored, *STOP_SIGNALS}
-    }
+    """A Python process that has printed its first line; some signals are ignored in it."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=ROOT, text=True,

@@ -20,10 +20,9 @@ from titan_shampoo.distributed.agreement import (
     ConsistencyCheck,
     check_agreement,
 )
-from titan_shampoo.distributed.gradient_pattern import GradientPattern, judges
+from titan_shampoo.distributed.gradient_pattern import GradientPattern, decision_groups
 from titan_shampoo.distributed.gradients import Grads, gradient_here, num_terms
 from titan_shampoo.distributed.layout import layout_of
-from titan_shampoo.failure import Watch, may_be_taken, norms_of, verdict_of
 from titan_shampoo.options import check_alike
 from titan_shampoo.parameter_groups import (
     SWITCHES_OF_TORCH,
@@ -37,6 +36,7 @@ from titan_shampoo.parameter_groups import (
 from titan_shampoo.recognition import Kind, kinds_of, summary_of
 from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun, is_alike
 from titan_shampoo.statistics import reshard
+from titan_shampoo.step_status import StatusReader, agreed_status, may_change, norms_of
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class LibraryOptimizer(SavedStateOptimizer):
     """Why parameters are left to the fallback."""
     _speaks: bool
     """Whether this rank says what all that hold the same parameters would say."""
-    _watch: Watch
+    _statuses: StatusReader
     _norms_before: Grads
     _as_made: AsMade
     _is_fresh = False
@@ -258,7 +258,7 @@ class LibraryOptimizer(SavedStateOptimizer):
     def _first_anywhere(self, names: Sequence[str], elsewhere: str) -> str | None:
         """The first of ``names``; if this rank has none, but another has, ``elsewhere``."""
         count = torch.tensor(float(len(names)), device=self._device)
-        for group in self._judges:
+        for group in self._deciding_groups:
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
         return next(iter(names), elsewhere) if count else None
 
@@ -305,25 +305,29 @@ class LibraryOptimizer(SavedStateOptimizer):
         """Take a step that this rank has nothing against, skip it, or end the run."""
         here = self._gradient_pattern.codes()
         norms = self._norms(here)
-        verdict = verdict_of(
-            [*norms.values(), *self._norms_beside()], self._worst_failure().float(), self._judges,
-            is_news=self._gradient_pattern.is_news(here),
-            parts_replicas=self._gradient_pattern.parts_replicas(here), beyond=self._beyond(),
-        )  # fmt: skip
-        worst, *flags, _, beyond = self._watch.read(verdict)
-        self._name_bad(worst, norms)
-        self._watch.count(worst, beyond, self.param_groups[0]["max_skipped"])
-        self._see_to_failures(worst)
-        now = (lambda: verdict.tolist()[1:3]) if self._watch.late else None
+        on_device = agreed_status(
+            [*norms.values(), *self._norms_beside()],
+            self._worst_failure().float(),
+            self._deciding_groups,
+            has_new_pattern=self._gradient_pattern.is_news(here),
+            parts_replicas=self._gradient_pattern.parts_replicas(here),
+            was_beyond=self._beyond(),
+        )
+        status = self._statuses.read(on_device)
+        self._name_bad(status.worst, norms)
+        self._statuses.count(status, self.param_groups[0]["max_skipped"])
+        self._see_to_failures(status.worst)
+        flags = (status.has_new_pattern, status.has_known_pattern)
+        now = (lambda: on_device.tolist()[1:3]) if self._statuses.late else None
         is_agreed = self._gradient_pattern.follow(here, flags, now)
         grads = self._gradient_pattern.completed(here)
         if is_agreed:
             self._check_trained(grads)
         self._idleness.count(len(grads), self._as_made.names)
         own = {param: norms[param] for param in self._gradient_pattern.untouched(here)}
-        if self._watch.late:
-            self._take_step(grads, own, may_be_taken(verdict, is_agreed=is_agreed))
-        elif worst < math.inf:
+        if self._statuses.late:
+            self._take_step(grads, own, may_change(on_device, is_agreed=is_agreed))
+        elif status.worst < math.inf:
             self._take_step(grads, own, None)
         else:
             self._pass_time(grads)
@@ -439,7 +443,7 @@ class LibraryOptimizer(SavedStateOptimizer):
         And those in which a direction was beyond the range of its dtype: its block or layer rested.
         They are counted in the step after. On accelerators the host knows of one a step late.
         """
-        return self._watch.skipped_steps
+        return self._statuses.skipped_steps
 
     def _norms(self, here: Sequence[int]) -> dict[Tensor, Tensor]:
         """Of the gradients of this rank; finite if and only if they are.
@@ -466,7 +470,7 @@ class LibraryOptimizer(SavedStateOptimizer):
             norms: Of this step.
         """
         seen = norms
-        if self._watch.late:
+        if self._statuses.late:
             seen, self._norms_before = self._norms_before, norms
         if worst != math.inf:
             return
@@ -512,8 +516,9 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._check_names(params)
         self._device = params[0][1].device if params else torch.device("cpu")
         self._check_agreement(self._given_facts)
-        if not hasattr(self, "_watch"):
-            self._watch, self._peaks, self._idleness = Watch(self._device), Peaks(), Idleness()
+        if not hasattr(self, "_statuses"):
+            self._statuses = StatusReader(self._device)
+            self._peaks, self._idleness = Peaks(), Idleness()
         self._as_made = AsMade(
             self.param_groups, params, (*self.shape_options, *self.fixed_options)
         )
@@ -527,7 +532,9 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._gradient_pattern = GradientPattern(
             [param for _, param in params], placement_groups, self._device
         )
-        self._judges = judges(placement_groups, self._process_group, self._pipeline_group)
+        self._deciding_groups = decision_groups(
+            placement_groups, self._process_group, self._pipeline_group
+        )
 
     def _check_agreement(self, facts: Callable[[], Mapping[Tensor, CheckedValues]]) -> None:
         """Raise ValueError on all ranks alike, if they know different things of what they share.

@@ -19,10 +19,9 @@ Kind = Literal["embedding", "output head", "layer"]
 Model = nn.Module | Sequence[nn.Module]
 """A model, or the parts of a pipeline on this rank."""
 
-_WRAPPERS = re.compile(
-    r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.\w+)\."
-)
-"""Parts of names that torch.compile, activation checkpointing, FSDP and peft add."""
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_PEFT = re.compile(r"(^|(?<=\.))modules_to_save\.\w+\.")
+"""Parts of names that peft adds."""
 
 # Last part of a name, with anything before its last underscore; projections are no tables.
 _TABLES = re.compile(
@@ -67,6 +66,15 @@ layers. Embeddings of wide models have fewer, and need a name or a module.
 """
 
 
+def without_wrappers(name: str) -> str:
+    """``name`` without the parts that torch.compile, activation checkpointing and FSDP add.
+
+    >>> without_wrappers("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def reason_not_multiplied(
     name: str, param: Tensor, options: Mapping[str, Any], kind: Kind | None = None
 ) -> str | None:
@@ -81,7 +89,7 @@ def reason_not_multiplied(
     wanted = options.get("precondition")
     if wanted:
         return None
-    name = _WRAPPERS.sub("", name)
+    name = _PEFT.sub("", without_wrappers(name))
     found = {
         f"{kind} by its module": kind in ("embedding", "output head"),
         "embedding or table by its name": kind is None and _TABLES.search(name),

@@ -5,7 +5,6 @@ All ranks check the whole state together before anything of the optimizer change
 
 import copy
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from titan_shampoo.distributed.gathered import await_ranks, gathered, load_, whole_tensor
 from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.options import check_alike
+from titan_shampoo.recognition import without_wrappers
 
 BLOCKS = "blocks"
 """Key of the numbers of a rank's blocks; in saved state, each with the step of its block.
@@ -30,9 +30,6 @@ _FIXED_KEYS = ("params", "param_names", "method", "compile", "precondition")
 _SCHEDULED = ("lr", "weight_decay")
 """Options that schedules change, and that nothing is built from."""
 
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
-)
 
 Groups = Sequence[Mapping[str, Any]]
 GlobalState = dict[Tensor, dict[str, Tensor]]
@@ -47,7 +44,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
     step_options: ClassVar[tuple[str, ...]]
     """Options of the step, which all parameter groups share."""
 
-    _judges: list[dist.ProcessGroup]
+    _deciding_groups: list[dist.ProcessGroup]
 
     def _named(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Parameters of a group with their names."""
@@ -114,7 +111,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """
         self._follow_others()
         check_request(requested_by_torch(), is_stage=self._is_stage())
-        await_ranks(self._judges, "state_dict()")
+        await_ranks(self._deciding_groups, "state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         packed = self._packed(self._gathered_state())
@@ -206,7 +203,7 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self._follow_others()
-        await_ranks(self._judges, "load_state_dict()")
+        await_ranks(self._deciding_groups, "load_state_dict()")
         attributes, options = dict(self.__dict__), [dict(group) for group in self.param_groups]
         try:
             self._load(state_dict)
@@ -302,12 +299,12 @@ class SavedStateOptimizer(torch.optim.Optimizer):
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         found = torch.tensor([refusal is not None, *flags], device=device, dtype=torch.float32)
-        for group in self._judges:
+        for group in self._deciding_groups:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         is_refused, *are_set = map(bool, found.tolist())
         if is_refused:
             sentences = [refusal]
-            for group in self._judges:
+            for group in self._deciding_groups:
                 parts: list[Any] = [None] * group.size()
                 dist.all_gather_object(parts, sentences, group=group)
                 sentences = [one for part in parts for one in part]
@@ -321,7 +318,7 @@ def bare_names(names: Sequence[str]) -> list[str]:
     >>> bare_names(["module._orig_mod.0.weight", "module._orig_mod.0.bias"])
     ['0.weight', '0.bias']
     """
-    bare = [_WRAPPERS.sub("", name) for name in names]
+    bare = [without_wrappers(name) for name in names]
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
     return bare

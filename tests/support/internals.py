@@ -95,12 +95,12 @@ def repair(optimizer: LibraryOptimizer) -> None:
 
 def read_late(optimizer: Any, late: bool = True) -> None:
     """Have the host read the status of a step in the next one, as it does of accelerators."""
-    optimizer._watch.late = late
+    optimizer._statuses.late = late
 
 
 def deciding_groups(optimizer: LibraryOptimizer) -> list[dist.ProcessGroup]:
     """Process groups over which ranks agree on whether to take a step."""
-    return list(optimizer._judges)
+    return list(optimizer._deciding_groups)
 
 
 def kept_tensors(optimizer: Any) -> dict[str, list[Tensor]]:

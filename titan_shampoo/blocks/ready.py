@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from titan_shampoo.failure import sent_to_host
+from titan_shampoo.step_status import sent_to_host
 
 
 class Ready:

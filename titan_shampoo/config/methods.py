@@ -15,7 +15,7 @@ _TAPPED = {"Eva": "eva", "EvaF": "eva_f", "FOOF": "foof", "KFAC": "kfac"}
 
 _LAYERS = {**_TAPPED, "EvaS": "eva_s"}
 
-_TABLES = {
+TABLES = {
     "Shampoo": "shampoo",
     "SOAP": "soap",
     "KLShampoo": "kl_shampoo",
@@ -42,7 +42,7 @@ _READ_BY = {
 }
 
 _SHAMPOO, _SOAP, _KL_SHAMPOO, _SGD = (
-    f"optimizer.{_TABLES[method]}" for method in ("Shampoo", "SOAP", "KLShampoo", "SGD")
+    f"optimizer.{TABLES[method]}" for method in ("Shampoo", "SOAP", "KLShampoo", "SGD")
 )
 
 _WITH_SECOND_MOMENT = ("rmsprop", "adam")
@@ -96,7 +96,7 @@ def _check_own_tables(settings: Settings) -> None:
     It would be ignored, and the person who wrote it means this one run.
     """
     used = methods_in_use(settings)
-    for method, table in _TABLES.items():
+    for method, table in TABLES.items():
         for name, setting in settings.explicit.items():
             is_own = name.startswith(f"optimizer.{table}.") and setting.place == PLACE
             if is_own and method not in used:

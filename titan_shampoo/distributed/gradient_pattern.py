@@ -188,7 +188,7 @@ def _reduced(codes: Tensor, placement_group: PlacementGroup) -> Tensor:
     return found
 
 
-def judges(
+def decision_groups(
     placement_groups: Sequence[PlacementGroup],
     process_group: dist.ProcessGroup | None,
     pipeline_group: dist.ProcessGroup | None = None,

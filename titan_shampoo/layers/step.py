@@ -13,12 +13,12 @@ from titan_shampoo.distributed.gradients import Grads
 from titan_shampoo.distributed.layout import local_tensor
 from titan_shampoo.distributed.plan import Holding
 from titan_shampoo.distributed.tiles import all_reduce_together
-from titan_shampoo.failure import norms_of
 from titan_shampoo.functional.descent import descend_
 from titan_shampoo.functional.heavy_ball import Motion, move_by_buffers_, rank_one_
 from titan_shampoo.functional.scaling import Scaling, global_scale
 from titan_shampoo.layers.bunches import Bunch
 from titan_shampoo.layers.layer import Layer, decayed, motion_of
+from titan_shampoo.step_status import norms_of
 
 SCALARS = torch.float64
 """Dtype of scalars of layers: float32 does not hold powers of small and of large gradients."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from titan_shampoo.recognition import without_wrappers
 from titan_shampoo.statistics import stacks
 from titan_shampoo.statistics.sharding import (
     NO_DATA_PARALLELISM,
@@ -35,7 +36,6 @@ _TRANSPOSED = frozenset(
 """Linear layers with a weight ``(d_in, d_out)``, of packages that may not be installed."""
 
 # Parts of names that torch.compile and activation checkpointing add.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 class TappedLayer:
@@ -297,10 +297,9 @@ def uncalled_layers(model: nn.Module) -> set[nn.Module]:
 
 def unwrapped_name(name: str, model: nn.Module) -> str:
     """Name of a module of ``model`` without the parts added by compilation, checkpointing, DDP."""
-    parts = name.split(".")
-    if isinstance(model, DistributedDataParallel) and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in _WRAPPERS)
+    if isinstance(model, DistributedDataParallel):
+        name = "" if name == "module" else name.removeprefix("module.")
+    return without_wrappers(name)
 
 
 def _tap_layer(layer: TappedLayer, moments: Moments, output_sums: bool) -> None:

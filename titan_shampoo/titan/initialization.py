@@ -20,8 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Parts of names that torch.compile, activation checkpointing and DistributedDataParallel add.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "module"})
+from titan_shampoo.recognition import without_wrappers
 
 
 class Initializable(Protocol):
@@ -105,7 +104,7 @@ class DrawWhole(TorchDispatchMode):
 
 def unwrapped_name(name: str) -> str:
     """Return the parameter's name in the bare model, without the parts of wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in without_wrappers(name).split(".") if part != "module")
 
 
 def local_part(whole: Tensor, like: DTensor) -> Tensor:

@@ -5,10 +5,11 @@ that casts and drops it. This one holds several optimizers per model part, and h
 to the checkpoint, keyed by parameter name, which are loaded in place.
 """
 
+import inspect
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -21,12 +22,12 @@ from torchtitan.components.optimizer import OptimizersContainer as TorchtitanCon
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.moe.moe import GroupedExperts
 
-from titan_shampoo.blocks.methods import SOAP, KLShampoo, Shampoo
+import titan_shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 from titan_shampoo.config import ConfigError, nearest, tables
+from titan_shampoo.config.methods import TABLES
 from titan_shampoo.config.patterns import matching_bounded
 from titan_shampoo.distributed.geometry import Grid
-from titan_shampoo.layers.methods import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
 from titan_shampoo.recognition import Kind, kinds_of, reason_not_multiplied
 from titan_shampoo.titan.averaging import AveragedWeights
@@ -47,28 +48,10 @@ module of each is."""
 
 Preconditioner = BlockOptimizer | LayerOptimizer
 
-# Method -> class, its table in [optimizer], and which of its options the shared eps is.
-_BLOCK_METHODS: Mapping[str, tuple[Callable[..., Preconditioner], str, str]] = {
-    "Shampoo": (Shampoo, "shampoo", "grafting_eps"),
-    "SOAP": (SOAP, "soap", "eps"),
-    "KLShampoo": (KLShampoo, "kl_shampoo", "grafting_eps"),
+METHODS: Mapping[str, type[Preconditioner]] = {
+    name: getattr(titan_shampoo, name) for name in titan_shampoo.__all__
 }
-
-# The same of the methods whose step has one length for all layers, on all stages of a pipeline.
-_LAYER_METHODS: Mapping[str, tuple[Callable[..., Preconditioner], str, str]] = {
-    "Eva": (Eva, "eva", "eps"),
-    "EvaF": (EvaF, "eva_f", "eps"),
-    "EvaS": (EvaS, "eva_s", "eps"),
-    "FOOF": (FOOF, "foof", "eps"),
-    "KFAC": (KFAC, "kfac", "eps"),
-}
-
-
-_TAKING_TURNS = (*_BLOCK_METHODS, "FOOF", "KFAC")
-"""Methods whose refreshes are spread over all blocks of the whole model."""
-
-_TAKING_STACKS = (*_BLOCK_METHODS, "Eva", "EvaF", "EvaS")
-"""Methods that take the matrices of a stack one by one."""
+"""Optimizers of the library by the names that ``optimizer.name`` has for them."""
 
 _CHOICES = (None, True, False)
 """Of ``precondition``, in the order of parameter groups."""
@@ -111,14 +94,16 @@ class OptimizersContainer(TorchtitanContainer[Optimizer]):
             "process_group": replica_group(parallel_dims),
             "pipeline_group": self._stages,
         }
+        of_parts = [
+            pair for part in by_part for pair in part.items() if not _is_of(pair[0], LayerOptimizer)
+        ]
         # One optimizer of layers for all parts: its scale is one for the whole model.
-        for by_method in [*map(_of_blocks, by_part), _of_layers(whole)]:
-            for method, groups in by_method.items():
-                distribution: dict[str, Any] = dict(common)
-                if method in _TAKING_TURNS:
-                    distribution["all_params"] = everywhere.get(method)
-                distribution["model"] = model_parts
-                self.optimizers.append(_build(method, groups, config, distribution))
+        of_layers = [pair for pair in whole.items() if _is_of(pair[0], LayerOptimizer)]
+        for method, groups in of_parts + of_layers:
+            distribution: dict[str, Any] = common | {"model": model_parts}
+            if _takes(method, "all_params"):
+                distribution["all_params"] = everywhere.get(method)
+            self.optimizers.append(_build(method, groups, config, distribution))
         params = [
             p for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         ]
@@ -234,8 +219,8 @@ def _check_stages(by_part: Sequence[Mapping[str, object]], stages: dist.ProcessG
     """
     if dist.get_backend(stages) == "fake":  # planned only: there is nobody to ask
         return
-    mine = [method for part in by_part for method in part if method in _BLOCK_METHODS]
-    mine += sorted({method for part in by_part for method in part if method in _LAYER_METHODS})
+    mine = [method for part in by_part for method in part if _is_of(method, BlockOptimizer)]
+    mine += sorted({m for part in by_part for m in part if _is_of(m, LayerOptimizer)})
     found: list[Any] = [None] * stages.size()
     dist.all_gather_object(found, mine, group=stages)
     if any(other != found[0] for other in found):
@@ -311,9 +296,9 @@ def _grouped(
         if param.requires_grad:
             index = next(i for i, claim in enumerate(claims) if re.search(claim.pattern, name))
             method = claims[index].optimizer or config.name
-            stacked = batch_dims if method in _TAKING_STACKS else 0
+            stacked = batch_dims if _takes(method, "batch_dims") else 0
             wanted = claims[index].precondition
-            if wanted is None and method in {*_BLOCK_METHODS, *_LAYER_METHODS}:
+            if wanted is None and method in METHODS:
                 wanted = _other_than_by_name(name, param, kinds[name])
             key = (index, stacked, _CHOICES.index(wanted))
             claimed.setdefault(key, []).append((name, param))
@@ -339,14 +324,14 @@ def _other_than_by_name(name: str, param: Tensor, kind: Kind | None) -> bool | N
     return None if by_module == by_name else by_module
 
 
-def _of_blocks(by_method: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not of methods for layers."""
-    return {method: one for method, one in by_method.items() if method not in _LAYER_METHODS}
+def _takes(method: str, argument: str) -> bool:
+    """True if a method of the library has an argument of this name."""
+    return method in METHODS and argument in inspect.signature(METHODS[method]).parameters
 
 
-def _of_layers(by_method: Mapping[str, Any]) -> dict[str, Any]:
-    """What is of methods for layers."""
-    return {method: one for method, one in by_method.items() if method in _LAYER_METHODS}
+def _is_of(method: str, kind: type[Preconditioner]) -> bool:
+    """True if a method is one of the library of this kind."""
+    return method in METHODS and issubclass(METHODS[method], kind)
 
 
 def _build(
@@ -356,7 +341,7 @@ def _build(
     distribution: Mapping[str, Any],
 ) -> Optimizer:
     """One optimizer, with its state allocated."""
-    if method in _BLOCK_METHODS or method in _LAYER_METHODS:
+    if method in METHODS:
         return _build_from_library(method, groups, config, distribution)
     # DTensor has no fused SGD: the first step would raise.
     sharded = any(isinstance(p, DTensor) for group in groups for _, p in group["params"])
@@ -391,7 +376,8 @@ def _build_from_library(
     distribution: Mapping[str, Any],
 ) -> Preconditioner:
     """One of the library's optimizers; its own table beats the shared keys."""
-    build, table, shared_eps = {**_BLOCK_METHODS, **_LAYER_METHODS}[method]
+    build, table = METHODS[method], TABLES[method]
+    shared_eps = "grafting_eps" if _takes(method, "grafting_eps") else "eps"
     options = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),

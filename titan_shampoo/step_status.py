@@ -1,16 +1,13 @@
 """Step status: one decision of all ranks whether a step is taken, skipped, or ends the run.
 
-The main number of a step is a maximum over all ranks: infinity if a gradient is not finite, else
-the number of failed refreshes in a row of the worst block. Flags travel beside it: for a gradient
-pattern that differs from the last agreement (see ``distributed.gradient_pattern``), and for
-directions of the step before that exceeded the range of their dtype. A CPU reads the numbers at
-once. An accelerator would idle while its host waits. There the step decides on the device whether
-it changes anything, and the host reads the numbers of the step before.
+A CPU reads the status at once. An accelerator would idle while its host waits. There the step
+decides on the device whether it changes anything, and the host reads the status of the step before.
 """
 
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,48 +16,65 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def verdict_of(
+class StepStatus(NamedTuple):
+    """Five numbers of a step, equal on all ranks: maxima over them, as floats on the host."""
+
+    worst: float
+    """Infinity if a gradient is not finite, else the most refreshes in a row of one block that
+    failed."""
+    has_new_pattern: float
+    """1 if the gradient pattern of any rank differs from the last agreement
+    (``distributed.gradient_pattern``)."""
+    has_known_pattern: float
+    """1 if that of any rank does not."""
+    parts_replicas: float
+    """1 if it differs for a parameter with replicas, which would diverge."""
+    was_beyond: float
+    """1 if a direction of the step before was beyond the range of its dtype."""
+
+
+def agreed_status(
     norms: Iterable[Tensor],
     failures: Tensor,
     groups: Sequence[dist.ProcessGroup],
     *,
-    is_news: bool,
+    has_new_pattern: bool,
     parts_replicas: bool,
-    beyond: Tensor,
+    was_beyond: Tensor,
 ) -> Tensor:
-    """Step status: five numbers, ``(5,)``, that are equal on all ranks; one all-reduce per group.
-
-    The first is infinity if a gradient of any rank is not finite, else the most failures of any
-    rank. The others are flags, 1 if true for any rank: the gradient pattern is new; it is
-    unchanged; replicas would diverge; a direction exceeded the range of floats.
+    """The :class:`StepStatus` on the device, ``(5,)``; one all-reduce per group.
 
     Args:
         norms: Norms of local gradients, and other numbers that must be finite, 0-dim.
         failures: Refreshes that failed in a row on this rank, 0-dim.
         groups: Process groups to reduce over, one after the other.
-        is_news: True if this rank's gradient pattern differs from the last agreement.
+        has_new_pattern: True if this rank's gradient pattern differs from the last agreement.
         parts_replicas: True if it differs for a parameter with replicas.
-        beyond: True if a direction of this rank exceeded the range in the step before, 0-dim.
+        was_beyond: True if a direction of this rank exceeded the range in the step before, 0-dim.
     """
     worst = failures
     lengths = list(norms)
     if lengths:
         worst = worst.masked_fill(~torch.stack(lengths).isfinite().all(), math.inf)
-    numbers = (is_news, not is_news, parts_replicas)
+    numbers = (has_new_pattern, not has_new_pattern, parts_replicas)
     flags = [torch.full_like(worst, float(flag)) for flag in numbers]
-    verdict = torch.stack([worst, *flags, beyond.to(worst.dtype)])
+    status = torch.stack([worst, *flags, was_beyond.to(worst.dtype)])
     for group in groups:
-        dist.all_reduce(verdict, op=dist.ReduceOp.MAX, group=group)
-    return verdict
+        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=group)
+    return status
 
 
-def may_be_taken(verdict: Tensor, *, is_agreed: bool) -> Tensor:
+def may_change(status: Tensor, *, is_agreed: bool) -> Tensor:
     """True if the step may change anything, decided on the device, 0-dim bool.
 
     False if replicas would diverge: some have another gradient pattern, and the others do not know
     it yet.
+
+    Args:
+        status: From :func:`agreed_status`.
+        is_agreed: True if the ranks agreed on a gradient pattern in this step.
     """
-    worst, _, is_known, parts_replicas, _ = verdict
+    worst, _, is_known, parts_replicas, _ = status
     finite = worst.isfinite()
     return finite if is_agreed else finite & ~((is_known > 0) & (parts_replicas > 0))
 
@@ -76,8 +90,8 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(some, 2, dtype=dtype)) if some else []
 
 
-class Watch:
-    """Counts skipped steps, and reads step statuses off the device without a stall.
+class StatusReader:
+    """Step statuses on the host, read off the device without a stall, and the skipped steps.
 
     Args:
         device: Device of the gradients.
@@ -92,33 +106,32 @@ class Watch:
         self.late = device.type != "cpu" if late is None else late
         self._pending: tuple[Tensor, torch.Event | None] | None = None
 
-    def read(self, verdict: Tensor) -> list[float]:
+    def read(self, status: Tensor) -> StepStatus:
         """Status of this step or, with late reads, of the step before (zeros in the first step)."""
         if not self.late:
-            return verdict.tolist()
-        before, self._pending = self._pending, sent_to_host(verdict)
+            return StepStatus(*status.tolist())
+        before, self._pending = self._pending, sent_to_host(status)
         if before is None:
-            return [0.0] * len(verdict)
+            return StepStatus(*[0.0] * len(status))
         numbers, arrival = before
         if arrival is not None:
             arrival.synchronize()  # a whole forward and backward pass ago: nothing to wait for
-        return numbers.tolist()
+        return StepStatus(*numbers.tolist())
 
-    def count(self, worst: float, beyond: float, max_skipped: int) -> None:
+    def count(self, status: StepStatus, max_skipped: int) -> None:
         """Count a skipped step, and the step before if one of its directions was left out.
 
         Args:
-            worst: First number of :meth:`read`.
-            beyond: Last number of :meth:`read`.
+            status: Result of :meth:`read`.
             max_skipped: Number of skipped steps in a row that ends the run.
 
         Raises:
             RuntimeError: On all ranks, after ``max_skipped`` in a row.
         """
         reasons = []
-        if beyond:
+        if status.was_beyond:
             reasons.append("a direction that is beyond the range of its dtype")
-        if worst == math.inf:
+        if status.worst == math.inf:
             reasons.append("a gradient that is not finite, or whose square is not")
         if not reasons:
             self._in_a_row = 0
