@@ -106,8 +106,10 @@ def methods() -> Iterator[str]:
 
 
 def is_ours(cls: type, member: str) -> bool:
-    """Whether the member is defined in this library."""
-    return any(member in vars(base) for base in cls.__mro__ if base.__module__[:5] == "titan")
+    """True if the member is defined in this library."""
+    return any(
+        member in vars(base) for base in cls.__mro__ if base.__module__.startswith("titan_shampoo")
+    )
 
 
 def page() -> str:

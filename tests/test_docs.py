@@ -1,4 +1,4 @@
-"""What documentation and Makefile say about the code is true of it: functions, messages, links."""
+"""Documentation and Makefile say what is true of the code: functions, messages, links."""
 
 import ast
 import re

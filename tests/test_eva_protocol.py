@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.support.copied_state import assert_same
 from tests.support.internals import rates_on_device, taps_of
 from tests.support.layer_methods import (
     METHODS,
     advance,
-    assert_same,
     every_method,
     loss_of,
     make,

@@ -61,7 +61,7 @@ for name in sys.argv[1:]:
 
 
 def python(program: str, *args: str, python: str = sys.executable, folder: Path = ROOT):
-    """What a program says, without anything from the environment and without site-packages."""
+    """Result of a program that sees nothing of the environment and no site-packages."""
     return subprocess.run(
         [python, "-I", "-c", program, *args], cwd=folder, capture_output=True, text=True,
         timeout=PATIENCE, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from tests.support.copied_state import assert_same
 from tests.support.internals import read_late
 from tests.support.ranks import run_on_ranks
 from titan_shampoo import FOOF, KFAC, SOAP, Eva, EvaF, EvaS, KLShampoo, Shampoo
@@ -69,13 +70,6 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     for index, state in optimizer.state_dict()["state"].items():
         found |= {f"{index}.{key}": value.clone() for key, value in state.items()}
     return found
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 def scaler_of(scale: float = 2.0**10) -> torch.amp.GradScaler:

@@ -18,7 +18,6 @@ from tests.support.block_methods import (
     SHAPES,
     Params,
     advance,
-    assert_same,
     every_method,
     make,
     parameters,
@@ -27,6 +26,7 @@ from tests.support.block_methods import (
     values,
 )
 from tests.support.block_views import of_blocks
+from tests.support.copied_state import assert_same
 from tests.support.internals import is_compiled, read_late
 from tests.support.ranks import run_on_ranks
 from titan_shampoo.blocks.optimizer import BlockOptimizer

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.block_methods import advance, assert_same, every_method, make, values
+from tests.support.block_methods import advance, every_method, make, values
 from tests.support.block_methods import parameters as all_parameters
+from tests.support.copied_state import assert_same
 from titan_shampoo.blocks import ready
 from titan_shampoo.blocks.ready import Ready
 from titan_shampoo.functional import roots, soap

@@ -36,7 +36,7 @@ from titan_shampoo.parameter_groups import (
 from titan_shampoo.recognition import Kind, kinds_of, summary_of
 from titan_shampoo.saved_state import SavedStateOptimizer, copy_state, has_begun, is_alike
 from titan_shampoo.statistics import reshard
-from titan_shampoo.step_status import StatusReader, agreed_status, may_change, norms_of
+from titan_shampoo.step_status import StatusReader, StepStatus, agreed_status, may_change, norms_of
 from titan_shampoo.whole_model import Described, described
 
 logger = logging.getLogger(__name__)
@@ -317,15 +317,15 @@ class LibraryOptimizer(SavedStateOptimizer):
         self._name_bad(status.worst, norms)
         self._statuses.count(status, self.param_groups[0]["max_skipped"])
         self._see_to_failures(status.worst)
-        flags = (status.has_new_pattern, status.has_known_pattern)
-        now = (lambda: on_device.tolist()[1:3]) if self._statuses.late else None
-        is_agreed = self._gradient_pattern.follow(here, flags, now)
+        late = self._statuses.late
+        now = (lambda: StepStatus(*on_device.tolist()).pattern_flags) if late else None
+        is_agreed = self._gradient_pattern.follow(here, status.pattern_flags, now)
         grads = self._gradient_pattern.completed(here)
         if is_agreed:
             self._check_trained(grads)
         self._idleness.count(len(grads), self._as_made.names)
         own = {param: norms[param] for param in self._gradient_pattern.untouched(here)}
-        if self._statuses.late:
+        if late:
             self._take_step(grads, own, may_change(on_device, is_agreed=is_agreed))
         elif status.worst < math.inf:
             self._take_step(grads, own, None)

@@ -32,6 +32,11 @@ class StepStatus(NamedTuple):
     was_beyond: float
     """1 if a direction of the step before was beyond the range of its dtype."""
 
+    @property
+    def pattern_flags(self) -> tuple[float, float]:
+        """The two flags of the gradient pattern: new to any rank, known to any rank."""
+        return self.has_new_pattern, self.has_known_pattern
+
 
 def agreed_status(
     norms: Iterable[Tensor],

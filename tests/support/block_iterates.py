@@ -111,7 +111,7 @@ def reference_iterates(
     change: Callable[[dict[str, Array], int], dict[str, Array]] = lambda grads, step: grads,
     method: type[reference.Shampoo] = reference.Shampoo,
 ) -> Iterates:
-    """The same by the reference, with the gradients passed through ``change``."""
+    """Weights of the reference after each step, with gradients passed through ``change``."""
     options = dict(options)
     if options.pop("refresh") == "together":
         turns = None

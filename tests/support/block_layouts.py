@@ -58,18 +58,18 @@ def gradients(step: int) -> dict[str, Tensor]:
 
 
 Placer = Callable[[str, Tensor], Tensor]
-"""How a tensor of this name is stored on this rank."""
+"""Form in which a tensor of this name is stored on this rank."""
 
 
 @dataclass
 class Layout:
-    """How the model is stored."""
+    """Form in which the model is stored."""
 
     placed: Placer
     names: Sequence[str] = tuple(SHAPES)
     """Parameters on this rank."""
     distribution: dict[str, Any] = field(default_factory=dict)
-    """What the optimizer has to be told."""
+    """Arguments of the optimizer for this layout."""
 
 
 def plain(_: str, tensor: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def placer(mesh: DeviceMesh, *placements: Placement) -> Placer:
 
 
 def column_wise(shape: tuple[int, ...], *outer: Placement) -> Layout:
-    """What FSDP2 makes of parameters whose rows tp has cut: strided where both cut them."""
+    """Layout of FSDP2 over parameters whose rows tp has cut: strided where both cut them."""
     mesh = mesh_of(shape)
     size = shape[-1]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.copied_state import copied_state
 from titan_shampoo import SOAP, KLShampoo, Shampoo
 from titan_shampoo.blocks.optimizer import BlockOptimizer
 
@@ -24,7 +25,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def tensors(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
-    """The same for a name and seed, whatever other names there are."""
+    """Random tensors that depend on their name and the seed, and on no other name."""
     return {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(name.encode())))
         for name, shape in shapes.items()
@@ -55,16 +56,4 @@ def values(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def states(optimizer: BlockOptimizer) -> dict[str, Tensor]:
     """All state of all parameters, copied."""
-    return {
-        f"{index}.{key}": value.clone()
-        for index, state in optimizer.local_state_dict()["state"].items()
-        for key, value in state.items()
-        if key != "blocks"  # whose saved form has the step of the schedule
-    }
-
-
-def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    return copied_state(optimizer.local_state_dict())

@@ -1,4 +1,4 @@
-"""What tests and benchmarks see of the inside of an optimizer.
+"""The inside of an optimizer, as far as tests and benchmarks see it.
 
 Nothing else reads private attributes of the optimizers, so that their inside can change freely.
 """
@@ -43,7 +43,7 @@ def turns_of(optimizer: Any) -> dict[tuple[str, int], int]:
 
 
 def is_compiled(optimizer: BlockOptimizer) -> bool:
-    """Whether the step of the blocks is compiled."""
+    """True if the step of the blocks is compiled."""
     assert optimizer._engine is not None
     return optimizer._engine._compiled
 
@@ -110,7 +110,7 @@ def kept_tensors(optimizer: Any) -> dict[str, list[Tensor]]:
 
 
 def _inside(optimizer: Any) -> Any:
-    """What takes the step: None if there is nothing that the method steps itself."""
+    """Engine or step of layers; None if there is nothing that the method steps itself."""
     if isinstance(optimizer, BlockOptimizer):
         return optimizer._engine
     return optimizer._step if isinstance(optimizer, LayerOptimizer) else None

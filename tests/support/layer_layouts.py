@@ -102,7 +102,7 @@ def fsdp_over_columns(model: Any) -> tuple[nn.Module, int, int]:
 
 
 def summing_fsdp(model: Any) -> tuple[nn.Module, int, int]:
-    """As torchtitan: gradients are summed, and the loss is divided before."""
+    """FSDP2 as torchtitan uses it: gradients are summed, and the loss is divided before."""
     sharded, rank, size = fsdp(model)
     for module in sharded.modules():
         if isinstance(module, FSDPModule):

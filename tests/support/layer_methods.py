@@ -1,12 +1,12 @@
 """Methods for layers on a small model: options, steps, and copies of weights and state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
+from tests.support.copied_state import copied_state
 from tests.support.layer_models import normal
 from titan_shampoo import FOOF, KFAC, Eva, EvaF, EvaS
 from titan_shampoo.layers.optimizer import LayerOptimizer
@@ -40,16 +40,4 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def states(optimizer: LayerOptimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}.{key}": value.clone()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-        if key != "blocks"  # whose saved form has the step of the schedule
-    }
-
-
-def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    return copied_state(optimizer.state_dict())

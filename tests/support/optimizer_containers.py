@@ -61,7 +61,7 @@ def parameters(model: nn.Module) -> Values:
 
 
 def same(mine: Values, other: Values) -> bool:
-    """Whether names, dtypes and every bit are equal."""
+    """True if names, dtypes and every bit are equal."""
     return mine.keys() == other.keys() and all(
         value.dtype == other[name].dtype and torch.equal(value, other[name])
         for name, value in mine.items()

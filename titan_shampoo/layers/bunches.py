@@ -33,12 +33,12 @@ class Bunch:
 
     @property
     def first(self) -> Layer:
-        """Stands for all: but for the numbers in their tensors, they are alike."""
+        """The first layer, which stands for all: only the numbers in their tensors differ."""
         return self.layers[0]
 
     @property
     def is_stacked(self) -> bool:
-        """Whether it has several layers."""
+        """True if it has several layers."""
         return len(self.layers) > 1
 
     @property
@@ -48,12 +48,12 @@ class Bunch:
 
     @property
     def num_matrices(self) -> int:
-        """How many matrices it has on all ranks."""
+        """Number of its matrices on all ranks."""
         return len(self.layers) if self.is_stacked else self.first.num_matrices
 
     @property
     def matrices_here(self) -> range:
-        """Which of them this rank stores parts of."""
+        """Numbers of the matrices that this rank stores parts of."""
         return range(len(self.layers)) if self.is_stacked else self.first.matrices_here
 
     @property
@@ -73,12 +73,12 @@ class Bunch:
 
     @property
     def tile(self) -> Tile:
-        """Where each of its layers is stored; of several, without their number in front."""
+        """Place of each of its layers; of several, without their number in front."""
         return self.first.tile
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of statistics."""
+        """Dtype of statistics."""
         return self.first.dtype
 
     @property
@@ -100,8 +100,7 @@ class Bunch:
             return self.first.gradient(grads) if self.first.moves(grads) else None
         if not any(layer.weight in grads for layer in self.layers):
             return None
-        found = [layer.gradient(grads) for layer in self.layers]
-        return torch.stack(found)
+        return torch.stack([layer.gradient(grads) for layer in self.layers])
 
     def stacked(self, vectors: Sequence[Tensor]) -> Tensor:
         """One for each layer, together."""
@@ -145,8 +144,8 @@ def bunches_of(layers: Sequence[Layer]) -> list[Bunch]:
 def _kind(layer: Layer) -> tuple[object, ...]:
     """Layers of equal kind can be stacked, on every rank or on none."""
     tile, weight = layer.tile, layer.weight
-    divisor = layer.gradient_divisor
     return (
         id(layer.options), weight.dtype, weight.shape, tile.ranges, tile.seen, tile.is_first,
-        tile.cut_dims, id(tile.group), id(tile.token_group), divisor,
+        tile.cut_dims, id(tile.group), id(tile.token_group),
+        layer.gradient_divisor,
     )  # fmt: skip

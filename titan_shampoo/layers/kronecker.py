@@ -212,7 +212,7 @@ class KroneckerStep(LayerStep):
             rows[number] = scalars.to(SCALARS)
         table = torch.stack(rows)
         if self.scaling is not None:
-            table = self.summed_over_tiles(table)
+            table = self.summed_over_tiles(table, self.layers)
         fits = table.isfinite().all(1)
         self.beyond = (~fits).any()
         self._scalars = table = torch.where(fits[:, None], table, 0.0)
@@ -284,7 +284,9 @@ class KroneckerStep(LayerStep):
         """``cosine`` of the angle between direction and gradient of each layer."""
         if self._scalars is None:
             return {}
-        table = self._scalars if self.scaling else self.summed_over_tiles(self._scalars)
+        table = (
+            self._scalars if self.scaling else self.summed_over_tiles(self._scalars, self.layers)
+        )
         inner, square, grad_square = table.unbind(1)
         lengths = (square * grad_square).sqrt()
         cosine = torch.where(lengths > 0, inner / lengths, 1.0)

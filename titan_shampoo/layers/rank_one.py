@@ -66,7 +66,7 @@ class RankOneStep(LayerStep):
             for averages in self.averages
             for position, layer in enumerate(averages.layers)
         }
-        self._bunches = self.parts = bunches_of(layers)
+        self._bunches = bunches_of(layers)
         self._rows = RowsOfLayers(self._bunches, self.device)
         self._row_of = _rows_by_layer(self._bunches, self._rows)
         self.step_count = torch.zeros(len(self._rows), dtype=self.dtype, device=self.device)
@@ -115,10 +115,11 @@ class RankOneStep(LayerStep):
         """This rank's part of ``|G|^2`` of each bunch, 0-dim; of a stack ``(matrices here,)``."""
         squares = []
         for bunch in self._bunches:
-            nothing = torch.zeros((), dtype=bunch.dtype, device=self.device)
             if bunch.is_stacked:
                 found = [
-                    self._norm(one, one.weight, grads, norms) if one.weight in grads else nothing
+                    self._norm(one, one.weight, grads, norms)
+                    if one.weight in grads
+                    else torch.zeros((), dtype=bunch.dtype, device=self.device)
                     for one in bunch.layers
                 ]
                 squares.append(torch.stack(found).square())
@@ -129,8 +130,9 @@ class RankOneStep(LayerStep):
                 for param, counts in ((layer.weight, True), (layer.bias, layer.bias_counts))
                 if param is not None and param in grads and counts
             ]
-            here = nothing.expand(bunch.stack_shape)
-            squares.append(own[0] if len(own) == 1 else torch.stack(own or [here]).sum(0))
+            if not own:
+                own = [torch.zeros(bunch.stack_shape, dtype=bunch.dtype, device=self.device)]
+            squares.append(own[0] if len(own) == 1 else torch.stack(own).sum(0))
         return squares
 
     def _factors(
@@ -206,9 +208,9 @@ class RankOneStep(LayerStep):
         sums = []
         for bunch, matrix, spans in zip(self._bunches, matrices, self._spans, strict=True):
             shape = [*bunch.stack_shape, *(span.shape[-1] for span in spans)]
-            empty = torch.zeros(shape, dtype=bunch.dtype, device=self.device)
-            sums.append(marginal_sums(empty if matrix is None else matrix.view(shape),
-                                      batch_dims=bunch.batch_dims))  # fmt: skip
+            if matrix is None:
+                matrix = torch.zeros(shape, dtype=bunch.dtype, device=self.device)
+            sums.append(marginal_sums(matrix.view(shape), batch_dims=bunch.batch_dims))
         lefts, rights = [], []
         completed = zip(self._bunches, self._spans, self._completed(sums), units, strict=True)
         for bunch, spans, totals, unit in completed:
@@ -251,7 +253,7 @@ class RankOneStep(LayerStep):
         return product
 
     def _moving(self, grads: Grads) -> Tensor:
-        """Which matrices have a gradient, ``(rows,)``, 0 or 1."""
+        """1 for each matrix with a gradient, 0 for the others, ``(rows,)``."""
         moving = [layer.moves(grads) for bunch in self._bunches for layer in bunch.layers]
         if all(moving):  # as always, but for unused branches
             return self.of_rows([1.0] * len(self._bunches))
@@ -266,7 +268,7 @@ class RankOneStep(LayerStep):
         return any(_is_cut(bunch.first) for bunch in self._bunches)
 
     def _reduced(self, table: Tensor) -> Tensor:
-        return self.summed_over_tiles(torch.where(self._rows.counts_here, table, 0))
+        return self.summed_over_tiles(torch.where(self._rows.counts_here, table, 0), self._bunches)
 
     def _next_damping(self, moving: Tensor) -> Tensor:
         """``y`` of each layer, ``(rows,)``; counts the step of the layers that are moving."""

@@ -37,8 +37,6 @@ class LayerStep:
 
     def __init__(self, layers: Sequence[Layer], pipeline_group: dist.ProcessGroup | None) -> None:
         self.layers = list(layers)
-        self.parts: Sequence[Layer | Bunch] = self.layers
-        """What is stepped together, in the order of the rows of a table of scalars."""
         self.device = layers[0].weight.device
         wide = any(layer.dtype == torch.float64 for layer in layers)
         self.dtype = torch.float64 if wide else torch.float32
@@ -170,15 +168,18 @@ class LayerStep:
             self._constants[key] = on_host.to(self.device, non_blocking=True)
         return self._constants[key]
 
-    def summed_over_tiles(self, table: Tensor) -> Tensor:
-        """Scalars of whole layers, ``(layers, k)``: one all-reduce for each group of tiles.
+    @staticmethod
+    def summed_over_tiles(table: Tensor, parts: Sequence[Layer | Bunch]) -> Tensor:
+        """Scalars of whole layers, ``(rows, k)``: one all-reduce for each group of tiles.
 
-        A stack has a row for each of its matrices, and so has a bunch of layers.
+        Args:
+            table: Scalars of this rank's tiles; a row for each matrix of each part.
+            parts: Layers, or bunches of them, in the order of the rows.
         """
         numbers: dict[Any, list[int]] = defaultdict(list)
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(parts):
             numbers[part.tile.group].append(number)
-        rows = list(table.split([part.num_matrices for part in self.parts]))
+        rows = list(table.split([part.num_matrices for part in parts]))
         for group, some in numbers.items():
             sums = all_reduce_together([rows[number] for number in some], group)
             for number, row in zip(some, sums, strict=True):
